@@ -1,0 +1,108 @@
+"""The oracle: dilated attention from its definition, dense and in float64.
+
+It reads the fields of the pattern and none of the positions that other modules compute from them,
+so a mistake in those cannot be on both sides of a test. Quadratic in S; nothing but tests uses it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dilated_core.output import AttentionOutput
+from dilated_core.pattern import DilatedPattern
+
+
+def reference_dilated_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> AttentionOutput:
+    """One softmax per query over the multiset union of the keys its branches select, with its lse.
+
+    The paper mixes the branches by their softmax denominators (arXiv 2307.02486, eq. 9–10), which
+    is this softmax exactly; a key that two branches select counts twice.
+
+    Args:
+        q, k, v: `(B, S, H, D)`, any floating dtype.
+        pattern: The branches.
+        is_causal: Query i sees only the keys j ≤ i.
+        scale: Factor of the scores; 1/√D if None.
+
+    Returns:
+        `out` `(B, S, H, D)` and `lse` `(B, S, H)`, both float64 and differentiable.
+    """
+    _, S, H, D = q.shape
+    q, k, v = q.double(), k.double(), v.double()
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    counts, zero_keys = _counts(pattern, S, H, q.device, is_causal)
+
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    # A key seen c times adds c·exp(score) = exp(score + log c); log 0 = −inf leaves it out. Zero
+    # keys have score 0 and value 0: m of them add exp(log m) to the denominator and nothing else.
+    logits = torch.cat(
+        [scores + counts.log(), zero_keys.log()[None, :, :, None].expand(q.shape[0], -1, -1, -1)],
+        dim=-1,
+    )
+    # Rows without any key get a finite dummy logit, so that neither they nor their gradients
+    # become NaN; what it contributes is multiplied by an exact 0.
+    empty = (counts.sum(-1) + zero_keys == 0)[None, :, :, None]
+    dummy = torch.zeros_like(logits[..., :1]).masked_fill(~empty, -math.inf)
+    p = torch.cat([logits, dummy], dim=-1).softmax(-1)
+    out = torch.einsum("bhij,bjhd->bihd", p[..., :S], v)
+    lse = torch.logsumexp(torch.cat([logits, dummy], dim=-1), dim=-1)
+    lse = lse.masked_fill(empty[..., 0], -math.inf)
+    return AttentionOutput(out, lse.transpose(1, 2))
+
+
+def reference_dilated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The `out` of `reference_dilated_attention_with_lse`: `(B, S, H, D)`, float64.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 3, 2, 4)
+        >>> out = reference_dilated_attention(q, k, v, DilatedPattern([2], [2]))
+        >>> out[0, :, :, 0]  # head 1 keeps position 1 alone; nothing selects (0, 1) and (1, 0)
+        tensor([[1., 0.],
+                [0., 1.],
+                [1., 0.]], dtype=torch.float64)
+    """
+    return reference_dilated_attention_with_lse(
+        q, k, v, pattern, is_causal=is_causal, scale=scale
+    ).out
+
+
+def _counts(
+    pattern: DilatedPattern, S: int, H: int, device: torch.device, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often query i of head h sees key j, `(H, S, S)`, and how many zero keys, `(H, S)`."""
+    counts = torch.zeros(H, S, S, dtype=torch.float64, device=device)
+    zero_keys = torch.zeros(H, S, dtype=torch.float64, device=device)
+    position = torch.arange(S, device=device)
+    for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True):
+        w = min(w, S)
+        segment, index = position // w, position % w
+        for h in range(H):
+            offset = h % r if pattern.head_offsets == "interleaved" else h // math.ceil(H / r)
+            kept = index % r == offset
+            sees = kept[:, None] & kept[None, :] & (segment[:, None] == segment[None, :])
+            counts[h] += sees
+            if pattern.padding == "attended" and not is_causal:
+                # The segment is filled with zero keys up to w rounded up to a multiple of r, of
+                # which each head keeps one in r.
+                zero_keys[h] += kept * (math.ceil(w / r) - sees.sum(-1))
+    if is_causal:
+        counts *= position[:, None] >= position[None, :]
+    return counts, zero_keys

@@ -1,0 +1,146 @@
+"""Every check of the workspace is a session here; `nox -l` lists them.
+
+A session's environment holds what it asks for and nothing else: `uv sync` removes the rest. So
+environments are reused, and one package's tests cannot lean on another package's dependencies.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # nox is a console script, so this folder is not importable
+
+from tools.packages import find_packages  # noqa: E402
+
+PACKAGES = find_packages(ROOT)
+
+nox.needs_version = ">=2026.4"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "structure", "tests", "docs"]
+
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # a session runs on the Python that runs nox
+
+
+@nox.session
+@nox.parametrize("target", [*PACKAGES, "tools"], ids=[*PACKAGES, "tools"])
+def tests(session: nox.Session, target: str) -> None:
+    """Tests of one package, with only what it declares; "tools": of the workspace itself."""
+    if target == "tools":
+        sync_workspace(session)
+        check_structure(session)
+        run_pytest(session, "tools", "tests-integration", "-m", "not slow")
+    else:
+        sync(session, "--package", target, "--group", "test")
+        run_pytest(session, f"packages/{target}/tests")
+
+
+@nox.session
+@nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
+def lowest(session: nox.Session, target: str) -> None:
+    """Tests of one package with the oldest versions it says it works with."""
+    project = f"packages/{target}"
+    session.install(
+        "--resolution=lowest-direct",
+        "--editable",
+        project,
+        "--group",
+        f"{project}/pyproject.toml:test",
+    )
+    run_pytest(session, f"{project}/tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting and lint rules, by ruff."""
+    sync(session, "--only-group", "lint")
+    session.run("ruff", "format", "--check")
+    session.run("ruff", "check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, by pyright: strict in the packages."""
+    sync_workspace(session)
+    session.run("pyright", "--pythonpath", f"{session.bin}/python")
+
+
+@nox.session
+def structure(session: nox.Session) -> None:
+    """Import layers, sibling ranges, file lengths, public names, requirements.lock."""
+    sync_workspace(session)
+    check_structure(session)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """The packages together, and every example of the documentation."""
+    sync_workspace(session)
+    run_pytest(session, "tests-integration", "--ignore=tests-integration/test_wheels.py")
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build all packages; install each alone in an empty environment and run its tests there."""
+    sync_workspace(session)
+    run_pytest(session, "tests-integration/test_wheels.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; a broken link is an error."""
+    sync(session, "--only-group", "docs")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def multigpu(session: nox.Session) -> None:
+    """Distributed checks under torchrun: NCCL on two or more GPUs, otherwise 4 gloo processes."""
+    sync_workspace(session)
+    count = "import torch; print(torch.cuda.device_count())"
+    gpus = int(session.run("python", "-c", count, silent=True) or 0)
+    backend, processes = ("nccl", gpus) if gpus >= 2 else ("gloo", 4)
+    session.log(f"{gpus} GPUs visible: {processes} processes over {backend}")
+    torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    session.run(*torchrun, "tests-integration/ddp_gradients.py", "--backend", backend)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run benchmarks/run.py with the arguments after `--`."""
+    sync_workspace(session)
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+def sync(session: nox.Session, *arguments: str) -> None:
+    """Make the session's environment hold exactly what `uv sync` selects."""
+    environment = session.virtualenv.location
+    session.run_install(
+        "uv",
+        "sync",
+        "--quiet",
+        f"--python={environment}",
+        *arguments,
+        env={"UV_PROJECT_ENVIRONMENT": environment},
+        external=True,
+    )
+
+
+def sync_workspace(session: nox.Session) -> None:
+    """All packages and the development tools."""
+    sync(session, "--all-packages")
+
+
+def run_pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest as a module: worker processes then start without re-importing a script."""
+    session.run("python", "-m", "pytest", *arguments, *session.posargs)
+
+
+def check_structure(session: nox.Session) -> None:
+    """The rules about files and imports that need no test run."""
+    session.run("lint-imports", "--no-logo", "--no-cache")
+    for check in ["siblings", "lengths", "api", "lock"]:
+        session.run("python", "-m", f"tools.check_{check}")

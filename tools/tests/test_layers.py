@@ -1,0 +1,80 @@
+"""The import contracts of pyproject.toml, tried on trees that keep and break them."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tools.packages import ROOT, find_packages
+
+CONFIG = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+MEMBERS = ["dilated_core", "dilated_models", "dilated_kernels", "dilated_ring", "dilated_sparse"]
+GOOD = {
+    "dilated_core/__init__.py": "from dilated_core.reference import oracle",
+    "dilated_core/merge.py": "",
+    "dilated_core/pattern.py": "",
+    "dilated_core/reference.py": "import dilated_core.pattern\noracle = 1",
+    "dilated_core/strips.py": "import dilated_core.pattern",
+    "dilated_core/testing/__init__.py": "",
+    "dilated_core/testing/cases.py": "import dilated_core.reference, dilated_core.testing.budget",
+    "dilated_core/testing/budget.py": "",
+    "dilated_kernels/__init__.py": "import dilated_core",
+    "dilated_ring/__init__.py": "import dilated_core",
+    "dilated_sparse/__init__.py": "import dilated_core",
+    "dilated_models/__init__.py": "import dilated_core\ndef f():\n    import dilated_ring",
+}
+
+
+def run_contracts(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    listed = tomllib.loads(CONFIG)["tool"]["importlinter"]["root_packages"]
+    written = str(listed).replace("'", '"')
+    assert written in CONFIG
+    (folder / "pyproject.toml").write_text(CONFIG.replace(written, str(MEMBERS)))
+    command = "from importlinter.cli import lint_imports_command as run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", command, "--no-cache", "--no-logo"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_intended_imports_are_allowed(tmp_path: Path) -> None:
+    result = run_contracts(tmp_path, GOOD)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("dilated_core/merge.py", "import dilated_models"),
+        ("dilated_core/merge.py", "import dilated_kernels"),
+        ("dilated_ring/plan.py", "import dilated_kernels"),
+        ("dilated_sparse/plan.py", "def f():\n    import dilated_ring"),
+        ("dilated_kernels/plan.py", "import dilated_models"),
+        ("dilated_core/strips.py", "import dilated_core.reference"),
+        ("dilated_models/model.py", "from dilated_core.reference import oracle"),
+        ("dilated_core/reference.py", "import dilated_core.strips\noracle = 1"),
+        ("dilated_core/merge.py", "import dilated_core.testing.cases"),
+        ("dilated_models/model.py", "from dilated_core.testing import cases"),
+    ],
+)
+def test_every_other_direction_is_refused(tmp_path: Path, file: str, text: str) -> None:
+    result = run_contracts(tmp_path, GOOD | {file: text})
+    assert result.returncode == 1, result.stdout
+    assert "BROKEN" in result.stdout
+
+
+def test_every_package_is_named_in_the_contracts_and_the_sources() -> None:
+    tables = tomllib.loads(CONFIG)["tool"]
+    packages = find_packages()
+    names = [package.import_name for package in packages.values()]
+    assert tables["importlinter"]["root_packages"] == names
+    assert list(tables["uv"]["sources"]) == list(packages)

@@ -1,1 +1,62 @@
-"""dilated-core."""
+"""Dilated attention (LongNet, arXiv 2307.02486), exact on any device.
+
+The flow, in the order to read it: `pattern` says which positions each head keeps, `strips` turns
+each branch into strided views, a backend (`eager`, `sdpa`, or another package's) attends within a
+strip and returns (out, lse), `merge` combines them, `ops` makes operators of it, and `attention` is
+what users call. `reference` is the definition itself, which every test compares with.
+"""
+
+from importlib.metadata import version as _version
+
+from dilated_core.attention import dilated_attention, dilated_attention_with_lse
+from dilated_core.backend import AttentionBackend, AttentionInputs
+from dilated_core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.factory import (
+    AttentionVariant,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+)
+from dilated_core.merge import merge_partials
+from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
+from dilated_core.output import AttentionOutput
+from dilated_core.pattern import Branch, DilatedPattern
+from dilated_core.reference import (
+    reference_dilated_attention,
+    reference_dilated_attention_with_lse,
+)
+from dilated_core.registry import (
+    available_backends,
+    explain_backends,
+    register_backend,
+    unregister_backend,
+)
+
+__version__ = _version("dilated-core")
+
+__all__ = [
+    # attention
+    "AttentionOutput",
+    "dilated_attention",
+    "dilated_attention_with_lse",
+    "merge_partials",
+    "reference_dilated_attention",
+    "reference_dilated_attention_with_lse",
+    # the pattern
+    "Branch",
+    "DilatedPattern",
+    # modules
+    "AttentionVariant",
+    "DilatedAttention",
+    "DilatedAttentionConfig",
+    "MultiheadConfig",
+    "MultiheadDilatedAttention",
+    "create_dilated_attention",
+    "create_multihead_dilated_attention",
+    # backends
+    "AttentionBackend",
+    "AttentionInputs",
+    "available_backends",
+    "explain_backends",
+    "register_backend",
+    "unregister_backend",
+]

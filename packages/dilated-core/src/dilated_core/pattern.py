@@ -97,9 +97,7 @@ class DilatedPattern:
         """The (segment_length, dilation_rate) pairs, in the order given."""
         return tuple(map(Branch, self.segment_lengths, self.dilation_rates))
 
-    def materialize(
-        self, seq_len: int, num_heads: int, *, is_causal: bool = False
-    ) -> torch.Tensor:
+    def materialize(self, seq_len: int, num_heads: int, *, is_causal: bool = False) -> torch.Tensor:
         """Dense key counts: how often each query sees each key. For tests and plots.
 
         Args:

@@ -1,0 +1,97 @@
+"""What a backend is: ordinary attention on one strip, forward and backward from a given lse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from dilated_core.output import AttentionOutput
+
+CONTRACT_VERSION = 1
+"""Raised when the methods below change meaning; a backend written for another one is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What a backend may ask about a call before it says whether it can run it.
+
+    Attributes:
+        device: Where q, k and v are.
+        dtype: Their dtype.
+        num_heads: H.
+        head_dim: D.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    head_dim: int
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Ordinary attention that returns its lse, on strided `(B, S, H, D)` views.
+
+    The dilation is outside: a backend sees strips, whose last stride is 1 and whose other strides
+    may be anything. Two strips of one call never overlap, so results may be written anywhere new.
+
+    A backend may also offer the whole pattern in one launch, with
+
+        dilated_forward(q, k, v, pattern, *, is_causal, scale) -> AttentionOutput
+        dilated_backward(dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale)
+            -> (dq, dk, dv)
+
+    on whole tensors (`dlse` may be None); then these are used instead of the strips.
+
+    Attributes:
+        name: What `backend=` says, such as "sdpa".
+        priority: `backend="auto"` takes the highest that can run. eager is 0, sdpa is 10.
+        contract: The `CONTRACT_VERSION` the backend was written for.
+    """
+
+    name: str
+    priority: int
+    contract: int
+
+    def why_not(self, inputs: AttentionInputs) -> list[str]:
+        """Reasons why it cannot run these inputs, each a sentence; empty if it can."""
+        ...
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+    ) -> AttentionOutput:
+        """Softmax attention of q `(B, M, H, D)` over k and v of the same shape.
+
+        Returns:
+            `out` in the dtype of q, `lse` float32 (float64 for float64 inputs), natural logarithm.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v, *given* `out` and `lse` of a softmax over possibly more keys.
+
+        p = exp(scale · q·kᵀ − lse), delta = rowsum(dout · out), ds = p · (dout·vᵀ − delta); then
+        dq = scale · ds·k, dk = scale · dsᵀ·q, dv = pᵀ·dout. Nothing is renormalised: with the lse
+        and out that were merged over all branches, the sum of these over the branches is the exact
+        gradient, mixing weights included.
+        """
+        ...

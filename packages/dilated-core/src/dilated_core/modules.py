@@ -1,0 +1,309 @@
+"""Dilated attention as modules: alone, and with the projections of a transformer layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from dilated_core.attention import dilated_attention
+from dilated_core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.pattern import DilatedPattern, HeadOffsets, Padding
+
+
+class DilatedAttention(nn.Module):
+    """`dilated_attention` with its pattern and options as a module without parameters.
+
+    Args:
+        segment_lengths: w of each branch, in positions.
+        dilation_rates: r of each branch, in positions.
+        head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
+        padding: `"masked"` or `"attended"`, see `DilatedPattern`.
+        scale: Factor of the scores; 1/√head_dim if None.
+        backend: `"auto"` or the name of a backend.
+
+    Raises:
+        TypeError, ValueError: As `DilatedPattern` does.
+
+    Example:
+        >>> attention = DilatedAttention(segment_lengths=[8, 32], dilation_rates=[1, 4])
+        >>> q = k = v = torch.randn(1, 64, 4, 16)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 64, 4, 16])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        *,
+        head_offsets: HeadOffsets = "interleaved",
+        padding: Padding = "masked",
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.config = DilatedAttentionConfig(
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
+            head_offsets=head_offsets,
+            padding=padding,
+            scale=scale,
+            backend=backend,
+        )
+        self.pattern: DilatedPattern = self.config.pattern
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False
+    ) -> torch.Tensor:
+        """`(B, S, H, D)` q, k, v -> `(B, S, H, D)`; see `dilated_attention`."""
+        return dilated_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            is_causal=is_causal,
+            scale=self.config.scale,
+            backend=self.config.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The pattern, for `repr`."""
+        c = self.config
+        parts = [
+            f"segment_lengths={list(c.segment_lengths)}, dilation_rates={list(c.dilation_rates)}"
+        ]
+        defaults = {"head_offsets": "interleaved", "padding": "masked", "scale": None}
+        for name, default in {**defaults, "backend": "auto"}.items():
+            if getattr(c, name) != default:
+                parts.append(f"{name}={getattr(c, name)!r}")
+        return ", ".join(parts)
+
+
+class MultiheadDilatedAttention(nn.Module):
+    """Multi-head self-attention with dilated attention inside, as MAGNETO arranges it.
+
+    Query, key and value projections, dilated attention, LayerNorm on its output, output projection.
+    Initialised as in MAGNETO (arXiv 2210.06423): xavier-uniform, with gain 1/√2 on q and k, γ/√2 on
+    v and γ on the output; biases 0. It stands in for `nn.MultiheadAttention(batch_first=True)`, in
+    `nn.TransformerEncoderLayer` too.
+
+    Args:
+        embed_dim: E, the width of inputs and outputs; a multiple of `num_heads`.
+        num_heads: H.
+        segment_lengths: w of each branch, in positions.
+        dilation_rates: r of each branch, in positions.
+        bias: Whether the projections add a bias.
+        layer_norm: Whether to normalise the attention's output before the output projection.
+        layer_norm_eps: Epsilon of that LayerNorm.
+        gamma_init: γ, the gain of the initial v and output projections.
+        head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
+        padding: `"masked"` or `"attended"`, see `DilatedPattern`.
+        scale: Factor of the scores; 1/√head_dim if None.
+        backend: `"auto"` or the name of a backend.
+        device, dtype: Of the parameters.
+
+    Raises:
+        TypeError, ValueError: As `MultiheadConfig` and `DilatedPattern` do.
+
+    Example:
+        >>> mha = MultiheadDilatedAttention(
+        ...     embed_dim=32, num_heads=4, segment_lengths=[8, 32], dilation_rates=[1, 4]
+        ... )
+        >>> x = torch.randn(2, 50, 32)
+        >>> mha(x, x, x, is_causal=True).shape
+        torch.Size([2, 50, 32])
+    """
+
+    # nn.TransformerEncoderLayer looks at these to decide on its fused path for inference, which
+    # would go round this module; they say "not for me".
+    batch_first = True
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        *,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        head_offsets: HeadOffsets = "interleaved",
+        padding: Padding = "masked",
+        scale: float | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = MultiheadConfig(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            device=device,
+            dtype=dtype,
+        )
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.head_dim = embed_dim // num_heads
+        self.attention = DilatedAttention(
+            segment_lengths,
+            dilation_rates,
+            head_offsets=head_offsets,
+            padding=padding,
+            scale=scale,
+            backend=backend,
+        )
+
+        def linear() -> nn.Linear:
+            return nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        self.layer_norm = (
+            nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
+            if layer_norm
+            else None
+        )
+        self.out_proj = linear()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew (MAGNETO, arXiv 2210.06423)."""
+        gamma = self.config.gamma_init
+        for projection, gain in (
+            (self.q_proj, 1 / math.sqrt(2)),
+            (self.k_proj, 1 / math.sqrt(2)),
+            (self.v_proj, gamma / math.sqrt(2)),
+            (self.out_proj, gamma),
+        ):
+            nn.init.xavier_uniform_(projection.weight, gain=gain)
+            # Typed as a Tensor by torch, but None for bias=False.
+            if self.config.bias:
+                nn.init.zeros_(projection.bias)
+        if self.layer_norm is not None:
+            self.layer_norm.reset_parameters()
+
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(B, S, E)` inputs -> q, k, v `(B, S, H, D)`."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; it must be (batch, sequence, "
+                    f"{self.embed_dim})."
+                )
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
+            for projection, x in (
+                (self.q_proj, query),
+                (self.k_proj, key),
+                (self.v_proj, value),
+            )
+        )
+        return q, k, v
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False
+    ) -> torch.Tensor:
+        """Dilated attention of `(B, S, H, D)` q, k, v."""
+        return self.attention(q, k, v, is_causal=is_causal)
+
+    def combine(self, out: torch.Tensor) -> torch.Tensor:
+        """LayerNorm and output projection: `(B, S, H, D)` -> `(B, S, E)`."""
+        out = out.flatten(-2)
+        return self.out_proj(out if self.layer_norm is None else self.layer_norm(out))
+
+    @overload
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        is_causal: bool = ...,
+        attn_mask: torch.Tensor | None = ...,
+        key_padding_mask: None = ...,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        is_causal: bool = ...,
+        attn_mask: torch.Tensor | None = ...,
+        key_padding_mask: None = ...,
+        need_weights: bool,
+    ) -> tuple[torch.Tensor, None]: ...
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        is_causal: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        **need_weights: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """Self-attention of `(B, S, E)` query, key and value.
+
+        Args:
+            query, key, value: `(B, S, E)`, of one shape.
+            is_causal: Position i sees only positions j ≤ i.
+            attn_mask: Accepted where it says what `is_causal=True` says, as in calls from
+                `nn.TransformerEncoderLayer`; any other mask is refused.
+            key_padding_mask: Must be None.
+            need_weights: If passed at all, the result is `(tensor, None)`, as callers written for
+                `nn.MultiheadAttention` expect. The weights themselves are never formed.
+
+        Returns:
+            `(B, S, E)`, or the pair of it and None if `need_weights` is passed.
+
+        Raises:
+            TypeError: If an unknown keyword is given.
+            ValueError: If a shape does not fit, or a mask is given that cannot be honoured.
+        """
+        if unknown := need_weights.keys() - {"need_weights"}:
+            raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}.")
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask is given, and this version has none; run sequences of unequal "
+                "length one by one, or causally with the padding on the right."
+            )
+        if attn_mask is not None:
+            _check_mask_is_causal(attn_mask, query.shape[1], is_causal)
+        q, k, v = self.project(query, key, value)
+        y = self.combine(self.attend(q, k, v, is_causal=is_causal))
+        return (y, None) if need_weights else y
+
+    def extra_repr(self) -> str:
+        """The sizes, for `repr`."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
+
+
+def _check_mask_is_causal(mask: torch.Tensor, seq_len: int, is_causal: bool) -> None:
+    """Refuse every `attn_mask` but the causal one that accompanies `is_causal=True`."""
+    if is_causal and mask.shape == (seq_len, seq_len):
+        hides = mask if mask.dtype == torch.bool else mask == float("-inf")
+        causal = torch.ones_like(hides).triu(1)
+        adds_nothing = mask.dtype == torch.bool or not mask.masked_fill(causal, 0).any()
+        if adds_nothing and torch.equal(hides, causal):
+            return
+    raise ValueError(
+        f"attn_mask has shape {tuple(mask.shape)} with is_causal={is_causal}; the pattern decides "
+        f"which keys a query sees, so pass attn_mask=None, and is_causal=True for causality."
+    )

@@ -1,0 +1,131 @@
+"""Backend `sdpa`: PyTorch's own fused attention kernels, those that return the lse.
+
+These operators are what `torch.nn.functional.scaled_dot_product_attention` dispatches to. They are
+called directly because the public function neither returns the lse nor takes one for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dilated_core.backend import CONTRACT_VERSION, AttentionInputs
+from dilated_core.output import AttentionOutput
+
+_aten: Any = torch.ops.aten
+
+_CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+_AMPERE = (8, 0)
+
+
+class SdpaBackend:
+    """PyTorch's flash attention on CPU; its flash and memory-efficient attention on CUDA."""
+
+    name = "sdpa"
+    priority = 10
+    contract = CONTRACT_VERSION
+
+    def why_not(self, inputs: AttentionInputs) -> list[str]:
+        """See `AttentionBackend.why_not`."""
+        kind = inputs.device.type
+        if kind == "cpu":
+            return _wrong_dtype(inputs, _CPU_DTYPES)
+        if kind != "cuda":
+            return [f"the device is {kind}; PyTorch has kernels that return lse for cpu and cuda."]
+        if not torch.cuda.is_available():
+            return ["the device is cuda; this PyTorch sees no CUDA device."]
+        reasons = _wrong_dtype(inputs, (torch.float32, *_HALF_DTYPES))
+        if (
+            inputs.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(inputs.device) < _AMPERE
+        ):
+            reasons.append("the dtype is bfloat16; this GPU is older than compute capability 8.0.")
+        # One 16-byte load: 8 half-precision or 4 float32 values.
+        multiple = 4 if inputs.dtype == torch.float32 else 8
+        if inputs.head_dim % multiple:
+            reasons.append(
+                f"head_dim is {inputs.head_dim}; PyTorch's CUDA kernels need a multiple of "
+                f"{multiple}."
+            )
+        return reasons
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+    ) -> AttentionOutput:
+        """See `AttentionBackend.forward`."""
+        q_BHMD, k_BHMD, v_BHMD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if q.device.type == "cpu":
+            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, scale=scale
+            )
+        elif _has_cuda_flash(q):
+            out, lse = _aten._scaled_dot_product_flash_attention(
+                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, False, scale=scale
+            )[:2]
+        else:
+            out, lse = _aten._scaled_dot_product_efficient_attention(
+                q_BHMD, k_BHMD, v_BHMD, None, True, 0.0, is_causal, scale=scale
+            )[:2]
+            lse = lse[:, :, : q.shape[1]]  # the kernel pads rows to a multiple of 32
+        return AttentionOutput(out.transpose(1, 2), lse.transpose(1, 2))
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `AttentionBackend.backward`."""
+        M = q.shape[1]
+        dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
+        if q.device.type == "cpu":
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
+            )
+        else:
+            # Neither kernel uses the random state without dropout, yet both want one.
+            no_rng = torch.zeros((), dtype=torch.int64, device=q.device)
+            if _has_cuda_flash(q):
+                grads = _aten._scaled_dot_product_flash_attention_backward(
+                    dout, q, k, v, out, lse.contiguous(), None, None, M, M, 0.0, is_causal,
+                    no_rng, no_rng, scale=scale,
+                )  # fmt: skip
+            else:
+                # A padded lse row must be +inf, for exp(score − lse) to be 0 there.
+                lse = torch.nn.functional.pad(lse, (0, -M % 32), value=float("inf")).contiguous()
+                grads = _aten._scaled_dot_product_efficient_attention_backward(
+                    dout, q, k, v, None, out, lse, no_rng, no_rng, 0.0,
+                    [True, True, True, False], is_causal, scale=scale,
+                )[:3]  # fmt: skip
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+
+
+def _wrong_dtype(inputs: AttentionInputs, allowed: tuple[torch.dtype, ...]) -> list[str]:
+    if inputs.dtype in allowed:
+        return []
+    dtype, *names = (str(d).removeprefix("torch.") for d in (inputs.dtype, *allowed))
+    return [f"the dtype is {dtype}; it takes {', '.join(names)}."]
+
+
+def _has_cuda_flash(q: torch.Tensor) -> bool:
+    """Whether PyTorch's CUDA flash kernel takes these; its memory-efficient one takes the rest."""
+    return (
+        q.dtype in _HALF_DTYPES
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= _AMPERE
+    )

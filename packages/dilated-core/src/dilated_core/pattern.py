@@ -114,7 +114,9 @@ class DilatedPattern:
             for head in range(num_heads):
                 offset = head_offset(head, r, num_heads, self.head_offsets)
                 for start in range(0, seq_len, w):
-                    rows = torch.arange(start + offset, min(start + w, seq_len), r)
+                    first = start + offset
+                    # A short segment may end before the offset: then it keeps nothing.
+                    rows = torch.arange(first, max(first, min(start + w, seq_len)), r)
                     counts[head, rows[:, None], rows[None, :]] += 1
         return counts.tril_() if is_causal else counts
 

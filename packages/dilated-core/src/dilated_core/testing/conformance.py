@@ -1,0 +1,273 @@
+"""The suite every backend must pass.
+
+Subclass it in the package of the backend:
+
+    class TestSdpa(BackendConformance):
+        backend = "sdpa"
+        dtypes = (torch.float64, torch.float32, torch.bfloat16)
+
+The tests cannot be overridden, so a backend passes all of them or says in `dtypes` and `device`
+what it does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from dilated_core.attention import dilated_attention_with_lse
+from dilated_core.pattern import DilatedPattern
+from dilated_core.reference import reference_dilated_attention_with_lse
+from dilated_core.registry import get_backend
+from dilated_core.testing.cases import AWKWARD_CASES, Case, random_cases
+from dilated_core.testing.error_budget import (
+    assert_within_budget,
+    pytorch_errors,
+    relative_error,
+)
+
+# Accumulated rounding of float64 over a few hundred keys, with room for cancellation.
+_FLOAT64_ERROR = 1e-10
+
+BUDGET_PATTERN = DilatedPattern([128, 256, 512], [1, 2, 4])
+
+
+class BackendConformance:
+    """Base class of each backend's tests; see the module.
+
+    Attributes:
+        backend: Name of the backend.
+        device: Where to run it.
+        dtypes: Dtypes it runs. With float64 it is held to exactness, otherwise to budgets.
+    """
+
+    backend: ClassVar[str]
+    device: ClassVar[str] = "cpu"
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory(self) -> Iterator[None]:
+        """Fill what `torch.empty` returns with NaN, so that reading it shows."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse subclasses that replace a test."""
+        super().__init_subclass__(**kwargs)
+        replaced = [name for name in vars(cls) if name in _TEST_NAMES]
+        if replaced:
+            raise TypeError(
+                f"{cls.__name__} replaces {', '.join(replaced)}; a backend passes the conformance "
+                f"tests as they are."
+            )
+
+    def _attend(
+        self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return dilated_attention_with_lse(
+            q, k, v, case.pattern, is_causal=case.is_causal, backend=self.backend
+        )
+
+    def _compare_with_oracle(self, case: Case, dtype: torch.dtype, bound: float) -> None:
+        q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+        out, lse = self._attend(case, q, k, v)
+        exact_out, exact_lse = reference_dilated_attention_with_lse(
+            q, k, v, case.pattern, is_causal=case.is_causal
+        )
+        assert out.dtype == dtype
+        assert out.shape == q.shape
+        assert lse.shape == out.shape[:-1]
+        assert lse.dtype == torch.promote_types(dtype, torch.float32)
+        empty = exact_lse == -torch.inf
+        assert torch.equal(lse == -torch.inf, empty)
+        assert (out[empty] == 0).all()
+        got = torch.autograd.grad(out, (q, k, v), dout)
+        exact = torch.autograd.grad(exact_out, (q, k, v), dout.double())
+        errors = {
+            "out": relative_error(out, exact_out),
+            "lse": relative_error(lse.masked_fill(empty, 0), exact_lse.masked_fill(empty, 0)),
+            **{
+                name: relative_error(a, e)
+                for name, a, e in zip(("dq", "dk", "dv"), got, exact, strict=True)
+            },
+        }
+        assert all(error <= bound for error in errors.values()), errors
+        # No key and no query of an empty row has a gradient.
+        unused = case.pattern.materialize(case.seq_len, case.num_heads).sum(1).T == 0
+        assert all((grad[:, unused] == 0).all() for grad in got)
+
+    @pytest.mark.parametrize("case", AWKWARD_CASES, ids=lambda case: case.name)
+    def test_awkward_cases_match_the_oracle(self, case: Case) -> None:
+        """Forward, lse and gradients, on the shapes that break careless code."""
+        dtype, bound = self._sharpest()
+        self._compare_with_oracle(case, dtype, bound)
+
+    @settings(
+        max_examples=100, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
+    )
+    @given(case=random_cases())
+    def test_random_cases_match_the_oracle(self, case: Case) -> None:
+        """The same on any pattern and any shape."""
+        dtype, bound = self._sharpest()
+        self._compare_with_oracle(case, dtype, bound)
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_error_budgets(self, is_causal: bool) -> None:
+        """In every dtype at most twice as inaccurate as PyTorch's own attention.
+
+        Not in float64, which is the oracle's own dtype and has no better self to compare with.
+        """
+        for dtype in set(self.dtypes) - {torch.float64}:
+            case = Case(
+                seq_len=600, head_dim=32, pattern=BUDGET_PATTERN, is_causal=is_causal, batch_size=2
+            )
+            q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+            out, _ = self._attend(case, q, k, v)
+            exact_out, _ = reference_dilated_attention_with_lse(
+                q, k, v, case.pattern, is_causal=is_causal
+            )
+            assert_within_budget(
+                [out, *torch.autograd.grad(out, (q, k, v), dout)],
+                [exact_out, *torch.autograd.grad(exact_out, (q, k, v), dout.double())],
+                pytorch_errors(q, k, v, dout, is_causal=is_causal),
+            )
+
+    def test_gradient_through_lse(self) -> None:
+        """A gradient of lse reaches q and k."""
+        dtype, bound = self._sharpest()
+        for is_causal in (False, True):
+            pattern = DilatedPattern([10, 24, 60], [1, 2, 4], padding="attended")
+            case = Case(seq_len=77, batch_size=2, pattern=pattern, is_causal=is_causal)
+            q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+            dlse = dout.sum(-1)
+            out, lse = self._attend(case, q, k, v)
+            exact = reference_dilated_attention_with_lse(q, k, v, case.pattern, is_causal=is_causal)
+            got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse.to(lse.dtype)))
+            want = torch.autograd.grad(exact, (q, k, v), (dout.double(), dlse.double()))
+            for a, e in zip(got, want, strict=True):
+                assert relative_error(a, e) <= bound
+
+    def test_any_strides(self) -> None:
+        """Transposed, sliced, expanded and reversed-layout inputs give the contiguous result."""
+        dtype, bound = self._sharpest()
+        case = Case(seq_len=40, batch_size=2, pattern=DilatedPattern([8, 40], [1, 4]))
+        q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+        packed = torch.stack([q, k, v], 2).detach().requires_grad_()
+        layouts = [
+            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
+            list(packed.unbind(2)),
+            [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)],
+            [x.repeat_interleave(2, 0)[::2] for x in (q, k, v)],
+        ]
+        expected, _ = self._attend(case, q, k, v)
+        for tensors in layouts:
+            out, _ = self._attend(case, *tensors)
+            assert relative_error(out, expected) <= bound
+            got = torch.autograd.grad(out, tensors, dout.expand_as(out))
+            want = torch.autograd.grad(expected, (q, k, v), dout, retain_graph=True)
+            for a, e in zip(got, want, strict=True):
+                assert relative_error(a, e) <= bound
+        one = q[:1, :1].expand(2, 40, -1, -1)
+        a, _ = self._attend(case, one, one, one)
+        b, _ = self._attend(case, *(one.contiguous() for _ in range(3)))
+        assert torch.equal(a, b)
+        # The gradient of a plain sum is an expanded scalar.
+        expanded = torch.autograd.grad(expected.sum(), q)[0]
+        assert torch.isfinite(expanded).all()
+
+    def test_future_does_not_matter(self) -> None:
+        """Causal results before a changed position stay the same to the bit."""
+        dtype, _ = self._sharpest()
+        pattern = DilatedPattern([8, 16, 64], [1, 2, 4])
+        case = Case(seq_len=64, pattern=pattern, is_causal=True)
+        q, k, v, _ = (x.detach() for x in case.tensors(dtype=dtype, device=self.device))
+        before, _ = self._attend(case, q, k, v)
+        for position in (1, 17, 40, 63):
+            changed = [x.clone() for x in (q, k, v)]
+            for x in changed:
+                x[:, position:] += 1
+            after, _ = self._attend(case, *changed)
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[:, position:], before[:, position:])
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_tokens_influence_exactly_those_that_see_them(self, is_causal: bool) -> None:
+        """The pattern of non-zero ∂out_i/∂v_j is that of the dense counts."""
+        dtype, _ = self._sharpest()
+        pattern = DilatedPattern([6, 13, 24], [1, 3, 4])
+        case = Case(seq_len=24, num_heads=5, head_dim=1, pattern=pattern, is_causal=is_causal)
+        q, k, v, _ = case.tensors(dtype=dtype, device=self.device)
+        out, _ = self._attend(case, q, k, v)
+        influence = torch.stack(
+            [
+                torch.autograd.grad(out[0, i, :, 0].sum(), v, retain_graph=True)[0][0, :, :, 0].T
+                for i in range(24)
+            ],
+            dim=1,
+        )
+        counts = pattern.materialize(24, 5, is_causal=is_causal)
+        assert torch.equal(influence.cpu() != 0, counts != 0)
+
+    def test_backward_uses_the_given_lse(self) -> None:
+        """On half of the keys, with out and lse of all keys, gradients add up to the whole."""
+        dtype, bound = self._sharpest()
+        kernel = get_backend(self.backend)
+        case = Case(seq_len=32, pattern=DilatedPattern([32], [1]), batch_size=2)
+        q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+        out, lse = self._attend(case, q, k, v)
+        want = torch.autograd.grad(out, (q, k, v), dout)
+        halves = [slice(0, 16), slice(16, 32)]
+        got = [torch.zeros_like(q) for _ in range(3)]
+        with torch.no_grad():
+            for queries in halves:
+                for keys in halves:
+                    dq, dk, dv = kernel.backward(
+                        dout[:, queries], q[:, queries], k[:, keys], v[:, keys],
+                        out[:, queries], lse[:, queries],
+                        is_causal=False, scale=case.head_dim**-0.5,
+                    )  # fmt: skip
+                    got[0][:, queries] += dq
+                    got[1][:, keys] += dk
+                    got[2][:, keys] += dv
+        for a, e in zip(got, want, strict=True):
+            assert relative_error(a, e) <= bound
+
+    def test_nan_propagates(self) -> None:
+        """A NaN in one key makes NaN of the rows that see it, and of no other."""
+        dtype, _ = self._sharpest()
+        case = Case(seq_len=32, num_heads=2, pattern=DilatedPattern([8, 16], [1, 2]))
+        q, k, v, _ = (x.detach() for x in case.tensors(dtype=dtype, device=self.device))
+        k[0, 3, 0] = torch.nan
+        out, lse = self._attend(case, q, k, v)
+        sees = case.pattern.materialize(32, 2)[:, :, 3].T > 0
+        sees[:, 1] = False
+        assert torch.equal(out.isnan().all(-1)[0].cpu(), sees)
+        assert torch.equal(lse.isnan()[0].cpu(), sees)
+
+    def test_repeated_calls_are_equal(self) -> None:
+        """Forward and backward give the same bits twice."""
+        dtype, _ = self._sharpest()
+        case = Case(seq_len=200, pattern=DilatedPattern([32, 64], [1, 2]))
+        results: list[list[torch.Tensor]] = []
+        for _ in range(2):
+            q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+            out, lse = self._attend(case, q, k, v)
+            results.append([out, lse, *torch.autograd.grad(out, (q, k, v), dout)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def _sharpest(self) -> tuple[torch.dtype, float]:
+        """The most precise dtype it runs, and what exactness means in it."""
+        dtype = max(self.dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
+        if dtype == torch.float64:
+            return dtype, _FLOAT64_ERROR
+        # A few hundred roundings of the dtype; budgets are what holds it to more.
+        return dtype, 200 * torch.finfo(dtype).eps
+
+
+_TEST_NAMES = frozenset(name for name in vars(BackendConformance) if name.startswith("test_"))

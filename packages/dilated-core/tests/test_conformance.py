@@ -1,0 +1,39 @@
+"""The backends of this package pass the suite that every backend must pass."""
+
+import pytest
+import torch
+from dilated_core.testing import BackendConformance
+
+ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TestEager(BackendConformance):
+    backend = "eager"
+    dtypes = ALL
+
+
+class TestSdpa(BackendConformance):
+    backend = "sdpa"
+    dtypes = ALL
+
+
+@pytest.mark.gpu
+class TestEagerOnGpu(BackendConformance):
+    backend = "eager"
+    device = "cuda"
+    dtypes = ALL
+
+
+@pytest.mark.gpu
+class TestSdpaOnGpu(BackendConformance):
+    backend = "sdpa"
+    device = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_a_backend_cannot_replace_a_test():
+    with pytest.raises(TypeError, match="Weakened replaces test_any_strides"):
+
+        class Weakened(BackendConformance):
+            def test_any_strides(self):
+                pass

@@ -38,7 +38,7 @@ def tests(session: nox.Session, target: str) -> None:
         run_pytest(session, f"packages/{target}/tests")
 
 
-@nox.session
+@nox.session(reuse_venv=False)  # pip removes nothing
 @nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
 def lowest(session: nox.Session, target: str) -> None:
     """Tests of one package with the oldest versions it says it works with."""
@@ -128,7 +128,7 @@ def sync(session: nox.Session, *arguments: str) -> None:
         "uv",
         "sync",
         "--quiet",
-        f"--python={environment}",
+        f"--python={sys.executable}",  # another Python than last time replaces the environment
         *arguments,
         env={"UV_PROJECT_ENVIRONMENT": environment},
         external=True,

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     try:
         resolved = resolve(root)
     except subprocess.CalledProcessError as error:  # uv has printed why
-        return report([f"uv could not resolve the workspace (exit {error.returncode})"], good="")
+        return report([f"uv could not resolve the workspace (exit {error.returncode})"])
     if write:
         path.write_text(resolved, encoding="utf-8")
     committed = path.read_text(encoding="utf-8") if path.exists() else None

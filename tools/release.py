@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     try:
         version = Version(options.version)
     except InvalidVersion:
-        return report([f"{options.version!r} is not a version; write one like 0.2.0"], good="")
+        return report([f"{options.version!r} is not a version; write one like 0.2.0"])
     if problems := release_problems(package, version, packages, root):
-        return report(problems, good="")
+        return report(problems)
 
     paths = [package.folder / name for name in ("pyproject.toml", "CHANGELOG.md")]
     before = {path: path.read_bytes() for path in paths}
@@ -109,11 +109,11 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         for path, content in before.items():
             path.write_bytes(content)
         if isinstance(error, subprocess.CalledProcessError):  # the program has printed why
-            return report([f"{' '.join(error.cmd[:3])} failed; nothing was changed"], good="")
+            return report([f"{' '.join(error.cmd[:3])} failed; nothing was changed"])
         raise
     tag = tag_name(package, version)
     built = ", ".join(file.name for file in files)
-    return report([], good=f"built {built}\nnext: git commit -am 'Release {tag}' && git tag {tag}")
+    return report([], f"built {built}\nnext: git commit -am 'Release {tag}' && git tag {tag}")
 
 
 if __name__ == "__main__":

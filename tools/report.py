@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 
-def report(problems: Sequence[str], *, good: str) -> int:
+def report(problems: Sequence[str], good: str = "") -> int:
     """Print the outcome and return the exit code."""
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

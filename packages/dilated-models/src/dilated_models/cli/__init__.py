@@ -1,0 +1,25 @@
+"""The `dilated` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; what the `dilated` script calls.
+
+    Exit codes: 0 done; 1 a run failed (its message says how); 2 something asked for is wrong, and
+    nothing was written; 130 after Ctrl-C and 143 after SIGTERM, with the state saved.
+    """
+    try:
+        from dilated_models.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in {"typer", "rich", "click"}:
+            raise
+        print(
+            f"dilated: {error.name} is not installed; the command line needs the extra cli: "
+            f"pip install 'dilated-models[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""User errors as one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import typer
+
+USAGE_ERROR = 2
+
+
+def fail(message: object, *, code: int = USAGE_ERROR) -> typer.Exit:
+    """Print one line on stderr; raise what is returned."""
+    typer.echo(f"dilated: {' '.join(str(message).split())}", err=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def user_errors() -> Generator[None]:
+    """Around the part of a command that checks what the user asked for, before any work.
+
+    A ValueError, TypeError or OSError there is the user's to mend, so its text is all they see. A
+    missing module is part of an extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise fail(
+            f"{error.name} is not installed; this needs the extra cli: "
+            f"pip install 'dilated-models[cli]'"
+        ) from error
+    except OSError as error:
+        raise fail(_os_error_text(error)) from error
+    except (ValueError, TypeError) as error:
+        raise fail(error) from error
+
+
+def _os_error_text(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror

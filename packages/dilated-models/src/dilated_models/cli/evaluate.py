@@ -1,0 +1,72 @@
+"""`dilated evaluate`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dilated_models.cli.errors import user_errors
+from dilated_models.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    MoreTextArgument,
+    TextOption,
+    all_text,
+)
+
+
+def evaluate(
+    checkpoint: CheckpointOption,
+    text: TextOption = None,
+    more_text: MoreTextArgument = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Window length in tokens; the trained one if left out.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Score this many tokens; all if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows scored at a time.")] = 8,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Bits per byte of a text, overall and by the length of the context."""
+    with user_errors(), tempfile.TemporaryDirectory(prefix="dilated-") as cache:
+        paths = all_text(text, more_text)
+        if paths is None:
+            raise ValueError("no text was named; add --text PATH.")
+        import torch
+
+        from dilated_models.evaluation import evaluate as score
+        from dilated_models.saving import load_model, load_vocabulary, read_config
+        from dilated_models.training.devices import choose_device, choose_dtype
+        from dilated_models.training.files import text_files
+        from dilated_models.training.report import context_lines
+        from dilated_models.training.streams import ByteStream
+        from dilated_models.training.vocabulary import TokenizerVocabulary, token_cache
+
+        where = choose_device(device)
+        autocast = torch.bfloat16 if choose_dtype(dtype, where) == "bfloat16" else None
+        model = load_model(checkpoint, device=where)
+        vocabulary = load_vocabulary(checkpoint)
+        pieces, _ = text_files(paths)
+        stream = ByteStream(pieces)
+        if isinstance(vocabulary, TokenizerVocabulary):
+            stream = token_cache(stream, pieces, vocabulary, Path(cache))
+        trained_seq_len = int(read_config(checkpoint)["training"]["seq_len"])
+        result = score(
+            model,
+            stream,
+            seq_len=trained_seq_len if seq_len is None else seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            autocast=autocast,
+        )
+    typer.echo(
+        f"{result.bits_per_byte:.4f} bits per byte over {result.num_bytes} bytes "
+        f"({result.num_tokens} tokens, {result.bits_per_token:.4f} bits each)"
+    )
+    typer.echo("\n".join(context_lines(result)))

@@ -1,0 +1,103 @@
+"""A live progress bar on a terminal, and a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dilated_models.evaluation import Evaluation
+from dilated_models.training.loop import StepRecord
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SMOOTHING = 0.1  # weight of the newest step in the loss and the rate that are shown
+
+
+class TrainingProgress:
+    """An observer of a run: step, bits per byte, tokens/s, peak memory, time left.
+
+    Args:
+        console: Where to; without a terminal, a plain line every ten seconds replaces the bar.
+        steps: Steps in all.
+        done: Steps done before.
+        peak_memory_bytes: Called for the most memory used so far.
+    """
+
+    def __init__(
+        self, console: Console, *, steps: int, done: int, peak_memory_bytes: Callable[[], int]
+    ) -> None:
+        self._console = console
+        self._steps = steps
+        self._peak_memory_bytes = peak_memory_bytes
+        self._bits_per_byte: float | None = None
+        self._seconds_per_token: float | None = None
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[what]}", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "train", total=steps, completed=done, numbers="", what="starting"
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def stepped(self, record: StepRecord) -> None:
+        """Move on by one step."""
+        self._bits_per_byte = _blend(self._bits_per_byte, record.bits_per_byte)
+        self._seconds_per_token = _blend(
+            self._seconds_per_token, record.seconds / record.num_tokens
+        )
+        numbers = (
+            f"{self._bits_per_byte:.3f} bits/byte · {1 / self._seconds_per_token:,.0f} tokens/s · "
+            f"{self._peak_memory_bytes() / 2**20:,.0f} MiB"
+        )
+        self._bar.update(self._task, completed=record.step, numbers=numbers, what="")
+        now = time.monotonic()
+        is_first_or_last = record.step in (1, self._steps)
+        if self._bar.disable and (
+            is_first_or_last or now - self._last_line >= _SECONDS_BETWEEN_LINES
+        ):
+            self._last_line = now
+            left = (self._steps - record.step) * record.num_tokens * self._seconds_per_token
+            self._say(f"step {record.step}/{self._steps} · {numbers} · {_clock(left)} left")
+
+    def validated(self, step: int, evaluation: Evaluation) -> None:
+        """Print the loss on the validation text."""
+        self._say(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
+
+    def busy(self, what: str) -> None:
+        """Say what is going on between steps."""
+        self._bar.update(self._task, what=what)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _blend(mean: float | None, newest: float) -> float:
+    return newest if mean is None else (1 - _SMOOTHING) * mean + _SMOOTHING * newest
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

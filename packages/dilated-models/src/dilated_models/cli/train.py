@@ -1,0 +1,231 @@
+"""`dilated train`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dilated_models.cli.errors import fail, user_errors
+from dilated_models.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    MoreTextArgument,
+    TextOption,
+    all_text,
+    integers,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dilated_models.training.run import Report, Run
+
+_RUNS = Path("runs")
+_CHOSEN_BY_RESUME = "--resume continues a run with the options it was started with; drop {}."
+
+
+def train(
+    text: TextOption = None,
+    more_text: MoreTextArgument = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the run; runs/<date>-<time> if left out."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, or the newest in runs/.")
+    ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="tiny (minutes on two CPU cores), small (one GPU), base (the paper's)."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Compute a batch in this many parts, to save memory.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Window length in tokens.")] = None,
+    segment_lengths: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="Segment length of each branch.")
+    ] = None,
+    dilation_rates: Annotated[
+        str | None, typer.Option(metavar="R,R,...", help="Dilation rate of each branch.")
+    ] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
+    feed_forward: Annotated[int | None, typer.Option(help="Width of the feed-forward.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Probability of dropout.")] = None,
+    checkpoint_activations: Annotated[
+        bool | None,
+        typer.Option(help="Recompute blocks in the backward pass, to save memory."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Attention backend: auto, or a name dilated info lists.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="bytes|FILE", help="bytes, or a tokenizer.json.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of initialisation, data order and dropout.")
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    validation_tokens: Annotated[
+        int | None, typer.Option(help="Tokens scored in a validation during training.")
+    ] = None,
+    final_validation_tokens: Annotated[
+        int | None, typer.Option(help="Tokens scored at the end.")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Train a LongNet on text; without --text, on the Python standard library's sources.
+
+    Ctrl-C or SIGTERM saves and exits with code 130 or 143; --resume goes on from there.
+    """
+    began = time.monotonic()
+    with user_errors():
+        from rich.console import Console
+
+        from dilated_models.cli.progress import TrainingProgress
+        from dilated_models.training.devices import choose_device, choose_dtype
+        from dilated_models.training.run import build, execute, peak_memory_bytes
+        from dilated_models.training.setup import new_run, resumed_run
+        from dilated_models.training.stopping import Stopped, StopSignals
+
+        where = choose_device(device)
+        chosen_dtype = choose_dtype(dtype, where)
+        paths = all_text(text, more_text)
+        model = _given(
+            d_model=d_model,
+            nhead=heads,
+            num_decoder_layers=layers,
+            dim_feedforward=feed_forward,
+            segment_lengths=integers("--segment-lengths", segment_lengths),
+            dilation_rates=integers("--dilation-rates", dilation_rates),
+            dropout=dropout,
+            activation_checkpointing=checkpoint_activations,
+            backend=backend,
+        )
+        training = _given(
+            batch_size=batch_size,
+            accumulation=accumulation,
+            seq_len=seq_len,
+            learning_rate=lr,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            seed=seed,
+            validate_every=validate_every,
+            validation_tokens=validation_tokens,
+            final_validation_tokens=final_validation_tokens,
+        )
+        movable = _given(steps=steps, checkpoint_every=checkpoint_every)
+        if resume:
+            fixed = model | training | _given(preset=preset, tokenizer=tokenizer, text=paths)
+            if dtype != "auto":
+                fixed["dtype"] = dtype
+            if fixed:
+                raise ValueError(_CHOSEN_BY_RESUME.format(", ".join(sorted(fixed))))
+            run = resumed_run(out or _newest_run(), device=where, training=movable)
+        else:
+            run = new_run(
+                folder=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+                preset=preset or "tiny",
+                text=paths,
+                tokenizer=tokenizer or "bytes",
+                device=where,
+                model=model,
+                training=training | movable | {"dtype": chosen_dtype},
+            )
+        state = build(run)
+        if resume:
+            state.restore(run.folder)
+    console = Console()
+    _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
+    progress = TrainingProgress(
+        console,
+        steps=run.training.steps,
+        done=state.step,
+        peak_memory_bytes=lambda: peak_memory_bytes(where),
+    )
+    with StopSignals() as signals:
+        try:
+            with progress:
+                report = execute(run, state, progress, signals)
+        except Stopped as stopped:
+            console.print(
+                f"{stopped}; everything is saved. Continue with: dilated train --resume "
+                f"--out {run.folder}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(stopped.exit_code) from None
+        except FloatingPointError as error:
+            raise fail(f"{error} Checkpoints so far are in {run.folder}.", code=1) from None
+    _conclude(console, run, report, time.monotonic() - began)
+
+
+def _printable(text: str) -> str:
+    """Text whose control characters a terminal shows instead of obeying."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _newest_run() -> Path:
+    runs = sorted(_RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise FileNotFoundError(
+            f"there is no run under {str(_RUNS)!r} to resume; name one with --out DIR."
+        )
+    return runs[-1].parent
+
+
+def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> None:
+    split, model, training = run.split, run.model, run.training
+    source = "the Python standard library" if run.text is None else ", ".join(run.text)
+    branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
+    megabytes = [
+        sum(piece.num_bytes for piece in side) / 1e6 for side in (split.train, split.validation)
+    ]
+    lines = [
+        f"{num_parameters / 1e6:.2f}M parameters, {model.num_decoder_layers} layers, "
+        f"segments/rates {branches}, {training.dtype} on {run.device}",
+        f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
+        + (f"; {split.skipped} binary files passed over" if split.skipped else ""),
+        f"{training.steps} steps of {training.batch_size} windows of {training.seq_len} tokens"
+        + (f", going on after step {step}" if step else "")
+        + f"; writing to {run.folder}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _conclude(console: Console, run: Run, report: Report, seconds: float) -> None:
+    from dilated_models.training.report import context_lines
+
+    result = report.evaluation
+    lines = [
+        "",
+        f"validation: {result.bits_per_byte:.3f} bits per byte over {result.num_bytes} bytes; "
+        f"xz -9 on the same {report.xz_bytes} bytes: {report.xz_bits_per_byte:.3f}",
+        "",
+        *context_lines(result),
+        "",
+        "sample, after the first bytes of the validation text:",
+        _printable(f"{report.prompt}|{report.sample}"),
+        "",
+        f"{run.folder}: model.safetensors, config.json, metrics.jsonl, loss.png, checkpoint.pt; "
+        f"{seconds:.0f} s in all",
+        f"more: dilated generate --checkpoint {run.folder} --prompt 'def '",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

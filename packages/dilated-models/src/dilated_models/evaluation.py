@@ -1,0 +1,159 @@
+"""How many bits per byte a model needs, and how that falls as it sees more context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.training.streams import TokenStream
+
+_SHORTEST_BUCKET = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextBucket:
+    """The loss at one range of context lengths.
+
+    Attributes:
+        shortest: Least number of tokens the model had seen, at least 1.
+        longest: Largest number of tokens the model had seen.
+        bits_per_byte: Mean over the targets predicted from such a context.
+        num_bytes: Bytes those targets stand for.
+    """
+
+    shortest: int
+    longest: int
+    bits_per_byte: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The loss of a model on a text.
+
+    Attributes:
+        bits_per_byte: Total bits of all targets, divided by the bytes they stand for.
+        bits_per_token: The same, per target token.
+        num_tokens: Targets scored: every token but the first.
+        num_bytes: Bytes the targets stand for.
+        by_context: The loss by the number of tokens seen, shortest context first.
+    """
+
+    bits_per_byte: float
+    bits_per_token: float
+    num_tokens: int
+    num_bytes: int
+    by_context: tuple[ContextBucket, ...]
+
+
+def evaluate(
+    model: LongNetLM,
+    stream: TokenStream,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    autocast: torch.dtype | None = None,
+    before_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a text in windows of `seq_len` tokens, laid end to end.
+
+    Each window starts without context; every token but the first is a target exactly once.
+
+    Args:
+        model: The model; its mode and device are left as they are found.
+        stream: The text.
+        seq_len: Longest context, in tokens.
+        max_tokens: Number of targets after which to stop; None means all.
+        batch_size: Windows scored at a time.
+        autocast: Compute matrix products in this dtype; None means the dtype of the parameters.
+        before_batch: Called with the targets scored so far and their number in all; may raise to
+            stop.
+
+    Raises:
+        ValueError: If the text has fewer than two tokens, or a number is below 1.
+    """
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    total = min(len(stream) - 1, max_tokens or len(stream))
+    if total < 1:
+        raise ValueError(
+            f"the text has {len(stream)} tokens; at least 2 are needed, one to see and one to "
+            f"predict."
+        )
+    nats = torch.zeros(seq_len, dtype=torch.float64)
+    num_bytes = torch.zeros(seq_len, dtype=torch.int64)
+    was_training = model.training
+    model.eval()
+    try:
+        done = 0
+        while done < total:
+            if before_batch is not None:
+                before_batch(done, total)
+            rows = min(batch_size, (total - done) // seq_len)
+            width = seq_len if rows else total - done  # the last, short window comes alone
+            count = max(rows, 1) * width
+            tokens = torch.from_numpy(stream.read(done, done + count + 1))  # pyright: ignore[reportUnknownMemberType]
+            lengths = torch.from_numpy(stream.byte_lengths(done + 1, done + count + 1))  # pyright: ignore[reportUnknownMemberType]
+            loss = _losses(model, tokens[:-1].view(-1, width), tokens[1:].view(-1, width), autocast)
+            nats[:width] += loss.sum(0)
+            num_bytes[:width] += lengths.view(-1, width).sum(0)
+            done += count
+    finally:
+        model.train(was_training)
+    bits = nats / math.log(2)
+    return Evaluation(
+        bits_per_byte=float(bits.sum() / num_bytes.sum()),
+        bits_per_token=float(bits.sum() / total),
+        num_tokens=total,
+        num_bytes=int(num_bytes.sum()),
+        by_context=_buckets(bits, num_bytes, min(seq_len, total)),
+    )
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
+    """`torch.autocast` to a dtype, or nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def _losses(
+    model: LongNetLM, inputs: Tensor, targets: Tensor, autocast: torch.dtype | None
+) -> Tensor:
+    """Nats of each target, `(B, S)` float64 on the CPU."""
+    device = model.embedding.weight.device
+    with autocast_to(autocast, device):
+        logits = model(inputs.to(device))
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    loss = cross_entropy(wide.flatten(0, 1), targets.to(device).flatten(), reduction="none")
+    return loss.view_as(targets).cpu().double()
+
+
+def _buckets(bits: Tensor, num_bytes: Tensor, longest: int) -> tuple[ContextBucket, ...]:
+    """Contexts of 1–16, 17–32, 33–64, … tokens."""
+    buckets: list[ContextBucket] = []
+    start, stop = 0, _SHORTEST_BUCKET
+    while start < longest:
+        stop = min(stop, longest)
+        in_bucket = int(num_bytes[start:stop].sum())
+        if in_bucket:
+            buckets.append(
+                ContextBucket(
+                    shortest=start + 1,
+                    longest=stop,
+                    bits_per_byte=float(bits[start:stop].sum() / in_bucket),
+                    num_bytes=in_bucket,
+                )
+            )
+        start, stop = stop, 2 * stop
+    return tuple(buckets)

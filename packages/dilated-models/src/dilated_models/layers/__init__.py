@@ -1,0 +1,1 @@
+"""The parts a LongNet is made of: positions, self-attention, feed-forward, block."""

@@ -1,0 +1,125 @@
+"""Rotary positions, with and without xPos's decay, at positions the caller names.
+
+Legend: B batch, S sequence, H heads, D head_dim.
+
+Positions are an argument, never a count of what happens to be in the tensor, so a shard of a
+sequence is rotated exactly as the whole sequence is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+PositionKind = Literal["xpos", "rotary", "none"]
+POSITION_KINDS: tuple[str, ...] = get_args(PositionKind)
+
+_ROTARY_BASE = 10_000.0
+# The largest part of a dtype's exponent range that a decay may use; the rest is left to q and k.
+_RANGE_SHARE = 0.9
+
+
+class Rotation(NamedTuple):
+    """Factors that rotate (and, for xPos, scale) queries and keys.
+
+    Attributes:
+        q_cos: `(S, 1, D)`, float32 (float64 for a float64 model), times q.
+        q_sin: Same shape, times q turned by a quarter.
+        k_cos: Same shape, times k.
+        k_sin: Same shape, times k turned by a quarter.
+    """
+
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+
+
+def rotation_at(
+    positions: Tensor,
+    head_dim: int,
+    *,
+    scale_base: float | None = 512.0,
+    center: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Rotation:
+    """Rotation factors of the given positions.
+
+    Pair i of the D/2 neighbouring channel pairs turns by n · 10000^(−2i/D) at position n (RoPE,
+    arXiv 2104.09864, eq. 15). xPos (arXiv 2212.10554, algorithm 1) also multiplies q by
+    ζᵢ^(n/scale_base) and divides k by it, ζᵢ = (2i/D + 0.4) / 1.4, so a score decays with the
+    distance of its query and key.
+
+    Args:
+        positions: `(S,)`, integer, the absolute position of each row, in tokens.
+        head_dim: D, even.
+        scale_base: Distance over which the decay is one factor ζ, in tokens; None is plain RoPE.
+        center: Position at which the xPos factor is 1. It cancels in every score and only keeps
+            the factors in range; it must be the same wherever q and k of one sequence are rotated.
+        dtype: float32 or float64, of the factors.
+
+    Returns:
+        Factors that broadcast over `(B, S, H, D)`.
+
+    Example:
+        >>> rotation = rotation_at(torch.arange(3), head_dim=4)
+        >>> rotation.q_cos.shape
+        torch.Size([3, 1, 4])
+        >>> rotation.q_cos[0].tolist()  # position 0 is left as it is
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+    # Angles grow with the position: in float32 they would be wrong by 0.06 rad at a million tokens.
+    # Apple's GPUs have no float64.
+    precise = torch.float32 if positions.device.type == "mps" else torch.float64
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=precise) / head_dim
+    angle = positions.to(precise)[:, None] * _ROTARY_BASE**-pair
+    cos, sin = angle.cos(), angle.sin()
+    if scale_base is None:
+        factors = (cos, sin, cos, sin)
+    else:
+        exponent = (positions - center).to(precise)[:, None] / scale_base
+        decay = ((pair + 0.4) / 1.4) ** exponent
+        factors = (cos * decay, sin * decay, cos / decay, sin / decay)
+    return Rotation(*(f.to(dtype).repeat_interleave(2, dim=-1)[:, None] for f in factors))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of `x`, `(B, S, H, D)`, by its position's angle.
+
+    Args:
+        x: Queries or keys.
+        cos: `(S, 1, D)` from `rotation_at`.
+        sin: `(S, 1, D)` from the same rotation.
+
+    Returns:
+        Same shape and dtype as `x`; computed in the dtype of `cos`.
+    """
+    even, odd = x[..., ::2], x[..., 1::2]
+    quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + quarter_turn * sin).to(x.dtype)
+
+
+def check_decay_range(largest_distance: int, scale_base: float, dtype: torch.dtype) -> None:
+    """Refuse positions whose xPos factor would leave the range of `dtype`.
+
+    Args:
+        largest_distance: Largest distance of a position from the center, in tokens.
+        scale_base: As in `rotation_at`.
+        dtype: Of q and k.
+
+    Raises:
+        ValueError: If the largest factor or its inverse would overflow or become subnormal.
+    """
+    exponent_per_token = -math.log(0.4 / 1.4) / scale_base
+    limit = -_RANGE_SHARE * math.log(torch.finfo(dtype).tiny)
+    if largest_distance * exponent_per_token > limit:
+        reach = math.floor(limit / exponent_per_token)
+        needed = math.ceil(scale_base * largest_distance / reach)
+        raise ValueError(
+            f"xPos with xpos_scale_base={scale_base:g} stays within the range of {dtype} up to "
+            f"{reach} positions from the center, but {largest_distance} are needed; use "
+            f'xpos_scale_base={needed} or more, or positions="rotary".'
+        )

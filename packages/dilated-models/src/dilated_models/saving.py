@@ -1,0 +1,161 @@
+"""Models on disk: `model.safetensors` and `config.json`, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import (
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
+
+from dilated_models.longnet.config import LongNetConfig
+from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.training.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Replace `path` by what `write` writes, or leave it as it was.
+
+    The content goes to a file beside `path`, reaches the disk, and only then takes the name; a
+    crash at any moment leaves the old file or the new one, whole.
+
+    Args:
+        path: The file to make or replace.
+        write: Called with the path to write to.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # make the new name itself durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_config(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `config.json` with the format version in front."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
+    write_atomically(folder / CONFIG_FILE, lambda path: _write_text(path, text))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read what `write_config` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder or the file is missing.
+        ValueError: If the file is not such a configuration.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no checkpoint folder: it has no {CONFIG_FILE}; name the --out "
+            f"folder of a training run."
+        )
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+        version = content["format_version"]
+        model, tokenizer = content["model"], content["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} was not written by dilated train ({type(error).__name__}: {error})."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format {version!r}, but this version of dilated-models reads "
+            f"format {FORMAT_VERSION}; use the version that wrote it."
+        )
+    if not isinstance(model, dict) or not isinstance(tokenizer, str):
+        raise ValueError(f"{str(path)!r} was not written by dilated train.")
+    return content
+
+
+def save_model(folder: Path, model: LongNetLM) -> None:
+    """Write `model.safetensors`; a tied output weight is stored once, as the embedding's."""
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del state["output.weight"]
+    write_atomically(
+        folder / MODEL_FILE, lambda path: save_file(state, path, metadata={"format": "pt"})
+    )
+
+
+def load_model(folder: Path, *, device: torch.device | str = "cpu") -> LongNetLM:
+    """Build the model of a folder and load its weights, every one of them.
+
+    Args:
+        folder: Holds `config.json` and `model.safetensors`.
+        device: Where the model goes.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or the weights do not fit the configuration.
+    """
+    config = _model_config(folder)
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {MODEL_FILE} yet; train until the first checkpoint is saved."
+        )
+    model = LongNetLM.from_config(config, device=device)
+    try:
+        state = load_file(path)
+        if config.tie_embeddings and "embedding.weight" in state:
+            state["output.weight"] = state["embedding.weight"]
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} does not hold this model's weights: {reason}") from error
+    return model.eval()
+
+
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of the model in a folder.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or the tokenizer has more tokens than the model.
+    """
+    name = read_config(folder)["tokenizer"]
+    vocabulary = (
+        ByteVocabulary() if name == "bytes" else TokenizerVocabulary(folder / TOKENIZER_FILE)
+    )
+    num_tokens = _model_config(folder).num_tokens
+    if vocabulary.num_tokens > num_tokens:
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} has {vocabulary.num_tokens} tokens, but the model "
+            f"only {num_tokens}; put back the tokenizer it was trained with."
+        )
+    return vocabulary
+
+
+def _model_config(folder: Path) -> LongNetConfig:
+    try:
+        return LongNetConfig.from_dict(read_config(folder)["model"])
+    except TypeError as error:
+        raise ValueError(f"{str(folder / CONFIG_FILE)!r}: {error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")

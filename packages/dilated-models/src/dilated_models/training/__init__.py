@@ -1,0 +1,1 @@
+"""Training a LongNet on text: files, streams, order, loop, checkpoints, report."""

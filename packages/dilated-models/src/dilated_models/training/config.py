@@ -1,0 +1,213 @@
+"""How to train, as data: the numbers of a run, and the presets they start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The numbers of a training run.
+
+    Args:
+        steps: Number of optimiser steps.
+        batch_size: Windows per step.
+        accumulation: Parts a batch is computed in, to save memory; divides `batch_size`.
+        seq_len: Window length, in tokens.
+        learning_rate: Peak, after warm-up.
+        warmup_steps: Steps of linear warm-up.
+        final_share: Learning rate at the end of the cosine, as a share of the peak.
+        weight_decay: AdamW's, on the weights of linear layers only.
+        beta1: AdamW's decay of the gradient's mean.
+        beta2: AdamW's decay of the squared gradient's mean.
+        gradient_clip: Largest gradient norm.
+        seed: Of initialisation, data order and dropout.
+        dtype: `"float32"`, or `"bfloat16"` for matrix products under autocast.
+        validation_share: Share of the text held out, in (0, 1).
+        validation_tokens: Targets scored in a validation during training.
+        final_validation_tokens: Targets scored at the end.
+        validate_every: Steps between validations.
+        checkpoint_every: Steps between checkpoints.
+
+    Raises:
+        TypeError: If a value has the wrong type, or `from_dict` finds an unknown name.
+        ValueError: If a value is out of range.
+    """
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seq_len: int
+    learning_rate: float
+    warmup_steps: int
+    final_share: float = 0.1
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    gradient_clip: float = 2.0
+    seed: int = 0
+    dtype: str = "float32"
+    validation_share: float = 0.05
+    validation_tokens: int = 1 << 15
+    final_validation_tokens: int = 1 << 17
+    validate_every: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            expected = {"int": int, "float": int | float, "str": str}[kind]
+            if not isinstance(value, expected) or isinstance(value, bool):
+                raise TypeError(f"{field.name} must be of type {kind}, got {value!r}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}.")
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "seq_len",
+            "validation_tokens",
+            "final_validation_tokens",
+            "validate_every",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "gradient_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.final_share <= 1:
+            raise ValueError(f"final_share must be in [0, 1], got {self.final_share}.")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"validation_share must be above 0 and below 1, got {self.validation_share}."
+            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation must divide batch_size, got accumulation={self.accumulation} and "
+                f"batch_size={self.batch_size}."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, from 0: linear warm-up, then a cosine down to the final share.
+
+        A pure function of the step, so a resumed run follows the same curve.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainingConfig:
+        """Inverse of `to_dict`; refuses unknown and missing names."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise TypeError(f"the training configuration does not fit: {error}.") from error
+
+
+class Preset(NamedTuple):
+    """A model and a run that suit each other.
+
+    Attributes:
+        model: Fields of `LongNetConfig`, but for the vocabulary.
+        training: Fields of `TrainingConfig`.
+        summary: What it is for, in one line.
+    """
+
+    model: dict[str, Any]
+    training: dict[str, Any]
+    summary: str
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(
+        model={
+            "d_model": 192,
+            "nhead": 6,
+            "num_decoder_layers": 4,
+            "dim_feedforward": 768,
+            "segment_lengths": (128, 256, 512, 1024),
+            "dilation_rates": (1, 2, 4, 8),
+            "activation": "gelu",
+            "tie_embeddings": True,
+        },
+        training={
+            "steps": 600,
+            "batch_size": 8,
+            "seq_len": 1024,
+            "learning_rate": 3e-3,
+            "warmup_steps": 50,
+            "validate_every": 100,
+            "checkpoint_every": 100,
+        },
+        summary="minutes on two CPU cores",
+    ),
+    "small": Preset(
+        model={
+            "d_model": 512,
+            "nhead": 8,
+            "num_decoder_layers": 8,
+            "dim_feedforward": 2048,
+            "segment_lengths": (512, 1024, 2048, 4096, 8192),
+            "dilation_rates": (1, 2, 4, 6, 12),
+            "activation": "gelu",
+            "tie_embeddings": True,
+        },
+        training={
+            "steps": 10_000,
+            "batch_size": 8,
+            "seq_len": 8192,
+            "learning_rate": 1e-3,
+            "warmup_steps": 500,
+            "validation_tokens": 1 << 18,
+            "final_validation_tokens": 1 << 20,
+            "validate_every": 500,
+            "checkpoint_every": 500,
+        },
+        summary="hours on one GPU",
+    ),
+    "base": Preset(
+        model={
+            "d_model": 768,
+            "nhead": 12,
+            "num_decoder_layers": 12,
+            "dim_feedforward": 3072,
+            "segment_lengths": (2048, 4096, 8192, 16384, 32768),
+            "dilation_rates": (1, 2, 4, 6, 12),
+            "activation": "gelu",
+            "activation_checkpointing": True,
+        },
+        training={
+            "steps": 300_000,
+            "batch_size": 16,
+            "accumulation": 16,
+            "seq_len": 32_768,
+            "learning_rate": 6e-4,
+            "warmup_steps": 750,
+            "validation_tokens": 1 << 20,
+            "final_validation_tokens": 1 << 22,
+            "validate_every": 1000,
+            "checkpoint_every": 1000,
+        },
+        summary="the paper's base model: 12 layers of 768, half a million tokens a step",
+    ),
+}

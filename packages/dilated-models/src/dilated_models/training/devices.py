@@ -1,0 +1,43 @@
+"""Which device and dtype a command computes on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; `"auto"` is a CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: If the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device {name!r} is not known; use auto, cpu, cuda, cuda:0 or mps."
+        ) from error
+    present = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= present:
+        raise ValueError(f"device {name!r} is not available here; use auto or cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 on a GPU that has it.
+
+    Raises:
+        ValueError: If the name is neither, or the device lacks bfloat16.
+    """
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if has_bfloat16 else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is not supported; use auto, float32 or bfloat16.")
+    return name

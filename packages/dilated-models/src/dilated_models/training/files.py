@@ -1,0 +1,170 @@
+"""Which files are the text, and which of their bytes train or validate."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Below this many files a split by file would be too coarse, so every file is cut in two instead.
+_FEWEST_FILES_TO_SPLIT = 20
+_SNIFFED_BYTES = 8192
+
+
+class Piece(NamedTuple):
+    """A run of bytes of one file.
+
+    Attributes:
+        path: The file.
+        name: Path relative to the folder that was given, with `/`; what the split depends on.
+        start: First byte.
+        stop: One past the last byte.
+    """
+
+    path: Path
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Length in bytes."""
+        return self.stop - self.start
+
+
+class Split(NamedTuple):
+    """Training and validation text.
+
+    Attributes:
+        train: Pieces to train on.
+        validation: Pieces to validate on; no byte is in both.
+        skipped: Files left out of the given folders because they look binary.
+    """
+
+    train: list[Piece]
+    validation: list[Piece]
+    skipped: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed or resized; 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for side in (self.train, self.validation):
+            for piece in side:
+                digest.update(f"{piece.name}\0{piece.start}\0{piece.stop}\n".encode())
+            digest.update(b"\n")
+        return digest.hexdigest()[:16]
+
+
+def standard_library_files() -> tuple[list[Piece], int]:
+    """The Python standard library's own source files, in the order of their names.
+
+    Raises:
+        ValueError: If this Python has no source files on disk.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    pieces = [
+        piece
+        for piece in _walk(root, pruned={"site-packages", "dist-packages", "__pycache__"})
+        if piece.name.endswith(".py") and piece.num_bytes
+    ]
+    if not pieces:
+        raise ValueError(
+            f"this Python keeps no source files under {root}; name some text with --text PATH."
+        )
+    return sorted(pieces, key=lambda piece: piece.name), 0
+
+
+def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
+    """Every file named, and every text file in every folder named, in the order of their names.
+
+    A file that is named is taken as it is. In a folder, hidden files and folders are passed over,
+    and so are files with a zero byte among their first 8192, which are counted.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        The non-empty files and the number of files passed over as binary.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If nothing is left.
+    """
+    found: dict[Path, Piece] = {}
+    skipped = 0
+    for path in paths:
+        if path.is_dir():
+            for piece in _walk(path, pruned={"__pycache__"}):
+                if piece.num_bytes == 0 or any(p.startswith(".") for p in piece.name.split("/")):
+                    continue
+                if _looks_binary(piece.path):
+                    skipped += 1
+                else:
+                    found.setdefault(piece.path.resolve(), piece)
+        elif path.exists():
+            size = path.stat().st_size
+            if size:
+                found.setdefault(path.resolve(), Piece(path, path.name, 0, size))
+        else:
+            raise FileNotFoundError(f"there is no file or folder {str(path)!r}.")
+    if not found:
+        named = ", ".join(repr(str(path)) for path in paths)
+        raise ValueError(f"there is no text in {named}: only empty or binary files.")
+    return sorted(found.values(), key=lambda piece: (piece.name, str(piece.path))), skipped
+
+
+def split_files(pieces: Iterable[Piece], skipped: int, *, validation_share: float) -> Split:
+    """Hold out part of the text for validation; a pure function of names and sizes.
+
+    With 20 files or more, a file validates if the SHA-256 of its name, read as a fraction, is below
+    the share: adding a file moves no other. With fewer, the end of every file validates.
+
+    Args:
+        pieces: Whole files.
+        skipped: As in `Split`.
+        validation_share: In (0, 1).
+    """
+    pieces = list(pieces)
+    if len(pieces) < _FEWEST_FILES_TO_SPLIT:
+        cuts = [piece.stop - int(piece.stop * validation_share) for piece in pieces]
+        heads = [piece._replace(stop=cut) for piece, cut in zip(pieces, cuts, strict=True)]
+        tails = [piece._replace(start=cut) for piece, cut in zip(pieces, cuts, strict=True)]
+        return Split(
+            [piece for piece in heads if piece.num_bytes],
+            [piece for piece in tails if piece.num_bytes],
+            skipped,
+        )
+    drawn = [_fraction(piece.name) for piece in pieces]
+    # At least one file on each side, whatever the draw.
+    limit = min(max(validation_share, min(drawn)), sorted(drawn)[-2])
+    train = [piece for piece, x in zip(pieces, drawn, strict=True) if x > limit]
+    # In the order of the draw, so that the first part of a long validation text is a fair sample.
+    validation = [piece for x, piece in sorted(zip(drawn, pieces, strict=True)) if x <= limit]
+    return Split(train, validation, skipped)
+
+
+def _fraction(name: str) -> float:
+    """A number in [0, 1) that only depends on the name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / (
+        1 << 48
+    )
+
+
+def _walk(root: Path, *, pruned: set[str]) -> Iterator[Piece]:
+    """Regular files under `root`; folders that are symbolic links are not entered."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - pruned)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.is_file():
+                relative = path.relative_to(root).as_posix()
+                yield Piece(path, relative, 0, path.stat().st_size)
+
+
+def _looks_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(_SNIFFED_BYTES)

@@ -1,0 +1,189 @@
+"""Optimiser steps, and the state that lets them continue where they stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dilated_models.evaluation import autocast_to
+from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.saving import write_atomically
+from dilated_models.training.config import TrainingConfig
+from dilated_models.training.order import WindowOrder
+from dilated_models.training.streams import TokenStream
+
+CHECKPOINT_FILE = "checkpoint.pt"
+_CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one optimiser step did.
+
+    Attributes:
+        step: Steps done, this one included.
+        loss: Mean over the batch, in nats per token.
+        bits_per_byte: The same loss over the bytes of the targets.
+        learning_rate: Used in this step.
+        gradient_norm: Before clipping.
+        num_tokens: Targets in the batch.
+        seconds: Wall time of the step.
+    """
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    learning_rate: float
+    gradient_norm: float
+    num_tokens: int
+    seconds: float
+
+
+class TrainingState:
+    """A model, its optimiser and the number of steps done.
+
+    Args:
+        model: On the device to train on.
+        config: The numbers of the run.
+    """
+
+    def __init__(self, model: LongNetLM, config: TrainingConfig) -> None:
+        self.model = model
+        self.config = config
+        self.step = 0
+        self.seconds = 0.0  # wall time of all steps so far
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embedding.weight.device
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of matrix products, or None for the parameters' own."""
+        return torch.bfloat16 if self.config.dtype == "bfloat16" else None
+
+    def steps(self, stream: TokenStream, order: WindowOrder) -> Iterator[StepRecord]:
+        """Train to the last step, yielding after each.
+
+        Raises:
+            FloatingPointError: If the loss is no longer finite; the state is that of the step
+                before.
+        """
+        self.model.train()
+        while self.step < self.config.steps:
+            yield self._one_step(stream, order)
+
+    def _one_step(self, stream: TokenStream, order: WindowOrder) -> StepRecord:
+        begin = time.perf_counter()
+        config = self.config
+        inputs, targets, num_bytes = order.batch(
+            stream, step=self.step, batch_size=config.batch_size
+        )
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        learning_rate = config.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for some_inputs, some_targets in zip(
+            inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True
+        ):
+            loss = self._loss(some_inputs, some_targets) / config.accumulation
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        mean = total.item()
+        if not math.isfinite(mean) or not math.isfinite(norm.item()):
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite in step {self.step + 1}; try a lower "
+                f"--lr than {config.learning_rate:g}."
+            )
+        self.optimizer.step()
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        return StepRecord(
+            step=self.step,
+            loss=mean,
+            bits_per_byte=mean / math.log(2) * targets.numel() / num_bytes,
+            learning_rate=learning_rate,
+            gradient_norm=norm.item(),
+            num_tokens=targets.numel(),
+            seconds=seconds,
+        )
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with autocast_to(self.autocast, self.device):
+            logits = self.model(inputs)
+        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def save(self, folder: Path) -> None:
+        """Write everything needed to continue, atomically, as `checkpoint.pt`.
+
+        The file holds tensors and plain values only: `torch.load(..., weights_only=True)` reads it.
+        """
+        content = {
+            "format_version": _CHECKPOINT_FORMAT,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        write_atomically(folder / CHECKPOINT_FILE, lambda path: torch.save(content, path))
+
+    def restore(self, folder: Path) -> None:
+        """Continue from `checkpoint.pt`: weights, optimiser, random states and step.
+
+        Raises:
+            FileNotFoundError: If the folder has no checkpoint.
+            ValueError: If the file is damaged or belongs to another model.
+        """
+        path = folder / CHECKPOINT_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {CHECKPOINT_FILE} to resume from; train without --resume."
+            )
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if content["format_version"] != _CHECKPOINT_FORMAT:
+                raise ValueError(f"format {content['format_version']!r} is not known")
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.step, self.seconds = int(content["step"]), float(content["seconds"])
+            torch.set_rng_state(content["cpu_rng"])
+            if self.device.type == "cuda" and content["cuda_rng"]:
+                torch.cuda.set_rng_state_all(content["cuda_rng"])
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{str(path)!r} cannot be resumed from: {reason}") from error
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Linear weights decay; embeddings (and an output tied to them), LayerNorms, biases do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        is_linear = parameter.ndim == 2 and id(parameter) not in embeddings
+        (decayed if is_linear else kept).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,93 @@
+"""Which window of the text each row of each batch is: a pure function of seed and step."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from dilated_models.training.streams import TokenStream
+
+_FEISTEL_ROUNDS = 4
+
+
+class WindowOrder:
+    """Windows of `seq_len + 1` tokens, each once per epoch in an order drawn from the seed.
+
+    Epoch e cuts the text into windows from its own random phase, and visits them in the order of a
+    four-round Feistel permutation: window i of the epoch is computed, never looked up, so a resumed
+    run needs only its step and a text of any length needs no shuffled list.
+
+    Args:
+        num_tokens: Length of the text, in tokens.
+        seq_len: Inputs per window, in tokens; a window holds one target more.
+        seed: Of the order.
+
+    Raises:
+        ValueError: If the text is shorter than one window.
+
+    Example:
+        >>> order = WindowOrder(num_tokens=41, seq_len=10, seed=0)
+        >>> order.windows_per_epoch
+        3
+        >>> sorted(order.start(i) // 10 for i in range(3))
+        [0, 1, 2]
+    """
+
+    def __init__(self, *, num_tokens: int, seq_len: int, seed: int) -> None:
+        if num_tokens < seq_len + 1:
+            raise ValueError(
+                f"the training text has {num_tokens} tokens, fewer than one window of seq_len + 1 "
+                f"= {seq_len + 1}; use more text or a smaller --seq-len."
+            )
+        self._seq_len = seq_len
+        self._seed = seed
+        spare = num_tokens - 1
+        # One window fewer than fit, so that the phase has room; unless only one fits at all.
+        self.windows_per_epoch = max(1, spare // seq_len - 1)
+        self._phases = spare - self.windows_per_epoch * seq_len + 1
+        self._half_bits = max(1, ((self.windows_per_epoch - 1).bit_length() + 1) // 2)
+
+    def start(self, sample: int) -> int:
+        """First token of the window that is drawn as number `sample`, from 0."""
+        epoch, index = divmod(sample, self.windows_per_epoch)
+        phase = self._hash(epoch, 0, 0) % min(self._phases, self._seq_len)
+        return phase + self._permute(epoch, index) * self._seq_len
+
+    def batch(
+        self, stream: TokenStream, *, step: int, batch_size: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Inputs, targets and the number of bytes the targets stand for, of a step.
+
+        Args:
+            stream: The text.
+            step: From 0.
+            batch_size: Rows, B.
+
+        Returns:
+            Inputs and targets, both `(B, S)` int64, and a byte count.
+        """
+        rows: list[Tensor] = []
+        num_bytes = 0
+        for sample in range(step * batch_size, (step + 1) * batch_size):
+            start = self.start(sample)
+            stop = start + self._seq_len + 1
+            rows.append(torch.from_numpy(stream.read(start, stop)))  # pyright: ignore[reportUnknownMemberType]
+            num_bytes += int(stream.byte_lengths(start + 1, stop).sum())
+        window = torch.stack(rows)
+        return window[:, :-1], window[:, 1:], num_bytes
+
+    def _permute(self, epoch: int, index: int) -> int:
+        mask = (1 << self._half_bits) - 1
+        while True:  # walk the cycle until it comes back into range: under four steps on average
+            left, right = index >> self._half_bits, index & mask
+            for round_number in range(1, _FEISTEL_ROUNDS + 1):
+                left, right = right, left ^ (self._hash(epoch, round_number, right) & mask)
+            index = (left << self._half_bits) | right
+            if index < self.windows_per_epoch:
+                return index
+
+    def _hash(self, *numbers: int) -> int:
+        text = ",".join(map(str, (self._seed, *numbers)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

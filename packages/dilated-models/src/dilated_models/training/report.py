@@ -1,0 +1,87 @@
+"""What a finished run tells: loss curve, comparison with xz, effect of context, a sample."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dilated_models.evaluation import Evaluation
+from dilated_models.saving import write_atomically
+
+PLOT_FILE = "loss.png"
+# xz -9 takes seconds per MiB and 700 MB for a long input.
+_MOST_XZ_BYTES = 8 << 20
+_SMOOTHED_STEPS = 20
+
+
+def xz_bits_per_byte(text: bytes) -> tuple[float, int]:
+    """Size of `xz -9`'s output in bits, per byte of its input, for scale beside a model's loss.
+
+    Args:
+        text: At most the first 8 MiB are compressed.
+
+    Returns:
+        Bits per byte, and the number of bytes compressed.
+
+    Raises:
+        ValueError: If there is no byte.
+    """
+    text = text[:_MOST_XZ_BYTES]
+    if not text:
+        raise ValueError("there is nothing to compress: the text is empty.")
+    return 8 * len(lzma.compress(text, preset=9)) / len(text), len(text)
+
+
+def plot_losses(
+    folder: Path, records: Sequence[dict[str, Any]], *, xz: float | None = None
+) -> None:
+    """Draw `loss.png`: training and validation bits per byte over steps.
+
+    Args:
+        folder: Of the run.
+        records: As in `metrics.jsonl`.
+        xz: Bits per byte of `xz -9`, drawn as a level.
+    """
+    # matplotlib is part of the extra `cli`; Figure without pyplot needs no display and leaves no
+    # global state behind.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "step"]
+    validations = [(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == "validation"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if steps:
+        numbers, losses = zip(*steps, strict=True)
+        axes.plot(numbers, losses, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(numbers, _smoothed(losses), color="tab:blue", label="training")
+    if validations:
+        axes.plot(*zip(*validations, strict=True), "o-", color="tab:orange", label="validation")
+    if xz is not None:
+        axes.axhline(xz, color="tab:gray", linestyle="--", label="xz -9 (validation bytes)")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if steps or validations or xz is not None:
+        axes.legend()
+    write_atomically(folder / PLOT_FILE, lambda path: figure.savefig(path, dpi=120, format="png"))
+
+
+def context_lines(evaluation: Evaluation) -> list[str]:
+    """A plain table of bits per byte by context, shortest first."""
+    lines = [f"{'tokens of context':>18}  {'bits per byte':>13}"]
+    for bucket in evaluation.by_context:
+        seen = f"{bucket.shortest}-{bucket.longest}"
+        lines.append(f"{seen:>18}  {bucket.bits_per_byte:>13.3f}")
+    return lines
+
+
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    """Mean over the last twenty steps."""
+    means: list[float] = []
+    for i in range(len(losses)):
+        window = losses[max(0, i + 1 - _SMOOTHED_STEPS) : i + 1]
+        means.append(sum(window) / len(window))
+    return means

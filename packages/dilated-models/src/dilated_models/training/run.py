@@ -1,0 +1,263 @@
+"""One training run from its folder's first file to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dilated_models.evaluation import Evaluation, autocast_to, evaluate
+from dilated_models.generation import generate
+from dilated_models.longnet.config import LongNetConfig
+from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.saving import TOKENIZER_FILE, save_model, write_atomically, write_config
+from dilated_models.training.config import TrainingConfig
+from dilated_models.training.files import Split
+from dilated_models.training.loop import StepRecord, TrainingState
+from dilated_models.training.metrics import MetricsFile, read_metrics
+from dilated_models.training.order import WindowOrder
+from dilated_models.training.report import plot_losses, xz_bits_per_byte
+from dilated_models.training.stopping import Stopped, StopSignals
+from dilated_models.training.streams import ByteStream, TokenStream
+from dilated_models.training.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
+
+_CACHE_FOLDER = "tokens"
+_SCORED_TOKENS = 4096  # at a time, at least, so that short windows are not scored one by one
+_SAMPLE_TOKENS = 200
+_SAMPLE_PROMPT_BYTES = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that defines a run, checked, before any file of it exists.
+
+    Attributes:
+        folder: Where it is kept.
+        model: What is trained.
+        training: How.
+        split: On which text.
+        text: The `--text` paths the split came from; None for the standard library.
+        vocabulary: Between text and tokens.
+        device: Where.
+    """
+
+    folder: Path
+    model: LongNetConfig
+    training: TrainingConfig
+    split: Split
+    text: Sequence[str] | None
+    vocabulary: Vocabulary
+    device: torch.device
+
+    def to_config(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        is_file = isinstance(self.vocabulary, TokenizerVocabulary)
+        return {
+            "model": self.model.to_dict(),
+            "tokenizer": TOKENIZER_FILE if is_file else "bytes",
+            "training": self.training.to_dict(),
+            "text": {
+                "paths": None if self.text is None else list(self.text),
+                "fingerprint": self.split.fingerprint,
+                "train_bytes": sum(piece.num_bytes for piece in self.split.train),
+                "validation_bytes": sum(piece.num_bytes for piece in self.split.validation),
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "dilated-core": version("dilated-core"),
+                "dilated-models": version("dilated-models"),
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of a finished run.
+
+    Attributes:
+        evaluation: On the validation text.
+        xz_bits_per_byte: Of the same bytes under `xz -9`.
+        xz_bytes: How many bytes those are.
+        prompt: Where the sample starts, the first bytes of the validation text.
+        sample: What the model wrote after it.
+    """
+
+    evaluation: Evaluation
+    xz_bits_per_byte: float
+    xz_bytes: int
+    prompt: str
+    sample: str
+
+
+class Observer(Protocol):
+    """Told what happens in a run, to show it."""
+
+    def stepped(self, record: StepRecord) -> None:
+        """An optimiser step is done."""
+        ...
+
+    def validated(self, step: int, evaluation: Evaluation) -> None:
+        """A validation is done."""
+        ...
+
+    def busy(self, what: str) -> None:
+        """Something other than a step begins."""
+        ...
+
+
+def build(run: Run) -> TrainingState:
+    """Model and optimiser of a run, drawn from its seed; touches no file.
+
+    Raises:
+        ValueError: If no backend can run the model, or a window does not fit the model.
+    """
+    torch.manual_seed(run.training.seed)
+    state = TrainingState(LongNetLM.from_config(run.model, device=run.device), run.training)
+    # One window now, so that whatever the model or its backend refuses is refused before a file
+    # is written.
+    window = torch.zeros(1, run.training.seq_len, dtype=torch.int64, device=run.device)
+    with torch.no_grad(), autocast_to(state.autocast, run.device):
+        state.model.eval()(window)
+    return state
+
+
+def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSignals) -> Report:
+    """Train from the state's step to the last one, then validate and sample.
+
+    Writes `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors` and `loss.png` into
+    the run's folder.
+
+    Args:
+        run: What to do.
+        state: From `build`, perhaps restored.
+        observer: Is told of progress.
+        signals: Are answered between two steps, by saving.
+
+    Raises:
+        Stopped: After a signal, with everything saved.
+        FloatingPointError: If the loss stops being finite; the last checkpoint stays.
+        ValueError: If the text is too short for the windows.
+    """
+    config, folder = run.training, run.folder
+    train, validation = _streams(run, observer)
+    order = WindowOrder(num_tokens=len(train), seq_len=config.seq_len, seed=config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, run.to_config())
+    if isinstance(run.vocabulary, TokenizerVocabulary):
+        tokenizer = run.vocabulary.json_bytes
+        write_atomically(folder / TOKENIZER_FILE, lambda path: _write_bytes(path, tokenizer))
+    with MetricsFile(folder, after_step=state.step) as metrics:
+
+        def save() -> None:
+            observer.busy("saving")
+            metrics.sync()
+            save_model(folder, state.model)
+            state.save(folder)
+
+        def stop_if_asked() -> None:
+            if signals.received is not None:
+                save()
+                plot_losses(folder, read_metrics(folder))
+                raise Stopped(signals.received, state.step)
+
+        def validate(max_tokens: int) -> Evaluation:
+            observer.busy("validating")
+            result = evaluate(
+                state.model,
+                validation,
+                seq_len=config.seq_len,
+                max_tokens=max_tokens,
+                batch_size=max(
+                    config.batch_size // config.accumulation, _SCORED_TOKENS // config.seq_len
+                ),
+                autocast=state.autocast,
+                before_batch=lambda done, total: stop_if_asked(),
+            )
+            if state.step not in metrics.validated:
+                metrics.write("validation", state.step, bits_per_byte=result.bits_per_byte)
+                observer.validated(state.step, result)
+            return result
+
+        def validate_if_due() -> None:
+            due = state.step % config.validate_every == 0 and state.step < config.steps
+            if due and state.step not in metrics.validated:
+                validate(config.validation_tokens)
+
+        stop_if_asked()
+        validate_if_due()
+        for record in state.steps(train, order):
+            values = dataclasses.asdict(record) | {
+                "peak_memory_bytes": peak_memory_bytes(run.device)
+            }
+            metrics.write("step", values.pop("step"), **values)
+            observer.stepped(record)
+            stop_if_asked()
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+                save()
+            validate_if_due()
+        evaluation = validate(config.final_validation_tokens)
+        observer.busy("compressing the same bytes with xz -9")
+        first = int(validation.byte_lengths(0, 1).sum())
+        xz, xz_bytes = xz_bits_per_byte(validation.raw_bytes(first + evaluation.num_bytes))
+        observer.busy("sampling")
+        prompt, sample = _sample(run, state.model, validation, stop_if_asked)
+        report = Report(
+            evaluation=evaluation,
+            xz_bits_per_byte=xz,
+            xz_bytes=xz_bytes,
+            prompt=prompt,
+            sample=sample,
+        )
+        metrics.write("final", state.step, **dataclasses.asdict(report))
+    plot_losses(folder, read_metrics(folder), xz=xz)
+    return report
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the GPU if that is where the model is, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no resource module
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _streams(run: Run, observer: Observer) -> tuple[TokenStream, TokenStream]:
+    """Training and validation tokens; tokenises into the run's folder if need be."""
+    sides = [(ByteStream(pieces), pieces) for pieces in (run.split.train, run.split.validation)]
+    vocabulary = run.vocabulary
+    if not isinstance(vocabulary, TokenizerVocabulary):
+        return sides[0][0], sides[1][0]
+    observer.busy("tokenising")
+    folder = run.folder / _CACHE_FOLDER
+    train, validation = (token_cache(text, pieces, vocabulary, folder) for text, pieces in sides)
+    return train, validation
+
+
+def _sample(
+    run: Run, model: LongNetLM, validation: TokenStream, check: Callable[[], None]
+) -> tuple[str, str]:
+    """The first bytes of the validation text, and what the model makes of them."""
+    prompt = validation.raw_bytes(_SAMPLE_PROMPT_BYTES).decode("utf-8", "ignore")
+    tokens = run.vocabulary.encode(prompt) or [0]
+    sampled: list[int] = []
+    for token in generate(model, tokens, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, seed=0):
+        sampled.append(token)
+        check()
+    return prompt, run.vocabulary.decode(sampled)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

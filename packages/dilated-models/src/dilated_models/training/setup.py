@@ -1,0 +1,139 @@
+"""From what a user asks for to a checked `Run`; nothing here writes a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dilated_models.longnet.config import LongNetConfig
+from dilated_models.saving import CONFIG_FILE, load_vocabulary, read_config
+from dilated_models.training.config import PRESETS, TrainingConfig
+from dilated_models.training.files import Split, split_files, standard_library_files, text_files
+from dilated_models.training.run import Run
+from dilated_models.training.vocabulary import ByteVocabulary, TokenizerVocabulary
+
+
+def new_run(
+    *,
+    folder: Path,
+    preset: str,
+    text: Sequence[Path] | None,
+    tokenizer: str,
+    device: torch.device,
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> Run:
+    """A run that starts from a preset.
+
+    With another `seq_len` but no segment lengths, the preset's are scaled along; with other
+    `steps`, so are its warm-up and the interval between validations.
+
+    Args:
+        folder: Where it will be kept; must not hold a run.
+        preset: A name in `PRESETS`.
+        text: Files and folders; None means the standard library's sources.
+        tokenizer: `"bytes"` or the path of a tokenizer file.
+        device: Where to train.
+        model: Fields of `LongNetConfig` that replace the preset's.
+        training: Fields of `TrainingConfig` that replace the preset's.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        FileExistsError: If the folder holds a run, or is a file.
+        TypeError: If a field has the wrong type.
+        ValueError: If a field is out of range, or there is no text.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    base = PRESETS[preset]
+    numbers = base.training | dict(training)
+    if (steps := numbers["steps"]) != base.training["steps"] and steps > 0:
+        for name in ("warmup_steps", "validate_every"):
+            scaled = max(1, base.training[name] * steps // base.training["steps"])
+            numbers[name] = training.get(name, scaled)
+    config = TrainingConfig.from_dict(numbers)
+    fields = base.model | dict(model)
+    if "segment_lengths" not in model and config.seq_len != base.training["seq_len"]:
+        fields["segment_lengths"] = [
+            max(1, length * config.seq_len // base.training["seq_len"])
+            for length in base.model["segment_lengths"]
+        ]
+    vocabulary = ByteVocabulary() if tokenizer == "bytes" else TokenizerVocabulary(Path(tokenizer))
+    longnet = LongNetConfig.from_dict(fields | {"num_tokens": vocabulary.num_tokens})
+    _check_free(folder)
+    return Run(
+        folder=folder,
+        model=longnet,
+        training=config,
+        split=_split(text, config),
+        text=None if text is None else [str(path.resolve()) for path in text],
+        vocabulary=vocabulary,
+        device=device,
+    )
+
+
+def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, Any]) -> Run:
+    """The run a folder holds.
+
+    Args:
+        folder: Of a run that was stopped.
+        device: Where to go on.
+        training: Fields of `TrainingConfig` to change: `steps` or `checkpoint_every`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run, or its text is gone.
+        ValueError: If the text is no longer the same.
+    """
+    content = read_config(folder)
+    try:
+        config = TrainingConfig.from_dict(content["training"] | dict(training))
+        model = LongNetConfig.from_dict(content["model"])
+        paths, fingerprint = content["text"]["paths"], content["text"]["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(folder / CONFIG_FILE)!r} cannot be resumed from: {error}"
+        ) from error
+    text = None if paths is None else [Path(path) for path in paths]
+    split = _split(text, config)
+    if split.fingerprint != fingerprint:
+        raise ValueError(
+            f"the text has changed since {str(folder)!r} was started (a file was added, removed or "
+            f"resized), so the run cannot be continued exactly; start a new one."
+        )
+    return Run(
+        folder=folder,
+        model=model,
+        training=config,
+        split=split,
+        text=paths,
+        vocabulary=load_vocabulary(folder),
+        device=device,
+    )
+
+
+def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:
+    pieces, skipped = standard_library_files() if text is None else text_files(text)
+    split = split_files(pieces, skipped, validation_share=config.validation_share)
+    num_validation = sum(piece.num_bytes for piece in split.validation)
+    if num_validation < 2 or not split.train:
+        raise ValueError(
+            f"the text has {sum(piece.num_bytes for piece in pieces)} bytes, too few to hold out "
+            f"{config.validation_share:g} of them for validation; use more text."
+        )
+    return split
+
+
+def _check_free(folder: Path) -> None:
+    if (folder / CONFIG_FILE).exists():
+        raise FileExistsError(
+            f"{str(folder)!r} already holds a run; continue it with --resume, or choose another "
+            f"--out."
+        )
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            if not parent.is_dir():
+                raise FileExistsError(f"{str(parent)!r} is a file; choose another --out.")
+            return

@@ -1,0 +1,199 @@
+"""Text to tokens and back: bytes, or a tokenizer file."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+import numpy as np
+
+from dilated_models.training.files import Piece
+from dilated_models.training.streams import ByteStream, Int64Array, TokenFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_PART_BYTES = 1 << 20
+
+
+class Vocabulary(Protocol):
+    """What turns text into token ids."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of different tokens."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+
+class ByteVocabulary:
+    """The 256 bytes of UTF-8 text.
+
+    Example:
+        >>> ByteVocabulary().encode("aé")
+        [97, 195, 169]
+    """
+
+    num_tokens = 256
+
+    def encode(self, text: str) -> list[int]:
+        """UTF-8 bytes; a lone surrogate, as in an argument that is no UTF-8, is its raw byte."""
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Inverse of `encode` for whole characters."""
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+class TokenizerVocabulary:
+    """A tokenizer saved as JSON by the `tokenizers` library (`tokenizer.json`).
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a tokenizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # tokenizers is part of the extra `cli`, and bytes need no tokenizer.
+        from tokenizers import Tokenizer
+
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no tokenizer file {str(path)!r}.")
+        self.json_bytes = path.read_bytes()
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_buffer(self.json_bytes)
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(
+                f"{str(path)!r} is not a tokenizer file: {error}; give a tokenizer.json as the "
+                f"tokenizers library saves it, or bytes."
+            ) from error
+        self.num_tokens: int = self.tokenizer.get_vocab_size()
+        if self.num_tokens == 0:
+            raise ValueError(f"the tokenizer {str(path)!r} has no tokens; train it first.")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the ids, special tokens included."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def encode_with_byte_lengths(self, text: str) -> tuple[Int64Array, Int64Array]:
+        """Token ids, and for each how many UTF-8 bytes of `text` it stands for.
+
+        A token is charged from its first character to the first of the next token, so whitespace
+        a tokenizer drops counts too and the lengths add up to the text (if there is any token).
+        """
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        utf8 = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        is_first_byte = (utf8 & 0xC0) != 0x80
+        byte_of_character = np.append(np.flatnonzero(is_first_byte), len(utf8))
+        starts = byte_of_character[np.array([start for start, _ in encoding.offsets], dtype=int)]
+        starts = np.maximum.accumulate(starts)
+        starts[:1] = 0
+        return ids, np.diff(np.append(starts, len(utf8)))
+
+
+def token_cache(
+    text: ByteStream, pieces: Sequence[Piece], vocabulary: TokenizerVocabulary, folder: Path
+) -> TokenFile:
+    """Tokenise a text once, into two files that later calls find again.
+
+    The text is read in parts of at most a mebibyte, cut behind a line's end where there is one, so
+    memory stays bounded. Invalid UTF-8 is read as U+FFFD.
+
+    Args:
+        text: The text.
+        pieces: The pieces of `text`; no token crosses from one to the next.
+        vocabulary: The tokenizer.
+        folder: Where the cache lies; made if missing.
+
+    Raises:
+        ValueError: If the tokenizer finds no token in the text.
+    """
+    digest = hashlib.sha256(vocabulary.json_bytes)
+    for piece in pieces:
+        stat = piece.path.stat()
+        digest.update(f"{piece.name}\0{piece.start}\0{piece.stop}\0{stat.st_mtime_ns}\n".encode())
+    token_dtype = np.dtype(np.uint16 if vocabulary.num_tokens <= 1 << 16 else np.uint32)
+    stem = folder / digest.hexdigest()[:16]
+    tokens_path = stem.with_suffix(f".tokens.u{8 * token_dtype.itemsize}")
+    lengths_path = stem.with_suffix(".lengths.u32")
+    # The tokens are renamed last: where they are, both files are whole.
+    if not tokens_path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = (lengths_path.with_suffix(".part"), tokens_path.with_suffix(".part"))
+        try:
+            with parts[0].open("wb") as lengths_file, parts[1].open("wb") as tokens_file:
+                _tokenise(text, pieces, vocabulary, tokens_file, lengths_file, token_dtype)
+            os.replace(parts[0], lengths_path)
+            os.replace(parts[1], tokens_path)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+    return TokenFile(tokens_path, token_dtype, lengths_path, text)
+
+
+def _tokenise(
+    text: ByteStream,
+    pieces: Sequence[Piece],
+    vocabulary: TokenizerVocabulary,
+    tokens_file: BinaryIO,
+    lengths_file: BinaryIO,
+    token_dtype: np.dtype[np.unsignedinteger[Any]],
+) -> None:
+    pending = np.zeros(0, dtype=np.int64)  # byte length of the last token, still growing
+    lead = 0  # bytes before the first token of all
+    for part in _parts(text, pieces):
+        ids, lengths = vocabulary.encode_with_byte_lengths(part)
+        num_bytes = len(part.encode("utf-8"))
+        if len(ids) == 0:
+            if len(pending):
+                pending += num_bytes
+            else:
+                lead += num_bytes
+            continue
+        lengths[0] += lead
+        lead = 0
+        tokens_file.write(ids.astype(token_dtype).tobytes())
+        lengths_file.write(np.append(pending, lengths[:-1]).astype(np.uint32).tobytes())
+        pending = lengths[-1:]
+    if not len(pending):
+        raise ValueError(
+            "the tokenizer finds no token in the text; check that they belong together."
+        )
+    lengths_file.write(pending.astype(np.uint32).tobytes())
+    for file in (tokens_file, lengths_file):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:
+    """The text, decoded, in parts of bounded size that end with a line where they can."""
+    start = 0
+    for piece in pieces:
+        stop = start + piece.num_bytes
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while start < stop:
+            part = text.read_bytes(start, min(stop, start + _PART_BYTES))
+            if start + len(part) < stop and (line_end := part.rfind(b"\n")) >= 0:
+                part = part[: line_end + 1]
+            start += len(part)
+            if decoded := decoder.decode(part, final=start == stop):
+                yield decoded

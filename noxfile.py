@@ -41,7 +41,7 @@ def tests(session: nox.Session, target: str) -> None:
 @nox.session(reuse_venv=False)  # pip removes nothing
 @nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
 def lowest(session: nox.Session, target: str) -> None:
-    """Tests of one package with the oldest versions it says it works with."""
+    """Tests of one package with the oldest versions that it allows; meant for Python 3.11."""
     project = f"packages/{target}"
     session.install(
         "--resolution=lowest-direct",

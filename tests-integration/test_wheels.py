@@ -57,7 +57,7 @@ def environment(
 
 
 def test_a_package_is_consistent_and_importable_alone(package: Package, environment: Path) -> None:
-    run("uv", "pip", "check", cwd=environment)
+    run("uv", "pip", "check", "--python", ".venv", cwd=environment)
     code = f"import {package.import_name} as module; print(module.__file__)"
     origin = run(".venv/bin/python", "-W", "error", "-c", code, cwd=environment)
     assert origin.startswith(str(environment / ".venv"))
@@ -79,14 +79,14 @@ def test_a_package_passes_its_own_tests_alone(
 
 
 def install(folder: Path, constraints: Path, *requirements: str) -> None:
-    command = ["uv", "pip", "install", "--quiet", "--constraints", str(constraints)]
-    run(*command, *requirements, cwd=folder)
+    # Without --python, a UV_PYTHON of the caller would choose the environment.
+    command = ["uv", "pip", "install", "--quiet", "--python", ".venv"]
+    run(*command, "--constraints", str(constraints), *requirements, cwd=folder)
 
 
 def run(*command: str, cwd: Path) -> str:
-    """Run a command away from this tree's environment; its output is in the failure."""
+    """Run a command; what it prints is in the failure."""
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    kept["VIRTUAL_ENV"] = str(cwd / ".venv")
     result = subprocess.run(
         command, cwd=cwd, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,4 +1,4 @@
-"""Dilated attention as functions: check, choose, attend, and the merged result."""
+"""Dilated attention as functions: check the inputs, attend, return the merged result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dilated_core import ops
 from dilated_core.inputs import check_inputs, check_scale
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import DilatedPattern
-from dilated_core.registry import choose_backend
 
 
 def dilated_attention_with_lse(
@@ -32,8 +31,7 @@ def dilated_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
-    inputs = check_inputs(q, k, v, pattern)
-    kernel = choose_backend(backend, inputs)
+    check_inputs(q, k, v, pattern)
     out, lse = ops.attention_forward(
         q,
         k,
@@ -43,8 +41,8 @@ def dilated_attention_with_lse(
         pattern.head_offsets,
         pattern.padding,
         bool(is_causal),
-        check_scale(scale, inputs.head_dim),
-        kernel.name,
+        check_scale(scale, q.shape[-1]),
+        backend,
     )
     return AttentionOutput(out, lse)
 

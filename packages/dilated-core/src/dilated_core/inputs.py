@@ -6,14 +6,13 @@ import math
 
 import torch
 
-from dilated_core.backend import AttentionInputs
 from dilated_core.pattern import DilatedPattern
 
 
 def check_inputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: DilatedPattern
-) -> AttentionInputs:
-    """Check what users pass to attention, and describe it for the choice of a backend.
+) -> None:
+    """Check what users pass to attention.
 
     Raises:
         TypeError: If an argument is of the wrong type or the tensors' dtypes differ.
@@ -50,7 +49,6 @@ def check_inputs(
         )
     if q.shape[-1] == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
-    return AttentionInputs(q.device, q.dtype, q.shape[2], q.shape[3])
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

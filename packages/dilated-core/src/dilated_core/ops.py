@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from dilated_core.backend import AttentionBackend
+from dilated_core.backend import AttentionBackend, AttentionInputs
 from dilated_core.merge import add_zero_keys, fold_lse_
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import DilatedPattern, HeadOffsets, Padding
-from dilated_core.registry import get_backend
+from dilated_core.registry import choose_backend
 from dilated_core.strips import Strip, plan_strips
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -53,7 +53,7 @@ def attention_forward(
     pattern = DilatedPattern(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets=head_offsets, padding=padding
     )
-    kernel = get_backend(backend)
+    kernel = _choose(backend, q)
     if (whole := getattr(kernel, "dilated_forward", None)) is not None:
         out, lse = whole(q, k, v, pattern, is_causal=is_causal, scale=scale)
         return out.contiguous(), lse.contiguous()
@@ -123,7 +123,7 @@ def attention_backward(
     pattern = DilatedPattern(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets=head_offsets, padding=padding
     )
-    kernel = get_backend(backend)
+    kernel = _choose(backend, q)
     if (whole := getattr(kernel, "dilated_backward", None)) is not None:
         grads = whole(dout, dlse, q, k, v, out, lse, pattern, is_causal=is_causal, scale=scale)
         dq, dk, dv = (grad.contiguous() for grad in grads)
@@ -183,6 +183,15 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _choose(backend: str, q: torch.Tensor) -> AttentionBackend:
+    """The backend for this call: chosen here, where a compiler does not look inside.
+
+    Backward comes to the same choice as forward, because it sees the same inputs.
+    """
+    _, _, H, D = q.shape
+    return choose_backend(backend, AttentionInputs(q.device, q.dtype, H, D))
 
 
 def _attend(

@@ -1,0 +1,233 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from dilated_core import (
+    DilatedAttention,
+    DilatedAttentionConfig,
+    DilatedPattern,
+    MultiheadConfig,
+    MultiheadDilatedAttention,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+    dilated_attention,
+    reference_dilated_attention,
+)
+from dilated_core.testing import relative_error
+from torch import nn
+
+LENGTHS, RATES = [8, 32], [1, 4]
+PATTERN = DilatedPattern(LENGTHS, RATES)
+
+
+def _multihead(**options):
+    settings = {
+        "embed_dim": 24,
+        "num_heads": 4,
+        "segment_lengths": LENGTHS,
+        "dilation_rates": RATES,
+    }
+    return MultiheadDilatedAttention(**(settings | options))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_module_is_the_function(is_causal):
+    q, k, v = torch.randn(3, 2, 40, 4, 6).unbind()
+    module = DilatedAttention(LENGTHS, RATES, scale=0.3, head_offsets="blocked", backend="eager")
+    pattern = DilatedPattern(LENGTHS, RATES, head_offsets="blocked")
+    expected = dilated_attention(q, k, v, pattern, is_causal=is_causal, scale=0.3, backend="eager")
+    assert torch.equal(module(q, k, v, is_causal=is_causal), expected)
+    assert torch.equal(module(q, k, v, is_causal), expected)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_multihead_is_projections_around_the_oracle(bias, layer_norm):
+    mha = _multihead(bias=bias, layer_norm=layer_norm, scale=0.5, dtype=torch.float64)
+    for parameter in mha.parameters():
+        nn.init.normal_(parameter)
+    query, key, value = torch.randn(3, 2, 40, 24, dtype=torch.float64).unbind()
+    q, k, v = (
+        (x @ p.weight.T + (p.bias if bias else 0)).view(2, 40, 4, 6)
+        for x, p in ((query, mha.q_proj), (key, mha.k_proj), (value, mha.v_proj))
+    )
+    out = reference_dilated_attention(q, k, v, PATTERN, is_causal=True, scale=0.5).reshape(
+        2, 40, 24
+    )
+    if layer_norm:
+        out = (out - out.mean(-1, keepdim=True)) / (out.var(-1, False, keepdim=True) + 1e-5).sqrt()
+        out = out * mha.layer_norm.weight + mha.layer_norm.bias
+    expected = out @ mha.out_proj.weight.T + (mha.out_proj.bias if bias else 0)
+    y = mha(query, key, value, is_causal=True)
+    assert relative_error(y, expected) < 1e-12
+
+
+def test_every_parameter_gets_a_gradient():
+    mha = _multihead()
+    x = torch.randn(2, 40, 24)
+    (mha(x, x, x) * torch.randn(2, 40, 24)).sum().backward()
+    # A key bias shifts all scores of a query alike, which softmax does not see.
+    silent = {name for name, p in mha.named_parameters() if p.grad.abs().max() < 1e-5}
+    assert silent == {"k_proj.bias"}
+
+
+def test_initialisation_is_magnetos():
+    torch.manual_seed(0)
+    mha = _multihead(embed_dim=512, num_heads=8, gamma_init=3.0)
+    for projection, gain in (
+        (mha.q_proj, 1 / math.sqrt(2)),
+        (mha.k_proj, 1 / math.sqrt(2)),
+        (mha.v_proj, 3 / math.sqrt(2)),
+        (mha.out_proj, 3.0),
+    ):
+        bound = gain * math.sqrt(6 / (512 + 512))
+        assert projection.weight.abs().max() <= bound
+        assert projection.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+        assert not projection.bias.any()
+
+
+def test_need_weights_returns_a_pair():
+    mha, x = _multihead(), torch.randn(1, 10, 24)
+    y = mha(x, x, x)
+    assert isinstance(y, torch.Tensor)
+    for need_weights in (False, True):
+        pair = mha(x, x, x, need_weights=need_weights)
+        assert pair[1] is None
+        assert torch.equal(pair[0], y)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_inside_pytorchs_encoder(mode):
+    """In nn.TransformerEncoder it is used, causal or not, also where a fused path could step in."""
+    layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True)
+    layer.self_attn = _multihead()
+    encoder = getattr(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), mode)()
+    x = torch.randn(2, 40, 24)
+    mask = nn.Transformer.generate_square_subsequent_mask(40)
+    with torch.no_grad():
+        plain, causal = encoder(x), encoder(x, mask=mask, is_causal=True)
+        changed = x.clone()
+        changed[:, 30:] += 1
+        assert torch.equal(encoder(changed, mask=mask, is_causal=True)[:, :30], causal[:, :30])
+    assert not torch.equal(plain, causal)
+    # Dilated, not dense: one layer mixes the positions that the pattern lets see each other.
+    one = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    y = one(x.requires_grad_())
+    seen = torch.autograd.grad(y[0, 39] @ torch.randn(24), x)[0][0].abs().sum(-1) > 0
+    assert torch.equal(seen, PATTERN.materialize(40, 4)[:, 39].sum(0) > 0)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize(
+    "module", [DilatedAttention(LENGTHS, RATES), _multihead()], ids=lambda m: type(m).__name__
+)
+def test_copies_compute_the_same(module, again):
+    copied = again(module)
+    x = torch.randn(1, 20, 4, 6) if isinstance(module, DilatedAttention) else torch.randn(1, 20, 24)
+    assert torch.equal(copied(x, x, x), module(x, x, x))
+    assert torch.equal(copied(x, x, x), module(x, x, x))
+
+
+def test_repr_shows_the_options():
+    module = DilatedAttention([8, 16], [1, 2], padding="attended", scale=0.5)
+    expected = "segment_lengths=[8, 16], dilation_rates=[1, 2], padding='attended', scale=0.5"
+    assert repr(module) == f"DilatedAttention({expected})"
+    assert "embed_dim=24, num_heads=4" in repr(_multihead())
+
+
+def test_factory_keywords_device():
+    mha = _multihead(device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in mha.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"embed_dim": 25}, ValueError, "embed_dim is 25 and num_heads 4; num_heads must divide"),
+        ({"num_heads": 0}, ValueError, "num_heads is 0; it must be at least 1"),
+        ({"embed_dim": 24.0}, TypeError, "embed_dim is 24.0; it must be an integer"),
+        ({"gamma_init": -1.0}, ValueError, "gamma_init is -1.0; it must be above 0"),
+        ({"layer_norm_eps": 0.0}, ValueError, "layer_norm_eps is 0.0; it must be above 0"),
+        ({"dilation_rates": [1]}, ValueError, "segment_lengths has 2 entries and dilation_rates 1"),
+        ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
+    ],
+)
+def test_construction_mistakes(options, error, message):
+    with pytest.raises(error, match=message):
+        _multihead(**options)
+
+
+def test_call_mistakes():
+    mha, x = _multihead(), torch.randn(2, 10, 24)
+    with pytest.raises(ValueError, match=r"query has shape \(2, 10, 8\); it must be \(batch, seq"):
+        mha(x[..., :8], x, x)
+    with pytest.raises(ValueError, match="they must be equal"):
+        mha(x, x[:, :5], x[:, :5])
+    with pytest.raises(ValueError, match="key_padding_mask is given"):
+        mha(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+    with pytest.raises(TypeError, match="has no argument average_attn_weights"):
+        mha(x, x, x, average_attn_weights=False)
+    causal = torch.full((10, 10), float("-inf")).triu(1)
+    assert torch.equal(mha(x, x, x, attn_mask=causal, is_causal=True), mha(x, x, x, is_causal=True))
+    for mask, is_causal in (
+        (causal, False),
+        (causal.triu(2), True),
+        (causal + 1, True),
+        (torch.zeros(10, 10), True),
+        (causal[:5], True),
+    ):
+        with pytest.raises(ValueError, match=r"attn_mask has shape .* pass attn_mask=None"):
+            mha(x, x, x, attn_mask=mask, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("kind", ["auto", "standard", "improved"])
+def test_factory_names_are_one_mathematics(kind):
+    q, k, v = torch.randn(3, 1, 40, 4, 6).unbind()
+    module = create_dilated_attention(kind, segment_lengths=LENGTHS, dilation_rates=RATES)
+    assert torch.equal(module(q, k, v), dilated_attention(q, k, v, PATTERN))
+    mha = create_multihead_dilated_attention(
+        kind, embed_dim=24, num_heads=4, segment_lengths=LENGTHS, dilation_rates=RATES
+    )
+    x = torch.randn(1, 40, 24)
+    assert mha(x, x, x, is_causal=True).shape == x.shape
+
+
+def test_factory_takes_configs_and_lets_keywords_override():
+    attention_config = DilatedAttentionConfig(segment_lengths=LENGTHS, dilation_rates=RATES)
+    multihead_config = MultiheadConfig(embed_dim=24, num_heads=4, layer_norm=False)
+    mha = create_multihead_dilated_attention(
+        "improved",
+        multihead_config=multihead_config,
+        attention_config=attention_config,
+        num_heads=2,
+    )
+    assert (mha.embed_dim, mha.num_heads, mha.layer_norm) == (24, 2, None)
+    assert mha.attention.pattern == PATTERN
+    assert multihead_config.num_heads == 4
+    assert create_multihead_dilated_attention().embed_dim == 768
+    assert create_dilated_attention().pattern.segment_lengths == (2048, 4096, 8192)
+
+
+def test_factory_mistakes():
+    with pytest.raises(ValueError, match=r"'ring' is not installed; it comes with .* dilated-ring"):
+        create_multihead_dilated_attention("ring")
+    with pytest.raises(ValueError, match=r"'block_sparse' is not .* the package dilated-sparse"):
+        create_dilated_attention("block_sparse")
+    with pytest.raises(ValueError, match="'best' is unknown; it must be one of 'auto', 'improved'"):
+        create_dilated_attention("best")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lengths'"):
+        create_dilated_attention("auto", lengths=[4])
+
+
+def test_configs_are_immutable_values():
+    config = DilatedAttentionConfig(segment_lengths=[4], dilation_rates=[1])
+    with pytest.raises(AttributeError):
+        config.scale = 1.0
+    assert config == DilatedAttentionConfig(segment_lengths=(4,), dilation_rates=(1,))
+    assert hash(config) == hash(copy.deepcopy(config))
+    with pytest.raises(ValueError, match="segment_lengths holds 0"):
+        DilatedAttentionConfig(segment_lengths=[0], dilation_rates=[1])

@@ -1,0 +1,102 @@
+"""The oracle against what is not ours: sums by hand, PyTorch, and the published code."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from dilated_core import (
+    DilatedPattern,
+    available_backends,
+    dilated_attention,
+    reference_dilated_attention,
+    reference_dilated_attention_with_lse,
+)
+from safetensors import safe_open
+from torch.nn.functional import scaled_dot_product_attention
+
+GOLDEN = Path(__file__).parent / "data" / "torchscale_dilated_attention.safetensors"
+# The published code computes in float32.
+GOLDEN_TOLERANCE = 5e-6
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_one_undilated_branch_is_dense_attention(is_causal):
+    q, k, v = torch.randn(3, 2, 20, 3, 8, dtype=torch.float64).unbind()
+    expected = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=is_causal
+    ).transpose(1, 2)
+    out = reference_dilated_attention(q, k, v, DilatedPattern([20], [1]), is_causal=is_causal)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+
+
+def test_worked_example():
+    """Two heads, four positions, w = 4, r = 2, beside w = 2, r = 1: head 0, query 2 by hand."""
+    q = torch.ones(1, 4, 2, 1)
+    k = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 4, 1, 1).expand(1, 4, 2, 1)
+    v = torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1, 1).expand(1, 4, 2, 1)
+    pattern = DilatedPattern([2, 4], [1, 2])
+    out, lse = reference_dilated_attention_with_lse(q, k, v, pattern)
+    # Head 0 sees 2, 3 in its segment and 0, 2 in the dilated one: key 2 counts twice.
+    weights = {0: 1.0, 2: 2 * math.exp(2), 3: math.exp(3)}
+    total = sum(weights.values())
+    expected = (weights[0] * 10 + weights[2] * 30 + weights[3] * 40) / total
+    assert out[0, 2, 0, 0].item() == pytest.approx(expected, abs=1e-12)
+    assert lse[0, 2, 0].item() == pytest.approx(math.log(total), abs=1e-12)
+    # Head 1 starts at 1, so its dilated branch does not keep position 2.
+    assert lse[0, 2, 1].item() == pytest.approx(math.log(math.exp(2) + math.exp(3)), abs=1e-12)
+
+
+def test_mixing_by_denominators_is_the_union_softmax():
+    """The paper's equations 9 and 10, written out, give what the oracle computes."""
+    q, k, v = torch.randn(3, 1, 16, 1, 4, dtype=torch.float64).unbind()
+    branches = [DilatedPattern([8], [1]), DilatedPattern([16], [1])]
+    outs = [reference_dilated_attention(q, k, v, b) for b in branches]
+    denominators = []
+    for w in (8, 16):
+        s = (q[0, :, 0] @ k[0, :, 0].T / 2).exp()
+        same = torch.arange(16)[:, None] // w == torch.arange(16)[None, :] // w
+        denominators.append((s * same).sum(-1)[None, :, None, None])
+    mixed = sum(o * d for o, d in zip(outs, denominators, strict=True)) / sum(denominators)
+    both = reference_dilated_attention(q, k, v, DilatedPattern([8, 16], [1, 1]))
+    torch.testing.assert_close(mixed, both, rtol=0, atol=1e-14)
+
+
+def _golden_cases():
+    with safe_open(GOLDEN, "pt") as file:
+        return json.loads(file.metadata()["cases"])
+
+
+@pytest.mark.parametrize("index", range(len(_golden_cases())))
+@pytest.mark.parametrize("backend", ["reference", *available_backends()])
+def test_published_code(index, backend):
+    """Blocked offsets and attended zero padding give the published code's outputs."""
+    case = _golden_cases()[index]
+    with safe_open(GOLDEN, "pt") as file:
+        q, k, v, expected = (file.get_tensor(f"{index}.{name}") for name in "qkvo")
+    pattern = DilatedPattern(
+        case["segment_lengths"],
+        case["dilation_rates"],
+        head_offsets="blocked",
+        padding="attended",
+    )
+    if backend == "reference":
+        out = reference_dilated_attention(q, k, v, pattern, is_causal=case["is_causal"])
+    else:
+        out = dilated_attention(q, k, v, pattern, is_causal=case["is_causal"], backend=backend)
+    assert (out - expected).abs().max().item() <= GOLDEN_TOLERANCE
+
+
+def test_golden_data_tells_the_options_apart():
+    """The uneven cases do differ without the attended padding, and with the other offsets."""
+    case = _golden_cases()[4]
+    with safe_open(GOLDEN, "pt") as file:
+        q, k, v, expected = (file.get_tensor(f"4.{name}") for name in "qkvo")
+    for options in (
+        {"head_offsets": "blocked", "padding": "masked"},
+        {"head_offsets": "interleaved", "padding": "attended"},
+    ):
+        pattern = DilatedPattern(case["segment_lengths"], case["dilation_rates"], **options)
+        out = reference_dilated_attention(q, k, v, pattern)
+        assert (out - expected).abs().max().item() > 1e-2

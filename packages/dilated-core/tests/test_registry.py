@@ -1,0 +1,215 @@
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from dilated_core import (
+    AttentionBackend,
+    AttentionInputs,
+    AttentionOutput,
+    AttentionVariant,
+    DilatedPattern,
+    available_backends,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+    dilated_attention,
+    dilated_attention_with_lse,
+    explain_backends,
+    factory,
+    ops,
+    reference_dilated_attention_with_lse,
+    register_backend,
+    registry,
+    unregister_backend,
+)
+from dilated_core.eager import EagerBackend
+from dilated_core.sdpa import SdpaBackend
+
+PATTERN = DilatedPattern([4, 8], [1, 2])
+
+
+class Picky(EagerBackend):
+    """Runs heads of 3 only, and would be the first choice."""
+
+    name = "picky"
+    priority = 100
+
+    def why_not(self, inputs):
+        if inputs.head_dim != 3:
+            return [f"head_dim is {inputs.head_dim}; it takes 3.", "The moon is not full."]
+        return []
+
+
+class WholePattern(Picky):
+    """Does the whole pattern in one launch."""
+
+    name = "whole"
+    calls = ()
+
+    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale):
+        self.calls += ("forward",)
+        out, lse = reference_dilated_attention_with_lse(
+            q, k, v, pattern, is_causal=is_causal, scale=scale
+        )
+        return AttentionOutput(out.to(q.dtype), lse.float())
+
+    def dilated_backward(self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale):
+        self.calls += ("backward",)
+        lengths, rates = pattern.segment_lengths, pattern.dilation_rates
+        return ops.attention_backward(
+            dout, dlse, q, k, v, out, lse, lengths, rates, "interleaved", "masked", is_causal,
+            scale, "eager",
+        )  # fmt: skip
+
+
+@pytest.fixture
+def picky():
+    register_backend(Picky())
+    yield
+    unregister_backend("picky")
+
+
+def test_own_backends_satisfy_the_protocol():
+    assert isinstance(EagerBackend(), AttentionBackend)
+    assert isinstance(SdpaBackend(), AttentionBackend)
+    assert available_backends()[-2:] == ("sdpa", "eager")
+
+
+def test_auto_takes_the_first_that_can_run(picky):
+    x = torch.randn(1, 8, 2, 4)
+    assert available_backends()[0] == "picky"
+    # head_dim 4: picky cannot, and auto goes on without a word.
+    dilated_attention(x, x, x, PATTERN)
+    chosen = [
+        registry.choose_backend("auto", AttentionInputs(x.device, x.dtype, 2, head_dim)).name
+        for head_dim in (3, 4)
+    ]
+    assert chosen == ["picky", "sdpa"]
+
+
+def test_a_named_backend_never_falls_back(picky):
+    x = torch.randn(1, 8, 2, 4)
+    with pytest.raises(
+        ValueError,
+        match=r"backend 'picky' cannot run float32 on cpu, 2 heads of 4: head_dim is 4; it takes "
+        r"3. The moon is not full. Use backend='auto'",
+    ):
+        dilated_attention(x, x, x, PATTERN, backend="picky")
+
+
+def test_explanation_lists_every_backend_and_its_reasons(picky):
+    text = explain_backends(head_dim=64)
+    assert "picky     cannot run: head_dim is 64; it takes 3. The moon is not full." in text
+    assert "sdpa      can run, and is what 'auto' takes" in text
+    assert "eager     can run" in text
+    assert "triton    not installed: comes with the package dilated-kernels" in text
+    assert "picky     can run, and is what 'auto' takes" in explain_backends(head_dim=3)
+
+
+def test_whole_pattern_backends_are_given_the_whole_pattern():
+    backend = WholePattern()
+    register_backend(backend)
+    try:
+        q, k, v = (torch.randn(1, 8, 2, 3, requires_grad=True) for _ in range(3))
+        out, lse = dilated_attention_with_lse(q, k, v, PATTERN, backend="whole")
+        expected = dilated_attention_with_lse(q, k, v, PATTERN, backend="eager")
+        torch.testing.assert_close((out, lse), tuple(expected))
+        dout = torch.randn_like(out)
+        got = torch.autograd.grad(out, (q, k, v), dout)
+        torch.testing.assert_close(got, torch.autograd.grad(expected.out, (q, k, v), dout))
+        assert backend.calls == ("forward", "backward")
+    finally:
+        unregister_backend("whole")
+
+
+def test_registration_mistakes(picky):
+    with pytest.raises(ValueError, match="backend name 'picky' is taken"):
+        register_backend(Picky())
+    with pytest.raises(TypeError, match="is no attention backend; it needs name, priority"):
+        register_backend(object())
+    old = Picky()
+    old.name, old.contract = "old", 0
+    with pytest.raises(ValueError, match="contract 0, and this dilated-core has 1; update the old"):
+        register_backend(old)
+    with pytest.raises(ValueError, match="no backend 'old' is registered"):
+        unregister_backend("old")
+
+
+def test_sdpa_says_why_not():
+    def reasons(**changes):
+        settings = {"device": "cpu", "dtype": torch.float32, "num_heads": 4, "head_dim": 64}
+        inputs = settings | changes
+        return SdpaBackend().why_not(AttentionInputs(torch.device(inputs.pop("device")), **inputs))
+
+    assert reasons() == []
+    assert reasons(device="mps") == [
+        "the device is mps; PyTorch has kernels that return lse for cpu and cuda."
+    ]
+    (reason,) = reasons(dtype=torch.float8_e4m3fn)
+    assert reason.startswith("the dtype is float8_e4m3fn; it takes float64, float32")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 64, []),
+        ((7, 5), torch.float16, 64, []),
+        ((7, 5), torch.bfloat16, 64, ["the dtype is bfloat16; this GPU is older than compute"]),
+        ((6, 0), torch.float32, 12, []),
+        ((9, 0), torch.float32, 6, ["head_dim is 6; PyTorch's CUDA kernels need a multiple of 4."]),
+        ((9, 0), torch.float16, 12, ["head_dim is 12; PyTorch's CUDA kernels need a multiple of"]),
+        ((9, 0), torch.float64, 64, ["the dtype is float64; it takes float32, bfloat16, float16."]),
+    ],
+)
+def test_sdpa_on_other_gpus(monkeypatch, capability, dtype, head_dim, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reasons = SdpaBackend().why_not(AttentionInputs(torch.device("cuda"), dtype, 4, head_dim))
+    assert len(reasons) == len(expected)
+    assert all(r.startswith(e) for r, e in zip(reasons, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_sdpa_without_a_gpu():
+    reasons = SdpaBackend().why_not(AttentionInputs(torch.device("cuda"), torch.float32, 4, 64))
+    assert reasons == ["the device is cuda; this PyTorch sees no CUDA device."]
+
+
+@pytest.fixture
+def unread_registry(monkeypatch):
+    """A registry that has not looked for installed packages yet."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(registry, "_broken", {})
+    monkeypatch.setattr(registry, "_entry_points_read", False)
+
+
+class _Module:
+    """Stands for an installed package: what entry points load from."""
+
+    picky = Picky()
+    no_backend = 3
+    variant = AttentionVariant(torch.nn.Identity, torch.nn.Identity)
+
+
+def test_entry_points_are_loaded_once_and_may_be_broken(monkeypatch, unread_registry):
+    monkeypatch.setitem(sys.modules, "installed_backends", _Module)
+    points = [
+        EntryPoint("picky", "installed_backends:picky", "dilated.backends"),
+        EntryPoint("half", "installed_backends:no_backend", "dilated.backends"),
+        EntryPoint("triton", "a_missing_module:backend", "dilated.backends"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    assert available_backends() == ("picky", "sdpa", "eager")
+    text = explain_backends(head_dim=3)
+    assert "triton    cannot be loaded: ModuleNotFoundError: No module named 'a_missing" in text
+    assert "half      cannot be loaded: TypeError: 3 is no attention backend" in text
+    with pytest.raises(ValueError, match="'triton' is installed but cannot be loaded: ModuleNot"):
+        registry.get_backend("triton")
+
+
+def test_other_packages_provide_attention_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "installed_attention", _Module)
+    point = EntryPoint("ring", "installed_attention:variant", "dilated.attention")
+    monkeypatch.setattr(factory, "entry_points", lambda group, name: [point][: name == "ring"])
+    assert isinstance(create_dilated_attention("ring"), torch.nn.Identity)
+    assert isinstance(create_multihead_dilated_attention("ring"), torch.nn.Identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.training.streams import TokenStream
 
 _SHORTEST_BUCKET = 16
+_MOST_STRETCHES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Evaluation:
     Attributes:
         bits_per_byte: Total bits of all targets, divided by the bytes they stand for.
         bits_per_token: The same, per target token.
-        num_tokens: Targets scored: every token but the first.
+        num_tokens: Targets scored.
         num_bytes: Bytes the targets stand for.
         by_context: The loss by the number of tokens seen, shortest context first.
     """
@@ -51,6 +52,54 @@ class Evaluation:
     num_tokens: int
     num_bytes: int
     by_context: tuple[ContextBucket, ...]
+
+
+def scored_ranges(
+    num_tokens: int, *, seq_len: int, max_tokens: int | None = None
+) -> list[tuple[int, int]]:
+    """Which tokens `evaluate` scores: up to 16 stretches, spread evenly over the text.
+
+    Args:
+        num_tokens: Length of the text.
+        seq_len: Window length.
+        max_tokens: Most targets to score, rounded down to whole windows if it is more than one;
+            None means all.
+
+    Returns:
+        Pairs (start, stop), in order and apart: tokens start … stop − 1 are inputs, and the tokens
+        after each of them are the targets.
+
+    Raises:
+        ValueError: If the text has fewer than two tokens, or a number is below 1.
+
+    Example:
+        >>> scored_ranges(101, seq_len=10)
+        [(0, 100)]
+        >>> scored_ranges(101, seq_len=10, max_tokens=20)
+        [(0, 10), (50, 60)]
+    """
+    for name, value in (("seq_len", seq_len), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if num_tokens < 2:
+        raise ValueError(
+            f"the text has {num_tokens} tokens; at least 2 are needed, one to see and one to "
+            f"predict."
+        )
+    total = num_tokens - 1
+    if max_tokens is None or max_tokens >= total:
+        return [(0, total)]
+    if max_tokens <= seq_len:
+        return [(0, max_tokens)]
+    windows = max_tokens // seq_len
+    stretches = min(_MOST_STRETCHES, windows)
+    spare = total - windows * seq_len
+    ranges: list[tuple[int, int]] = []
+    for i in range(stretches):
+        first, after = windows * i // stretches, windows * (i + 1) // stretches
+        gap = spare * i // stretches
+        ranges.append((first * seq_len + gap, after * seq_len + gap))
+    return ranges
 
 
 def evaluate(
@@ -65,50 +114,43 @@ def evaluate(
 ) -> Evaluation:
     """Score a text in windows of `seq_len` tokens, laid end to end.
 
-    Each window starts without context; every token but the first is a target exactly once.
+    Each window starts without context; no token is a target twice.
 
     Args:
         model: The model; its mode and device are left as they are found.
         stream: The text.
         seq_len: Longest context, in tokens.
-        max_tokens: Number of targets after which to stop; None means all.
+        max_tokens: Score only this many, as `scored_ranges` spreads them.
         batch_size: Windows scored at a time.
         autocast: Compute matrix products in this dtype; None means the dtype of the parameters.
         before_batch: Called with the targets scored so far and their number in all; may raise to
             stop.
 
     Raises:
-        ValueError: If the text has fewer than two tokens, or a number is below 1.
+        ValueError: As `scored_ranges`, or if `batch_size` is below 1.
     """
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
-    total = min(len(stream) - 1, max_tokens or len(stream))
-    if total < 1:
-        raise ValueError(
-            f"the text has {len(stream)} tokens; at least 2 are needed, one to see and one to "
-            f"predict."
-        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
+    total = sum(stop - start for start, stop in ranges)
     nats = torch.zeros(seq_len, dtype=torch.float64)
     num_bytes = torch.zeros(seq_len, dtype=torch.int64)
     was_training = model.training
     model.eval()
     try:
         done = 0
-        while done < total:
+        for start, rows, width in _batches(ranges, seq_len, batch_size):
             if before_batch is not None:
                 before_batch(done, total)
-            rows = min(batch_size, (total - done) // seq_len)
-            width = seq_len if rows else total - done  # the last, short window comes alone
-            count = max(rows, 1) * width
-            tokens = torch.from_numpy(stream.read(done, done + count + 1))  # pyright: ignore[reportUnknownMemberType]
-            lengths = torch.from_numpy(stream.byte_lengths(done + 1, done + count + 1))  # pyright: ignore[reportUnknownMemberType]
-            loss = _losses(model, tokens[:-1].view(-1, width), tokens[1:].view(-1, width), autocast)
+            stop = start + rows * width
+            tokens = torch.from_numpy(stream.read(start, stop + 1))  # pyright: ignore[reportUnknownMemberType]
+            lengths = torch.from_numpy(stream.byte_lengths(start + 1, stop + 1))  # pyright: ignore[reportUnknownMemberType]
+            loss = _losses(
+                model, tokens[:-1].view(rows, width), tokens[1:].view(rows, width), autocast
+            )
             nats[:width] += loss.sum(0)
-            num_bytes[:width] += lengths.view(-1, width).sum(0)
-            done += count
+            num_bytes[:width] += lengths.view(rows, width).sum(0)
+            done += rows * width
     finally:
         model.train(was_training)
     bits = nats / math.log(2)
@@ -119,6 +161,18 @@ def evaluate(
         num_bytes=int(num_bytes.sum()),
         by_context=_buckets(bits, num_bytes, min(seq_len, total)),
     )
+
+
+def _batches(
+    ranges: Sequence[tuple[int, int]], seq_len: int, batch_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first token, windows, their length) of each batch; a short last window comes alone."""
+    for start, stop in ranges:
+        while start < stop:
+            rows = min(batch_size, (stop - start) // seq_len)
+            width = seq_len if rows else stop - start
+            yield start, max(rows, 1), width
+            start += max(rows, 1) * width
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:

@@ -221,7 +221,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         "",
         *context_lines(result),
         "",
-        "sample, after the first bytes of the validation text:",
+        "sample, after the beginning of the validation text and a bar:",
         _printable(f"{report.prompt}|{report.sample}"),
         "",
         f"{run.folder}: model.safetensors, config.json, metrics.jsonl, loss.png, checkpoint.pt; "

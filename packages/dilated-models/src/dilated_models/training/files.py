@@ -142,8 +142,7 @@ def split_files(pieces: Iterable[Piece], skipped: int, *, validation_share: floa
     # At least one file on each side, whatever the draw.
     limit = min(max(validation_share, min(drawn)), sorted(drawn)[-2])
     train = [piece for piece, x in zip(pieces, drawn, strict=True) if x > limit]
-    # In the order of the draw, so that the first part of a long validation text is a fair sample.
-    validation = [piece for x, piece in sorted(zip(drawn, pieces, strict=True)) if x <= limit]
+    validation = [piece for piece, x in zip(pieces, drawn, strict=True) if x <= limit]
     return Split(train, validation, skipped)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dilated_models.evaluation import Evaluation, autocast_to, evaluate
+from dilated_models.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
 from dilated_models.generation import generate
 from dilated_models.longnet.config import LongNetConfig
 from dilated_models.longnet.language_model import LongNetLM
@@ -30,7 +30,7 @@ from dilated_models.training.vocabulary import TokenizerVocabulary, Vocabulary, 
 _CACHE_FOLDER = "tokens"
 _SCORED_TOKENS = 4096  # at a time, at least, so that short windows are not scored one by one
 _SAMPLE_TOKENS = 200
-_SAMPLE_PROMPT_BYTES = 80
+_SAMPLE_PROMPT_TOKENS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Report:
         evaluation: On the validation text.
         xz_bits_per_byte: Of the same bytes under `xz -9`.
         xz_bytes: How many bytes those are.
-        prompt: Where the sample starts, the first bytes of the validation text.
+        prompt: Where the sample starts: the beginning of the validation text.
         sample: What the model wrote after it.
     """
 
@@ -204,8 +204,11 @@ def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSig
             validate_if_due()
         evaluation = validate(config.final_validation_tokens)
         observer.busy("compressing the same bytes with xz -9")
-        first = int(validation.byte_lengths(0, 1).sum())
-        xz, xz_bytes = xz_bits_per_byte(validation.raw_bytes(first + evaluation.num_bytes))
+        ranges = scored_ranges(
+            len(validation), seq_len=config.seq_len, max_tokens=config.final_validation_tokens
+        )
+        scored = b"".join(validation.text_of(start + 1, stop + 1) for start, stop in ranges)
+        xz, xz_bytes = xz_bits_per_byte(scored)
         observer.busy("sampling")
         prompt, sample = _sample(run, state.model, validation, stop_if_asked)
         report = Report(
@@ -249,8 +252,9 @@ def _streams(run: Run, observer: Observer) -> tuple[TokenStream, TokenStream]:
 def _sample(
     run: Run, model: LongNetLM, validation: TokenStream, check: Callable[[], None]
 ) -> tuple[str, str]:
-    """The first bytes of the validation text, and what the model makes of them."""
-    prompt = validation.raw_bytes(_SAMPLE_PROMPT_BYTES).decode("utf-8", "ignore")
+    """The first tokens of the validation text, and what the model makes of them."""
+    start = validation.text_of(0, min(_SAMPLE_PROMPT_TOKENS, len(validation)))
+    prompt = start.decode("utf-8", "ignore")
     tokens = run.vocabulary.encode(prompt) or [0]
     sampled: list[int] = []
     for token in generate(model, tokens, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, seed=0):

@@ -35,8 +35,8 @@ class TokenStream(Protocol):
         """How many bytes of text each of these tokens stands for."""
         ...
 
-    def raw_bytes(self, limit: int) -> bytes:
-        """The first `limit` bytes of the text behind the tokens."""
+    def text_of(self, start: int, stop: int) -> bytes:
+        """The bytes these tokens stand for."""
         ...
 
 
@@ -59,17 +59,13 @@ class ByteStream:
 
     def read(self, start: int, stop: int) -> Int64Array:
         """Bytes as numbers 0 … 255, `(stop − start,)`."""
-        return np.frombuffer(self.read_bytes(start, stop), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(self.text_of(start, stop), dtype=np.uint8).astype(np.int64)
 
     def byte_lengths(self, start: int, stop: int) -> Int64Array:
         """Ones: a token is a byte."""
         return np.ones(stop - start, dtype=np.int64)
 
-    def raw_bytes(self, limit: int) -> bytes:
-        """The first `limit` bytes."""
-        return self.read_bytes(0, min(limit, len(self)))
-
-    def read_bytes(self, start: int, stop: int) -> bytes:
+    def text_of(self, start: int, stop: int) -> bytes:
         """Bytes `start` … `stop − 1`, which must lie inside the stream."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"bytes {start}…{stop} are not inside a text of {len(self)} bytes.")
@@ -131,6 +127,8 @@ class TokenFile:
         """Bytes per token, `(stop − start,)`; over the whole file they add up to the text."""
         return self._byte_lengths[start:stop].astype(np.int64)
 
-    def raw_bytes(self, limit: int) -> bytes:
-        """The first `limit` bytes of the text."""
-        return self._text.raw_bytes(min(limit, len(self._text)))
+    def text_of(self, start: int, stop: int) -> bytes:
+        """The bytes these tokens stand for; exact where the text is UTF-8."""
+        before = int(self._byte_lengths[:start].sum(dtype=np.int64))
+        after = before + int(self._byte_lengths[start:stop].sum(dtype=np.int64))
+        return self._text.text_of(min(before, len(self._text)), min(after, len(self._text)))

@@ -191,7 +191,7 @@ def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:
         stop = start + piece.num_bytes
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while start < stop:
-            part = text.read_bytes(start, min(stop, start + _PART_BYTES))
+            part = text.text_of(start, min(stop, start + _PART_BYTES))
             if start + len(part) < stop and (line_end := part.rfind(b"\n")) >= 0:
                 part = part[: line_end + 1]
             start += len(part)

@@ -1,0 +1,272 @@
+"""LongNetLM against the definition, and the properties a language model must have."""
+
+import copy
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+from dilated_core import DilatedPattern, reference_dilated_attention
+from dilated_models import LongNetConfig, LongNetLM
+from dilated_models.layers.self_attention import DilatedSelfAttention
+
+
+def with_reference_attention(model: LongNetLM) -> LongNetLM:
+    """The same model, its attention evaluated from the definition."""
+    model = copy.deepcopy(model)
+    config = model.config
+
+    def attend(q, k, v, *, is_causal=False):
+        pattern = DilatedPattern(
+            config.segment_lengths,
+            config.dilation_rates,
+            head_offsets=config.head_offsets,
+            padding=config.padding,
+        )
+        return reference_dilated_attention(q, k, v, pattern, is_causal=is_causal)
+
+    replaced = 0
+    for module in model.modules():
+        if isinstance(module, DilatedSelfAttention):
+            module.attend = attend
+            replaced += 1
+    assert replaced == config.num_decoder_layers
+    return model
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"head_offsets": "blocked", "padding": "attended"},
+        {"positions": "rotary", "activation": "gelu", "tie_embeddings": True},
+        {"positions": "none", "scale_embedding": False, "final_layer_norm": False},
+    ],
+)
+def test_equals_the_definition_forward_and_backward(config, tokens, change, backend, is_causal):
+    torch.manual_seed(0)
+    config = dataclasses.replace(config, backend=backend, **change)
+    model = LongNetLM.from_config(config, dtype=torch.float64)
+    oracle = with_reference_attention(model)
+    actual, expected = model(tokens, is_causal), oracle(tokens, is_causal)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    upstream = torch.randn_like(actual)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    for (name, mine), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, rtol=0, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_the_future_does_not_leak(model, tokens):
+    with torch.no_grad():
+        logits = model(tokens)
+        for changed in (1, 7, 16, 30, 44):
+            other = tokens.clone()
+            other[:, changed:] = (other[:, changed:] + 1) % 61
+            perturbed = model(other)
+            torch.testing.assert_close(
+                perturbed[:, :changed], logits[:, :changed], rtol=0, atol=1e-12
+            )
+            assert (perturbed[:, changed] - logits[:, changed]).abs().max() > 1e-3
+        # Not causal, the first position does see the change.
+        assert (model(other, is_causal=False)[:, 0] - model(tokens, False)[:, 0]).abs().max() > 1e-6
+
+
+def test_a_prefix_scores_as_in_the_whole(model, tokens):
+    with torch.no_grad():
+        whole = model(tokens)
+        for length in (1, 5, 17, 41):
+            prefix = model(tokens[:, :length])
+            torch.testing.assert_close(prefix, whole[:, :length], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_nothing(config, tokens, dropout):
+    gradients = []
+    calls = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        changed = dataclasses.replace(config, activation_checkpointing=recompute, dropout=dropout)
+        model = LongNetLM.from_config(changed, dtype=torch.float64)
+        count = [0]
+        model.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        torch.manual_seed(1)
+        model(tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        calls.append(count[0])
+    assert calls == [1, 2]  # the second model did run its blocks again
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_dropout_acts_in_training_only(config, tokens):
+    model = LongNetLM.from_config(dataclasses.replace(config, dropout=0.5))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_explicit_positions(model, tokens):
+    with torch.no_grad():
+        counted = model(tokens)
+        named = model(tokens, positions=torch.arange(45))
+        shifted = model(tokens, positions=torch.arange(45) + 1000)
+        stretched = model(tokens, positions=torch.arange(45) * 2)
+    torch.testing.assert_close(named, counted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(shifted, counted, rtol=0, atol=1e-9)
+    assert (stretched - counted).abs().max() > 1e-3
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = LongNetLM(
+        num_tokens=500,
+        d_model=256,
+        nhead=4,
+        num_decoder_layers=3,
+        dim_feedforward=1024,
+        segment_lengths=[8],
+        dilation_rates=[1],
+    )
+    gamma = math.sqrt(math.log(6))
+
+    def xavier_bound(weight: torch.Tensor, gain: float) -> float:
+        return gain * math.sqrt(6 / sum(weight.shape))
+
+    for block in model.blocks:
+        attention, feed_forward = block.attention, block.feed_forward
+        for linear, gain in (
+            (attention.q_proj, 2**-0.5),
+            (attention.k_proj, 2**-0.5),
+            (attention.v_proj, gamma * 2**-0.5),
+            (attention.out_proj, gamma),
+            (feed_forward.fc1, gamma),
+            (feed_forward.fc2, gamma),
+        ):
+            bound = xavier_bound(linear.weight, gain)
+            assert 0.99 * bound < linear.weight.abs().max() <= bound
+            assert linear.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+            assert linear.bias.eq(0).all()
+    assert model.embedding.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert model.output.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules()) == 3 * 4 + 1
+
+
+def test_sub_layer_norms_stand_before_the_output_projections(model, tokens):
+    seen = {}
+    block = model.blocks[0]
+    for name, linear in (("out", block.attention.out_proj), ("fc2", block.feed_forward.fc2)):
+        linear.register_forward_pre_hook(lambda _, x, n=name: seen.__setitem__(n, x[0]))
+    model(tokens)
+    for x in seen.values():
+        assert x.mean(-1).abs().max() < 1e-6
+        assert (x.var(-1, unbiased=False) - 1).abs().max() < 0.05
+
+
+def test_tied_embeddings(config, tokens):
+    untied = LongNetLM.from_config(config)
+    tied = LongNetLM.from_config(dataclasses.replace(config, tie_embeddings=True))
+    assert tied.output.weight is tied.embedding.weight
+    assert untied.output.weight is not untied.embedding.weight
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(untied) - count(tied) == 61 * 32
+    assert copy.deepcopy(tied).output.weight is not tied.output.weight
+    twin = copy.deepcopy(tied)
+    assert twin.output.weight is twin.embedding.weight
+    twin(tokens).sum().backward()
+    with torch.no_grad():
+        twin.embedding.weight.add_(1.0)
+    assert torch.equal(twin.output.weight, twin.embedding.weight)
+
+
+def test_copies_pickles_and_shows_itself(model, tokens):
+    expected = model(tokens)
+    assert torch.equal(copy.deepcopy(model)(tokens), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens), expected)
+    text = repr(model)
+    assert "DilatedSelfAttention" in text
+    assert "activation='relu'" in text
+
+
+def test_float32_and_bfloat16_autocast_stay_close_to_float64(model, tokens):
+    exact = model(tokens)
+    single = copy.deepcopy(model).float()
+    torch.testing.assert_close(single(tokens).double(), exact, rtol=0, atol=5e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = single(tokens)
+    assert 1e-4 < (low.double() - exact).abs().max() < 0.15
+
+
+def test_empty_and_single_sequences(model):
+    assert model(torch.zeros(3, 1, dtype=torch.int64)).shape == (3, 1, 61)
+
+
+def test_refusals(model, config):
+    with pytest.raises(TypeError, match=r"tokens must be an int64 tensor of shape \(B, S\), got"):
+        model(torch.zeros(1, 4))
+    with pytest.raises(TypeError, match="got list"):
+        model([1, 2])
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, S\), got \(4,\)"):
+        model(torch.zeros(4, dtype=torch.int64))
+    four = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="one position per token, got 3 for 4 tokens"):
+        model(four, positions=torch.arange(3))
+    with pytest.raises(TypeError, match="positions must be an int64 tensor"):
+        model(four, positions=torch.arange(4.0))
+    with pytest.raises(ValueError, match=r"stays within the range of torch\.float64"):
+        model(four, positions=torch.arange(4) + 10**7)
+    without = LongNetLM.from_config(dataclasses.replace(config, positions="none"))
+    with pytest.raises(ValueError, match='a model with positions="none"; drop them'):
+        without(four, positions=torch.arange(4))
+    with pytest.raises(ValueError, match="no-such-backend"):
+        LongNetLM.from_config(dataclasses.replace(config, backend="no-such-backend"))(four)
+
+
+def test_it_learns_a_pattern_by_heart():
+    torch.manual_seed(0)
+    model = LongNetLM(
+        num_tokens=16,
+        d_model=32,
+        nhead=4,
+        num_decoder_layers=1,
+        dim_feedforward=64,
+        segment_lengths=[8, 32],
+        dilation_rates=[1, 2],
+    )
+    tokens = torch.randint(16, (1, 33))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        loss = torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.05
+
+
+def test_a_long_context_is_used():
+    """The first token decides the loss of the last one, far beyond the shortest segment."""
+    config = LongNetConfig(
+        num_tokens=8,
+        d_model=16,
+        nhead=2,
+        num_decoder_layers=2,
+        dim_feedforward=16,
+        segment_lengths=(4, 64),
+        dilation_rates=(1, 2),
+    )
+    torch.manual_seed(0)
+    model = LongNetLM.from_config(config, dtype=torch.float64)
+    tokens = torch.zeros(1, 63, dtype=torch.int64)
+    other = tokens.clone()
+    other[0, 0] = 1
+    assert (model(tokens) - model(other))[0, -1].abs().max() > 1e-6

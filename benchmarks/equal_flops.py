@@ -1,0 +1,133 @@
+"""Dilated attention against PyTorch's own attention at equal FLOPs, in the same run.
+
+The pattern has five branches (w0·2^i, 2^i): each strip is a problem of w0 rows. Two peers run
+PyTorch's `scaled_dot_product_attention` on contiguous tensors, with the FLOPs of the pattern:
+
+- windows: a batch of sequences of w0, as many as give the same FLOPs. The same problem sizes as
+  the strips, so what is lost against it is lost to strides, merging and calls.
+- square: one sequence long enough for the same FLOPs. PyTorch at its best, which for small w0 is
+  faster per FLOP than any attention over w0 keys.
+
+Ratios are rates (FLOPs per second) of dilated attention over the peer's. Before anything is timed,
+dilated attention is compared with the float64 oracle on a shorter sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from dilated_core import DilatedPattern, dilated_attention, reference_dilated_attention
+from dilated_core.testing.error_budget import assert_within_budget, pytorch_errors
+from harness import peak_memory_in_fresh_process, time_in_turn
+from torch.nn.functional import scaled_dot_product_attention
+
+NUM_HEADS, HEAD_DIM, NUM_BRANCHES = 8, 64, 5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = [
+    {"seq_len": seq_len, "w0": w0, "dtype": dtype, "is_causal": is_causal}
+    for dtype in DTYPES
+    for seq_len in (16_384, 65_536)
+    for w0 in (128, 512, 2048)
+    for is_causal in (False, True)
+]
+
+
+def geometric_pattern(w0: int) -> DilatedPattern:
+    steps = [2**i for i in range(NUM_BRANCHES)]
+    return DilatedPattern([w0 * step for step in steps], steps)
+
+
+def check_correctness(w0: int, dtype: torch.dtype, is_causal: bool) -> None:
+    """Raise unless forward and backward stay within the error budget at this w0 and dtype."""
+    pattern, seq_len = geometric_pattern(min(w0, 256)), 1100
+    torch.manual_seed(0)
+    shape = (1, seq_len, NUM_HEADS, HEAD_DIM)
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = torch.randn(shape, dtype=dtype)
+    out = dilated_attention(q, k, v, pattern, is_causal=is_causal)
+    exact = reference_dilated_attention(q, k, v, pattern, is_causal=is_causal)
+    assert_within_budget(
+        [out, *torch.autograd.grad(out, (q, k, v), dout)],
+        [exact, *torch.autograd.grad(exact, (q, k, v), dout.double())],
+        pytorch_errors(q, k, v, dout, is_causal=is_causal),
+    )
+
+
+def measure(
+    seq_len: int, w0: int, dtype: str, is_causal: bool, *, rounds: int, with_memory: bool = True
+) -> dict[str, Any]:
+    """One row of the result: times, rates and ratios of a case."""
+    check_correctness(w0, DTYPES[dtype], is_causal)
+    pattern = geometric_pattern(w0)
+    flops = pattern.flops(seq_len, NUM_HEADS, HEAD_DIM, is_causal=is_causal)
+
+    pairs = w0 * (w0 + 1) // 2 if is_causal else w0 * w0
+    windows = max(1, round(flops / (4 * HEAD_DIM * NUM_HEADS * pairs)))
+    square = math.isqrt(round(flops / (4 * HEAD_DIM * NUM_HEADS) * (2 if is_causal else 1)))
+    square_pairs = square * (square + 1) // 2 if is_causal else square * square
+    contenders = {
+        "dilated": (
+            _tensors((1, seq_len, NUM_HEADS, HEAD_DIM), dtype),
+            lambda q, k, v: dilated_attention(q, k, v, pattern, is_causal=is_causal),
+            flops,
+        ),
+        "windows": (
+            _tensors((windows, NUM_HEADS, w0, HEAD_DIM), dtype),
+            lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=is_causal),
+            4 * HEAD_DIM * NUM_HEADS * pairs * windows,
+        ),
+        "square": (
+            _tensors((1, NUM_HEADS, square, HEAD_DIM), dtype),
+            lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=is_causal),
+            4 * HEAD_DIM * NUM_HEADS * square_pairs,
+        ),
+    }
+    row: dict[str, Any] = {
+        "seq_len": seq_len,
+        "w0": w0,
+        "dtype": dtype,
+        "is_causal": is_causal,
+        "num_heads": NUM_HEADS,
+        "head_dim": HEAD_DIM,
+        "segment_lengths": list(pattern.segment_lengths),
+        "dilation_rates": list(pattern.dilation_rates),
+        "rounds": rounds,
+    }
+    for direction, factor in (("forward", 1.0), ("forward_backward", 3.5)):
+        runs = {
+            name: _run(tensors, attend, with_backward=factor > 1)
+            for name, (tensors, attend, _) in contenders.items()
+        }
+        times = time_in_turn(runs, rounds=rounds)
+        rates = {
+            name: factor * contenders[name][2] / spread["median_s"]
+            for name, spread in times.items()
+        }
+        row[direction] = {
+            "times": times,
+            "gflops": {name: round(rate / 1e9, 2) for name, rate in rates.items()},
+            "ratio_to_windows": round(rates["dilated"] / rates["windows"], 3),
+            "ratio_to_square": round(rates["dilated"] / rates["square"], 3),
+        }
+    if with_memory:
+        options = [str(seq_len), str(w0), dtype, str(int(is_causal))]
+        row["forward_peak"] = peak_memory_in_fresh_process("peak_memory.py", *options)
+    return row
+
+
+def _tensors(shape: tuple[int, ...], dtype: str) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=DTYPES[dtype]) for _ in range(4)]
+
+
+def _run(
+    tensors: list[torch.Tensor], attend: Callable[..., torch.Tensor], *, with_backward: bool
+) -> Callable[[], object]:
+    *inputs, dout = tensors
+    if not with_backward:
+        return lambda: attend(*inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)

@@ -1,0 +1,110 @@
+"""Time contenders side by side, measure peak memory in a fresh process, record where it was done.
+
+Machines are noisy, so a result is a ratio of contenders timed in turn in one process: each round
+runs every contender once, and what is reported is the median over rounds with its quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def time_in_turn(
+    contenders: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Seconds of each contender: median, lower and upper quartile over `rounds`."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(-warmup, rounds):
+        for name, run in contenders.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if round_ >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return {name: _spread(values) for name, values in samples.items()}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median_s": median, "low_s": low, "high_s": high}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory_in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
+    """Run `script` with this interpreter and read the JSON it prints last."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def high_water_bytes() -> int:
+    """The most resident memory this process has had since `reset_high_water` or its start."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM; peak memory is measured on Linux.")
+
+
+def reset_high_water() -> None:
+    """Let `high_water_bytes` count from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit: what a number means nothing without."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": _cpu_name(),
+        "cores": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dilated-core": version("dilated-core"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "packages", "benchmarks")),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+def write_result(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write one benchmark's rows beside the environment they were measured in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"benchmark": name, "environment": environment(), "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,80 @@
+"""Write docs/benchmarks.md from the committed results: `python -m tools.benchmark_table`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+
+INTRODUCTION = """\
+# Benchmarks
+
+Generated from `benchmarks/results/` by `python -m tools.benchmark_table`; how the numbers are made
+is in `benchmarks/README.md`.
+
+## Against PyTorch's attention at equal FLOPs
+
+Five branches (w₀·2ⁱ, 2ⁱ), 8 heads of 64, one sequence. Ratios are rates, in FLOPs per second, of
+dilated attention over PyTorch's `scaled_dot_product_attention` in the same run. *Windows* is a batch
+of contiguous sequences of w₀ positions with the same FLOPs: the same problem sizes, so a ratio below
+1 is what strides, merging and calls cost. *Square* is a single sequence with the same FLOPs:
+PyTorch at its best. *Peak* is the forward pass's memory above its inputs, in sizes of the output.
+
+"""
+
+
+def page(results: Path) -> str:
+    """The whole page."""
+    result = json.loads((results / "equal_flops.json").read_text())
+    environment = result["environment"]
+    lines = [
+        "| S | w₀ | dtype | | forward / windows | forward+backward / windows "
+        "| forward / square | forward+backward / square | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(row) for row in result["rows"]),
+    ]
+    facts = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "commit"))
+    where = (
+        f"Measured on {environment['machine']}, {environment['cores']} cores, "
+        f"{environment['system']}, {facts}, {environment['date']}."
+    )
+    return INTRODUCTION + "\n".join([*lines, "", where, ""])
+
+
+def _row(row: dict[str, Any]) -> str:
+    forward, both = row["forward"], row["forward_backward"]
+    cells = [
+        f"{row['seq_len'] // 1024}k",
+        row["w0"],
+        row["dtype"],
+        "causal" if row["is_causal"] else "full",
+        f"{forward['ratio_to_windows']:.2f}",
+        f"{both['ratio_to_windows']:.2f}",
+        f"{forward['ratio_to_square']:.2f}",
+        f"{both['ratio_to_square']:.2f}",
+        f"{row['forward_peak']['ratio']:.2f}",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page, or with `--check` compare it with the one on disk."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    text = page(options.results)
+    if not options.check:
+        options.page.write_text(text)
+    elif not options.page.exists() or options.page.read_text() != text:
+        print(f"{options.page} is out of date; write it with: python -m tools.benchmark_table")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,10 +18,11 @@ is in `benchmarks/README.md`.
 ## Against PyTorch's attention at equal FLOPs
 
 Five branches (w₀·2ⁱ, 2ⁱ), 8 heads of 64, one sequence. Ratios are rates, in FLOPs per second, of
-dilated attention over PyTorch's `scaled_dot_product_attention` in the same run. *Windows* is a batch
-of contiguous sequences of w₀ positions with the same FLOPs: the same problem sizes, so a ratio below
-1 is what strides, merging and calls cost. *Square* is a single sequence with the same FLOPs:
-PyTorch at its best. *Peak* is the forward pass's memory above its inputs, in sizes of the output.
+dilated attention over PyTorch's `scaled_dot_product_attention` in the same run. *Windows* is a
+batch of contiguous sequences of w₀ positions with the same FLOPs: the same problem sizes, so a
+ratio below 1 is what strides, merging and calls cost. *Square* is a single sequence with the same
+FLOPs: PyTorch at its best. *Peak* is the forward pass's memory above its inputs, in sizes of the
+output.
 
 """
 

@@ -95,7 +95,7 @@ def train(
 
         from dilated_models.cli.progress import TrainingProgress
         from dilated_models.training.devices import choose_device, choose_dtype
-        from dilated_models.training.run import build, execute, peak_memory_bytes
+        from dilated_models.training.run import build, execute, open_text, peak_memory_bytes
         from dilated_models.training.setup import new_run, resumed_run
         from dilated_models.training.stopping import Stopped, StopSignals
 
@@ -146,7 +146,8 @@ def train(
         state = build(run)
         if resume:
             state.restore(run.folder)
-    console = Console()
+        console = Console()
+        opened = open_text(run, console.print)
     _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
     progress = TrainingProgress(
         console,
@@ -157,7 +158,7 @@ def train(
     with StopSignals() as signals:
         try:
             with progress:
-                report = execute(run, state, progress, signals)
+                report = execute(run, opened, state, progress, signals)
         except Stopped as stopped:
             console.print(
                 f"{stopped}; everything is saved. Continue with: dilated train --resume "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -128,7 +129,49 @@ def build(run: Run) -> TrainingState:
     return state
 
 
-def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSignals) -> Report:
+class Text(NamedTuple):
+    """The text of a run as tokens.
+
+    Attributes:
+        train: To train on.
+        validation: To validate on.
+        order: Of the windows of `train`.
+    """
+
+    train: TokenStream
+    validation: TokenStream
+    order: WindowOrder
+
+
+def open_text(run: Run, announce: Callable[[str], None]) -> Text:
+    """Open the text of a run; with a tokenizer, tokenise it into the run's folder, once.
+
+    If that fails, a folder that was not there before is not there afterwards.
+
+    Args:
+        run: The run.
+        announce: Told of tokenising, which can take long.
+
+    Raises:
+        ValueError: If either side of the text is too short.
+    """
+    existed = run.folder.exists()
+    try:
+        train, validation = _streams(run, announce)
+        order = WindowOrder(
+            num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed
+        )
+        scored_ranges(len(validation), seq_len=run.training.seq_len)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    return Text(train, validation, order)
+
+
+def execute(
+    run: Run, text: Text, state: TrainingState, observer: Observer, signals: StopSignals
+) -> Report:
     """Train from the state's step to the last one, then validate and sample.
 
     Writes `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors` and `loss.png` into
@@ -136,6 +179,7 @@ def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSig
 
     Args:
         run: What to do.
+        text: From `open_text`.
         state: From `build`, perhaps restored.
         observer: Is told of progress.
         signals: Are answered between two steps, by saving.
@@ -143,11 +187,8 @@ def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSig
     Raises:
         Stopped: After a signal, with everything saved.
         FloatingPointError: If the loss stops being finite; the last checkpoint stays.
-        ValueError: If the text is too short for the windows.
     """
-    config, folder = run.training, run.folder
-    train, validation = _streams(run, observer)
-    order = WindowOrder(num_tokens=len(train), seq_len=config.seq_len, seed=config.seed)
+    config, folder, validation = run.training, run.folder, text.validation
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, run.to_config())
     if isinstance(run.vocabulary, TokenizerVocabulary):
@@ -192,7 +233,7 @@ def execute(run: Run, state: TrainingState, observer: Observer, signals: StopSig
 
         stop_if_asked()
         validate_if_due()
-        for record in state.steps(train, order):
+        for record in state.steps(text.train, text.order):
             values = dataclasses.asdict(record) | {
                 "peak_memory_bytes": peak_memory_bytes(run.device)
             }
@@ -237,13 +278,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _streams(run: Run, observer: Observer) -> tuple[TokenStream, TokenStream]:
+def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, TokenStream]:
     """Training and validation tokens; tokenises into the run's folder if need be."""
     sides = [(ByteStream(pieces), pieces) for pieces in (run.split.train, run.split.validation)]
     vocabulary = run.vocabulary
     if not isinstance(vocabulary, TokenizerVocabulary):
         return sides[0][0], sides[1][0]
-    observer.busy("tokenising")
+    announce("tokenising the text, unless that was done before")
     folder = run.folder / _CACHE_FOLDER
     train, validation = (token_cache(text, pieces, vocabulary, folder) for text, pieces in sides)
     return train, validation

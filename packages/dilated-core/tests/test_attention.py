@@ -116,7 +116,8 @@ def test_opcheck(name, dtype):
     q, k, v, dout = case.tensors(dtype=dtype)
     p = case.pattern
     options = (list(p.segment_lengths), list(p.dilation_rates), p.head_offsets, p.padding)
-    options = (*options, case.is_causal, 0.5, "auto")
+    dropout_p, seed = (0.2, torch.tensor(7)) if name == "dense" else (0.0, None)
+    options = (*options, case.is_causal, 0.5, "auto", dropout_p, seed)
     torch.library.opcheck(ops.attention_forward, (q, k, v, *options))
     with torch.no_grad():
         out, lse = ops.attention_forward(q, k, v, *options)
@@ -180,7 +181,14 @@ def test_one_pair_is_saved_for_all_branches():
         ({"v": torch.zeros(5, 2, 4)}, ValueError, r"v has shape \(5, 2, 4\); it must have the four "
          r"dimensions \(batch, sequence, heads, head_dim\)"),
         ({"k": torch.zeros(1, 6, 2, 4)}, ValueError, "dilated attention is self-attention, so they "
-         "must be equal"),
+         "must be equal but for the heads"),
+        ({"k": torch.zeros(1, 5, 1, 4)}, ValueError, "must be equal but for the heads"),
+        ({n: torch.zeros(1, 5, 4, 4) for n in "kv"}, ValueError, "q has 2 heads and k and v have 4"
+         "; the heads of k and v must divide those of q"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; it must be at least 0 and below 1"),
+        ({"dropout_p": "0"}, TypeError, "dropout_p is '0'; it must be a number"),
+        ({"dropout_p": 0.1, "backend": "sdpa"}, ValueError, "backend 'sdpa' cannot run .* dropout"
+         "_p is 0.1; it has no dropout"),
         ({"k": torch.zeros(1, 5, 2, 4, dtype=torch.float64)}, TypeError, "q, k and v have dtypes "
          "torch.float32, torch.float64 and torch.float32; they must be equal, so convert"),
         ({n: torch.zeros(1, 5, 2, 4, dtype=torch.int64) for n in "qkv"}, TypeError,

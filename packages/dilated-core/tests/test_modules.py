@@ -42,15 +42,22 @@ def test_attention_module_is_the_function(is_causal):
     assert torch.equal(module(q, k, v, is_causal), expected)
 
 
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_multihead_is_projections_around_the_oracle(bias, layer_norm):
-    mha = _multihead(bias=bias, layer_norm=layer_norm, scale=0.5, dtype=torch.float64)
+def test_multihead_is_projections_around_the_oracle(bias, layer_norm, num_kv_heads):
+    mha = _multihead(
+        bias=bias,
+        layer_norm=layer_norm,
+        num_kv_heads=num_kv_heads,
+        scale=0.5,
+        dtype=torch.float64,
+    )
     for parameter in mha.parameters():
         nn.init.normal_(parameter)
     query, key, value = torch.randn(3, 2, 40, 24, dtype=torch.float64).unbind()
     q, k, v = (
-        (x @ p.weight.T + (p.bias if bias else 0)).view(2, 40, 4, 6)
+        (x @ p.weight.T + (p.bias if bias else 0)).view(2, 40, -1, 6)
         for x, p in ((query, mha.q_proj), (key, mha.k_proj), (value, mha.v_proj))
     )
     out = reference_dilated_attention(q, k, v, PATTERN, is_causal=True, scale=0.5).reshape(
@@ -86,6 +93,14 @@ def test_initialisation_is_magnetos():
         assert projection.weight.abs().max() <= bound
         assert projection.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
         assert not projection.bias.any()
+
+
+def test_dropout_is_for_training():
+    mha, x = _multihead(dropout=0.5), torch.randn(1, 40, 24)
+    plain = _multihead()
+    plain.load_state_dict(mha.state_dict())
+    assert torch.equal(mha.eval()(x, x, x), plain(x, x, x))
+    assert not torch.equal(mha.train()(x, x, x), mha(x, x, x))
 
 
 def test_need_weights_returns_a_pair():
@@ -154,6 +169,13 @@ def test_factory_keywords_device():
         ({"layer_norm_eps": 0.0}, ValueError, "layer_norm_eps is 0.0; it must be above 0"),
         ({"dilation_rates": [1]}, ValueError, "segment_lengths has 2 entries and dilation_rates 1"),
         ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
+        ({"dropout": 2}, ValueError, "dropout_p is 2; it must be at least 0 and below 1"),
+        (
+            {"num_kv_heads": 3},
+            ValueError,
+            "num_heads is 4 and num_kv_heads 3; num_kv_heads must div",
+        ),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads is 0; it must be at least 1"),
     ],
 )
 def test_construction_mistakes(options, error, message):

@@ -46,19 +46,21 @@ class WholePattern(Picky):
     name = "whole"
     calls = ()
 
-    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale):
+    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale, **dropout):
         self.calls += ("forward",)
         out, lse = reference_dilated_attention_with_lse(
             q, k, v, pattern, is_causal=is_causal, scale=scale
         )
         return AttentionOutput(out.to(q.dtype), lse.float())
 
-    def dilated_backward(self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale):
+    def dilated_backward(
+        self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, **dropout
+    ):
         self.calls += ("backward",)
         lengths, rates = pattern.segment_lengths, pattern.dilation_rates
         return ops.attention_backward(
             dout, dlse, q, k, v, out, lse, lengths, rates, "interleaved", "masked", is_causal,
-            scale, "eager",
+            scale, "eager", 0.0, None,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dilated_core import ops
-from dilated_core.inputs import check_inputs, check_scale
+from dilated_core.inputs import check_dropout, check_inputs, check_scale
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import DilatedPattern
 
@@ -18,6 +18,7 @@ def dilated_attention_with_lse(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> AttentionOutput:
     """`dilated_attention` that also returns the log of the softmax denominators.
@@ -32,6 +33,13 @@ def dilated_attention_with_lse(
         (float64 for float64 inputs).
     """
     check_inputs(q, k, v, pattern)
+    dropout_p = check_dropout(dropout_p)
+    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    # Drawn here, so that torch.manual_seed decides, a compiled graph draws anew at each call, and
+    # recomputation under activation checkpointing draws the same again.
+    dropout_seed = torch.randint(2**62, ()) if dropout_p else None
     out, lse = ops.attention_forward(
         q,
         k,
@@ -43,6 +51,8 @@ def dilated_attention_with_lse(
         bool(is_causal),
         check_scale(scale, q.shape[-1]),
         backend,
+        dropout_p,
+        dropout_seed,
     )
     return AttentionOutput(out, lse)
 
@@ -55,6 +65,7 @@ def dilated_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of each query over the keys that the pattern's branches select for it.
@@ -64,11 +75,14 @@ def dilated_attention(
     and backward. Compute and memory are linear in S for fixed segments.
 
     Args:
-        q, k, v: `(B, S, H, D)`: batch, sequence, heads, head_dim; equal shapes, one floating dtype,
-            one device. Any strides; any S.
+        q: `(B, S, H, D)`: batch, sequence, heads, head_dim. Any S, any strides.
+        k, v: `(B, S, H_kv, D)`; H_kv divides H, and H/H_kv consecutive heads of q share one of k
+            and v (grouped-query attention). One floating dtype and one device with q.
         pattern: Segment lengths, dilation rates, head offsets and padding.
         is_causal: Query i sees only keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
+        dropout_p: Probability of dropping each attention probability; the others are divided by
+            1 − `dropout_p`. Pass 0 when not training. Reproducible under `torch.manual_seed`.
         backend: `"auto"` for the best that can run, or a name of `available_backends()`, which is
             then used or refused, never replaced.
 
@@ -77,7 +91,8 @@ def dilated_attention(
 
     Raises:
         TypeError: If an argument has the wrong type, or dtypes differ or are not floating.
-        ValueError: If shapes or devices do not fit, or the backend cannot run the inputs.
+        ValueError: If shapes or devices do not fit, a number is out of range, or the backend cannot
+            run the inputs.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 4, 16).unbind()  # any length
@@ -86,5 +101,5 @@ def dilated_attention(
         torch.Size([1, 100, 4, 16])
     """
     return dilated_attention_with_lse(
-        q, k, v, pattern, is_causal=is_causal, scale=scale, backend=backend
+        q, k, v, pattern, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend
     ).out

@@ -22,12 +22,14 @@ class AttentionInputs:
         dtype: Their dtype.
         num_heads: H.
         head_dim: D.
+        dropout_p: Probability of dropping an attention probability.
     """
 
     device: torch.device
     dtype: torch.dtype
     num_heads: int
     head_dim: int
+    dropout_p: float = 0.0
 
 
 @runtime_checkable
@@ -39,9 +41,10 @@ class AttentionBackend(Protocol):
 
     A backend may also offer the whole pattern in one launch, with
 
-        dilated_forward(q, k, v, pattern, *, is_causal, scale) -> AttentionOutput
-        dilated_backward(dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale)
-            -> (dq, dk, dv)
+        dilated_forward(q, k, v, pattern, *, is_causal, scale, dropout_p, dropout_seed)
+            -> AttentionOutput
+        dilated_backward(dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, dropout_p,
+            dropout_seed) -> (dq, dk, dv)
 
     on whole tensors (`dlse` may be None); then these are used instead of the strips.
 
@@ -67,8 +70,14 @@ class AttentionBackend(Protocol):
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> AttentionOutput:
         """Softmax attention of q `(B, M, H, D)` over k and v of the same shape.
+
+        Each probability is dropped with probability `dropout_p`, and the others divided by
+        1 − `dropout_p`; which, is a function of `dropout_seed`. A backend without dropout says so
+        in `why_not` and is never given `dropout_p` above 0. The lse knows nothing of it.
 
         Returns:
             `out` in the dtype of q, `lse` float32 (float64 for float64 inputs), natural logarithm.
@@ -86,12 +95,15 @@ class AttentionBackend(Protocol):
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v, *given* `out` and `lse` of a softmax over possibly more keys.
 
-        p = exp(scale · q·kᵀ − lse), delta = rowsum(dout · out), ds = p · (dout·vᵀ − delta); then
-        dq = scale · ds·k, dk = scale · dsᵀ·q, dv = pᵀ·dout. Nothing is renormalised: with the lse
-        and out that were merged over all branches, the sum of these over the branches is the exact
-        gradient, mixing weights included.
+        p = exp(scale · q·kᵀ − lse), delta = rowsum(dout · out), ds = p · (m · dout·vᵀ − delta);
+        dq = scale · ds·k, dk = scale · dsᵀ·q, dv = (m · p)ᵀ·dout, where m is the dropout mask of
+        forward, 0 or 1/(1 − dropout_p), and 1 without dropout. Nothing is renormalised: with the
+        lse and out that were merged over all branches, the sum of these over the branches is the
+        exact gradient, mixing weights included.
         """
         ...

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dilated_core.inputs import check_scale
+from dilated_core.inputs import check_dropout, check_scale
 from dilated_core.pattern import DilatedPattern, HeadOffsets, Padding
 
 DEFAULT_SEGMENT_LENGTHS = (2048, 4096, 8192)
@@ -24,6 +24,7 @@ class DilatedAttentionConfig:
         head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
+        dropout: Probability of dropping each attention probability in training.
         backend: `"auto"` or the name of a backend.
 
     Raises:
@@ -35,11 +36,13 @@ class DilatedAttentionConfig:
     head_offsets: HeadOffsets = "interleaved"
     padding: Padding = "masked"
     scale: float | None = None
+    dropout: float = 0.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         pattern = self.pattern
         check_scale(self.scale, head_dim=1)
+        check_dropout(self.dropout)
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
 
@@ -61,6 +64,7 @@ class MultiheadConfig:
     Attributes:
         embed_dim: E, the width of its inputs and outputs; a multiple of `num_heads`.
         num_heads: H.
+        num_kv_heads: Heads of keys and values, which divide `num_heads`; `num_heads` if None.
         bias: Whether the projections add a bias.
         layer_norm: Whether a LayerNorm stands between the attention and the output projection.
         layer_norm_eps: Its epsilon.
@@ -75,6 +79,7 @@ class MultiheadConfig:
 
     embed_dim: int = 768
     num_heads: int = 12
+    num_kv_heads: int | None = None
     bias: bool = True
     layer_norm: bool = True
     layer_norm_eps: float = 1e-5
@@ -83,8 +88,10 @@ class MultiheadConfig:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_heads"):
-            value: object = getattr(self, name)
+        counts = {"embed_dim": self.embed_dim, "num_heads": self.num_heads}
+        if self.num_kv_heads is not None:
+            counts["num_kv_heads"] = self.num_kv_heads
+        for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is {value!r}; it must be an integer.")
             if value < 1:
@@ -93,6 +100,11 @@ class MultiheadConfig:
             raise ValueError(
                 f"embed_dim is {self.embed_dim} and num_heads {self.num_heads}; num_heads must "
                 f"divide embed_dim, so that all heads have the same head_dim."
+            )
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads} and num_kv_heads {self.num_kv_heads}; num_kv_heads "
+                f"must divide num_heads, so that each serves equally many."
             )
         for name, gain in (
             ("layer_norm_eps", self.layer_norm_eps),

@@ -34,15 +34,20 @@ class EagerBackend:
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
         q_BHMD, k_BHMD, v_BHMD = (_wide(x) for x in (q, k, v))
         out_BHMD = torch.empty_like(q_BHMD)
         lse_BHM = q_BHMD.new_empty(q_BHMD.shape[:-1])
+        generator = _generator(q.device, dropout_seed)
         for rows in _row_tiles(q_BHMD):
             s = _scores(q_BHMD, k_BHMD, rows, is_causal, scale)
             lse_BHM[:, :, rows] = s.logsumexp(-1)
             p = torch.softmax(s, -1)
+            if dropout_p:
+                p.mul_(_dropout_mask(p, dropout_p, generator))
             out_BHMD[:, :, rows] = p @ v_BHMD[:, :, : p.shape[-1]]
         return AttentionOutput(out_BHMD.transpose(1, 2).to(q.dtype), lse_BHM.transpose(1, 2))
 
@@ -57,18 +62,27 @@ class EagerBackend:
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend.backward`."""
         dout_BHMD, q_BHMD, k_BHMD, v_BHMD = (_wide(x) for x in (dout, q, k, v))
         delta_BHM = (dout_BHMD * _wide(out)).sum(-1)
         lse_BHM = lse.transpose(1, 2)
         dq, dk, dv = torch.empty_like(q_BHMD), torch.zeros_like(k_BHMD), torch.zeros_like(v_BHMD)
+        generator = _generator(q.device, dropout_seed)
         for rows in _row_tiles(q_BHMD):
             s = _scores(q_BHMD, k_BHMD, rows, is_causal, scale)
             keys = slice(s.shape[-1])
             p = (s - lse_BHM[:, :, rows, None]).exp_()
-            dv[:, :, keys] += p.transpose(-1, -2) @ dout_BHMD[:, :, rows]
             ds = dout_BHMD[:, :, rows] @ v_BHMD[:, :, keys].transpose(-1, -2)
+            kept = p
+            if dropout_p:
+                # The tiles are those of forward, so the generator gives each its mask again.
+                mask = _dropout_mask(p, dropout_p, generator)
+                kept = p * mask
+                ds.mul_(mask)
+            dv[:, :, keys] += kept.transpose(-1, -2) @ dout_BHMD[:, :, rows]
             ds.sub_(delta_BHM[:, :, rows, None]).mul_(p).mul_(scale)
             dq[:, :, rows] = ds @ k_BHMD[:, :, keys]
             dk[:, :, keys] += ds.transpose(-1, -2) @ q_BHMD[:, :, rows]
@@ -82,6 +96,16 @@ class EagerBackend:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """`(B, M, H, D)` -> `(B, H, M, D)` in the dtype to accumulate in: at least float32."""
     return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _dropout_mask(p: torch.Tensor, dropout_p: float, generator: torch.Generator) -> torch.Tensor:
+    """Factors of probabilities: 0 with probability `dropout_p`, else 1/(1 − `dropout_p`)."""
+    keep = torch.empty_like(p).bernoulli_(1 - dropout_p, generator=generator)
+    return keep.div_(1 - dropout_p)
 
 
 def _row_tiles(q_BHMD: torch.Tensor) -> list[slice]:

@@ -31,10 +31,18 @@ def check_inputs(
                 f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
                 f"(batch, sequence, heads, head_dim)."
             )
-    if not q.shape == k.shape == v.shape:
+    B, S, H, D = q.shape
+    H_kv = k.shape[2]
+    if not k.shape == v.shape == (B, S, H_kv, D):
         raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
-            f"dilated attention is self-attention, so they must be equal."
+            f"dilated attention is self-attention, so they must be equal but for the heads, of "
+            f"which k and v may have fewer."
+        )
+    if H_kv != H and (H_kv == 0 or H % H_kv):
+        raise ValueError(
+            f"q has {H} heads and k and v have {H_kv}; the heads of k and v must divide those of "
+            f"q, so that each serves equally many."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
@@ -47,8 +55,22 @@ def check_inputs(
         raise ValueError(
             f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device."
         )
-    if q.shape[-1] == 0:
+    if D == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
+
+
+def check_dropout(dropout_p: float) -> float:
+    """`dropout_p` itself, if it is a probability below 1.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p is {dropout_p!r}; it must be a number.")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1.")
+    return float(dropout_p)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -23,6 +23,7 @@ class DilatedAttention(nn.Module):
         head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
+        dropout: Probability of dropping each attention probability in training mode.
         backend: `"auto"` or the name of a backend.
 
     Raises:
@@ -43,6 +44,7 @@ class DilatedAttention(nn.Module):
         head_offsets: HeadOffsets = "interleaved",
         padding: Padding = "masked",
         scale: float | None = None,
+        dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -52,6 +54,7 @@ class DilatedAttention(nn.Module):
             head_offsets=head_offsets,
             padding=padding,
             scale=scale,
+            dropout=dropout,
             backend=backend,
         )
         self.pattern: DilatedPattern = self.config.pattern
@@ -59,7 +62,7 @@ class DilatedAttention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False
     ) -> torch.Tensor:
-        """`(B, S, H, D)` q, k, v -> `(B, S, H, D)`; see `dilated_attention`."""
+        """`(B, S, H, D)` q, `(B, S, H_kv, D)` k, v -> `(B, S, H, D)`; see `dilated_attention`."""
         return dilated_attention(
             q,
             k,
@@ -67,6 +70,7 @@ class DilatedAttention(nn.Module):
             self.pattern,
             is_causal=is_causal,
             scale=self.config.scale,
+            dropout_p=self.config.dropout if self.training else 0.0,
             backend=self.config.backend,
         )
 
@@ -77,7 +81,7 @@ class DilatedAttention(nn.Module):
             f"segment_lengths={list(c.segment_lengths)}, dilation_rates={list(c.dilation_rates)}"
         ]
         defaults = {"head_offsets": "interleaved", "padding": "masked", "scale": None}
-        for name, default in {**defaults, "backend": "auto"}.items():
+        for name, default in {**defaults, "dropout": 0.0, "backend": "auto"}.items():
             if getattr(c, name) != default:
                 parts.append(f"{name}={getattr(c, name)!r}")
         return ", ".join(parts)
@@ -96,13 +100,16 @@ class MultiheadDilatedAttention(nn.Module):
         num_heads: H.
         segment_lengths: w of each branch, in positions.
         dilation_rates: r of each branch, in positions.
+        dropout: Probability of dropping each attention probability in training mode.
         bias: Whether the projections add a bias.
         layer_norm: Whether to normalise the attention's output before the output projection.
         layer_norm_eps: Epsilon of that LayerNorm.
         gamma_init: γ, the gain of the initial v and output projections.
+        num_kv_heads: Heads of keys and values, which divide `num_heads`; `num_heads` if None.
         head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
+        dropout: Probability of dropping each attention probability in training mode.
         backend: `"auto"` or the name of a backend.
         device, dtype: Of the parameters.
 
@@ -131,10 +138,12 @@ class MultiheadDilatedAttention(nn.Module):
         segment_lengths: Sequence[int],
         dilation_rates: Sequence[int],
         *,
+        dropout: float = 0.0,
         bias: bool = True,
         layer_norm: bool = True,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
+        num_kv_heads: int | None = None,
         head_offsets: HeadOffsets = "interleaved",
         padding: Padding = "masked",
         scale: float | None = None,
@@ -146,6 +155,7 @@ class MultiheadDilatedAttention(nn.Module):
         self.config = MultiheadConfig(
             embed_dim=embed_dim,
             num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             bias=bias,
             layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps,
@@ -161,19 +171,21 @@ class MultiheadDilatedAttention(nn.Module):
             head_offsets=head_offsets,
             padding=padding,
             scale=scale,
+            dropout=dropout,
             backend=backend,
         )
+        kv_dim = (num_kv_heads or num_heads) * self.head_dim
 
-        def linear() -> nn.Linear:
-            return nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        def linear(out_features: int) -> nn.Linear:
+            return nn.Linear(embed_dim, out_features, bias=bias, device=device, dtype=dtype)
 
-        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        self.q_proj, self.k_proj, self.v_proj = linear(embed_dim), linear(kv_dim), linear(kv_dim)
         self.layer_norm = (
             nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
             if layer_norm
             else None
         )
-        self.out_proj = linear()
+        self.out_proj = linear(embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -195,7 +207,7 @@ class MultiheadDilatedAttention(nn.Module):
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(B, S, E)` inputs -> q, k, v `(B, S, H, D)`."""
+        """`(B, S, E)` inputs -> q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() != 3 or x.shape[-1] != self.embed_dim:
                 raise ValueError(
@@ -203,7 +215,7 @@ class MultiheadDilatedAttention(nn.Module):
                     f"{self.embed_dim})."
                 )
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, self.head_dim))
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection, x in (
                 (self.q_proj, query),
                 (self.k_proj, key),
@@ -215,7 +227,7 @@ class MultiheadDilatedAttention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False
     ) -> torch.Tensor:
-        """Dilated attention of `(B, S, H, D)` q, k, v."""
+        """Dilated attention of q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
         return self.attention(q, k, v, is_causal=is_causal)
 
     def combine(self, out: torch.Tensor) -> torch.Tensor:

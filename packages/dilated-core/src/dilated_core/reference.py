@@ -29,7 +29,8 @@ def reference_dilated_attention_with_lse(
     is this softmax exactly; a key that two branches select counts twice.
 
     Args:
-        q, k, v: `(B, S, H, D)`, any floating dtype.
+        q: `(B, S, H, D)`, any floating dtype.
+        k, v: `(B, S, H_kv, D)`; H_kv divides H.
         pattern: The branches.
         is_causal: Query i sees only the keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
@@ -40,6 +41,9 @@ def reference_dilated_attention_with_lse(
     _, S, H, D = q.shape
     q, k, v = q.double(), k.double(), v.double()
     scale = 1 / math.sqrt(D) if scale is None else scale
+    # Grouped queries: consecutive heads of q share a head of k and v.
+    kv_head = torch.arange(H, device=q.device) // (H // k.shape[2])
+    k, v = k[:, :, kv_head], v[:, :, kv_head]
     counts, zero_keys = _counts(pattern, S, H, q.device, is_causal)
 
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale

@@ -29,6 +29,8 @@ class SdpaBackend:
 
     def why_not(self, inputs: AttentionInputs) -> list[str]:
         """See `AttentionBackend.why_not`."""
+        if inputs.dropout_p:
+            return [f"dropout_p is {inputs.dropout_p}; it has no dropout."]
         kind = inputs.device.type
         if kind == "cpu":
             return _wrong_dtype(inputs, _CPU_DTYPES)
@@ -59,8 +61,11 @@ class SdpaBackend:
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
+        q, scale, _ = _with_positive_scale(q, scale)
         q_BHMD, k_BHMD, v_BHMD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.device.type == "cpu":
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -88,9 +93,12 @@ class SdpaBackend:
         *,
         is_causal: bool,
         scale: float,
+        dropout_p: float,
+        dropout_seed: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend.backward`."""
         M = q.shape[1]
+        q, scale, sign = _with_positive_scale(q, scale)
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
         if q.device.type == "cpu":
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -112,7 +120,18 @@ class SdpaBackend:
                     [True, True, True, False], is_causal, scale=scale,
                 )[:3]  # fmt: skip
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        return dq, dk, dv
+        return dq if sign == 1 else dq * sign, dk, dv
+
+
+def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, int]:
+    """Rewrite q and scale to the same product with scale above 0; also returns the factor of q.
+
+    PyTorch's kernels mask scores with −inf before they scale them: NaN for 0, +inf below it.
+    """
+    if scale > 0:
+        return q, scale, 1
+    sign = -1 if scale < 0 else 0
+    return q * sign, -scale or 1.0, sign
 
 
 def _wrong_dtype(inputs: AttentionInputs, allowed: tuple[torch.dtype, ...]) -> list[str]:

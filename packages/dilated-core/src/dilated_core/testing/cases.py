@@ -17,7 +17,9 @@ class Case:
     Attributes:
         batch_size, seq_len, num_heads, head_dim: B, S, H, D.
         pattern: The branches.
+        num_kv_heads: Heads of k and v; H if None.
         is_causal: Whether queries see only the past.
+        scale: Factor of the scores; 1/√D if None.
         name: For test ids.
     """
 
@@ -25,20 +27,26 @@ class Case:
     pattern: DilatedPattern
     batch_size: int = 1
     num_heads: int = 4
+    num_kv_heads: int | None = None
     head_dim: int = 8
     is_causal: bool = False
+    scale: float | None = None
     name: str = field(default="", compare=False)
 
     def tensors(
         self, *, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v with `requires_grad`, and a random upstream gradient, all `(B, S, H, D)`."""
+        """q, k, v with `requires_grad`, and a random upstream gradient of out, `(B, S, H, D)`."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (self.batch_size, self.seq_len, self.num_heads, self.head_dim)
+        H, H_kv = self.num_heads, self.num_kv_heads or self.num_heads
         q, k, v, dout = (
             # Drawn in float64, so that every dtype and device sees the same numbers.
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-            for _ in range(4)
+            torch.randn(
+                (self.batch_size, self.seq_len, heads, self.head_dim),
+                generator=generator,
+                dtype=torch.float64,
+            ).to(device, dtype)
+            for heads in (H, H_kv, H_kv, H)
         )
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
@@ -70,6 +78,15 @@ def _awkward() -> tuple[Case, ...]:
         "blocked": Case(
             seq_len=50, num_heads=6, pattern=pattern([16, 50], [1, 4], head_offsets="blocked")
         ),
+        "grouped queries": Case(
+            seq_len=50, num_heads=6, num_kv_heads=2, pattern=pattern([16, 50], [1, 4])
+        ),
+        "one kv head": Case(
+            seq_len=33, num_heads=5, num_kv_heads=1, batch_size=2, pattern=pattern([16], [3])
+        ),
+        "scale": Case(seq_len=40, pattern=pattern([16, 40], [1, 4]), scale=0.9),
+        "negative scale": Case(seq_len=40, pattern=pattern([16, 40], [1, 4]), scale=-0.9),
+        "zero scale": Case(seq_len=40, pattern=pattern([16, 40], [1, 4]), scale=0.0),
         "attended": Case(seq_len=77, pattern=pattern([10, 24, 60], [1, 2, 4], **blocked_attended)),
         "attended, r does not divide w": Case(
             seq_len=41, num_heads=5, pattern=pattern([10, 41], [3, 4], padding="attended")
@@ -98,10 +115,13 @@ def random_cases(
             max_size=max_branches,
         )
     )
+    num_heads = draw(st.integers(1, max_heads))
     return Case(
         batch_size=draw(st.integers(1, 3)),
         seq_len=draw(st.integers(1, max_seq_len)),
-        num_heads=draw(st.integers(1, max_heads)),
+        num_heads=num_heads,
+        num_kv_heads=draw(st.sampled_from([h for h in range(1, 10) if num_heads % h == 0])),
+        scale=draw(st.sampled_from([None, 0.3, 0.0, -1.0])),
         head_dim=draw(st.sampled_from([1, 2, 5, 8])),
         is_causal=draw(st.booleans()),
         pattern=DilatedPattern(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from dilated_core import DilatedPattern, dilated_attention, reference_dilated_attention
 from dilated_core.testing.error_budget import assert_within_budget, pytorch_errors
-from harness import peak_memory_in_fresh_process, time_in_turn
+from harness import Contender, peak_memory_in_fresh_process, time_in_turn
 from torch.nn.functional import scaled_dot_product_attention
 
 NUM_HEADS, HEAD_DIM, NUM_BRANCHES = 8, 64, 5
@@ -57,7 +57,7 @@ def check_correctness(w0: int, dtype: torch.dtype, is_causal: bool) -> None:
 
 
 def measure(
-    seq_len: int, w0: int, dtype: str, is_causal: bool, *, rounds: int, with_memory: bool = True
+    seq_len: int, w0: int, dtype: str, is_causal: bool, *, max_rounds: int, seconds: float
 ) -> dict[str, Any]:
     """One row of the result: times, rates and ratios of a case."""
     check_correctness(w0, DTYPES[dtype], is_causal)
@@ -94,27 +94,26 @@ def measure(
         "head_dim": HEAD_DIM,
         "segment_lengths": list(pattern.segment_lengths),
         "dilation_rates": list(pattern.dilation_rates),
-        "rounds": rounds,
     }
-    for direction, factor in (("forward", 1.0), ("forward_backward", 3.5)):
-        runs = {
-            name: _run(tensors, attend, with_backward=factor > 1)
-            for name, (tensors, attend, _) in contenders.items()
-        }
-        times = time_in_turn(runs, rounds=rounds)
+    times = time_in_turn(
+        {name: _contender(*tensors, attend) for name, (tensors, attend, _) in contenders.items()},
+        max_rounds=max_rounds,
+        seconds=seconds,
+    )
+    for part, factor in (("forward", 1.0), ("forward_backward", 3.5)):
+        spreads = {name: parts[part] for name, parts in times.items()}
         rates = {
             name: factor * contenders[name][2] / spread["median_s"]
-            for name, spread in times.items()
+            for name, spread in spreads.items()
         }
-        row[direction] = {
-            "times": times,
+        row[part] = {
+            "times": spreads,
             "gflops": {name: round(rate / 1e9, 2) for name, rate in rates.items()},
             "ratio_to_windows": round(rates["dilated"] / rates["windows"], 3),
             "ratio_to_square": round(rates["dilated"] / rates["square"], 3),
         }
-    if with_memory:
-        options = [str(seq_len), str(w0), dtype, str(int(is_causal))]
-        row["forward_peak"] = peak_memory_in_fresh_process("peak_memory.py", *options)
+    options = [str(seq_len), str(w0), dtype, str(int(is_causal))]
+    row["forward_peak"] = peak_memory_in_fresh_process("peak_memory.py", *options)
     return row
 
 
@@ -123,11 +122,12 @@ def _tensors(shape: tuple[int, ...], dtype: str) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=DTYPES[dtype]) for _ in range(4)]
 
 
-def _run(
-    tensors: list[torch.Tensor], attend: Callable[..., torch.Tensor], *, with_backward: bool
-) -> Callable[[], object]:
-    *inputs, dout = tensors
-    if not with_backward:
-        return lambda: attend(*inputs)
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
+def _contender(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    attend: Callable[..., torch.Tensor],
+) -> Contender:
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    return Contender(lambda: attend(*leaves), lambda out: torch.autograd.grad(out, leaves, dout))

@@ -15,37 +15,71 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Contender(NamedTuple):
+    """Something to time in two parts.
+
+    Attributes:
+        forward: Runs the forward pass and returns its result.
+        backward: Runs the backward pass from that result.
+    """
+
+    forward: Callable[[], torch.Tensor]
+    backward: Callable[[torch.Tensor], object]
+
+
 def time_in_turn(
-    contenders: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
-) -> dict[str, dict[str, float]]:
-    """Seconds of each contender: median, lower and upper quartile over `rounds`."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(-warmup, rounds):
-        for name, run in contenders.items():
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
-            if round_ >= 0:
-                samples[name].append(time.perf_counter() - start)
-    return {name: _spread(values) for name, values in samples.items()}
+    contenders: dict[str, Contender], *, max_rounds: int, seconds: float
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time all contenders round by round, as many rounds as `seconds` allow but at least three.
+
+    The first round warms up and is not counted, unless it alone takes more than `seconds`: then
+    what warming up costs is small beside what is measured.
+
+    Returns:
+        For each contender, for "forward" and "forward_backward": median and quartiles in seconds,
+        and the number of rounds.
+    """
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {"forward": [], "forward_backward": []} for name in contenders
+    }
+    begin = time.perf_counter()
+    for round_ in range(max_rounds + 1):
+        for name, (forward, backward) in contenders.items():
+            start = _now()
+            out = forward()
+            middle = _now()
+            backward(out)
+            samples[name]["forward"].append(middle - start)
+            samples[name]["forward_backward"].append(_now() - start)
+        elapsed = time.perf_counter() - begin
+        if round_ == 0 and elapsed < seconds:
+            for parts in samples.values():
+                parts["forward"].clear()
+                parts["forward_backward"].clear()
+        elif round_ >= 2 and elapsed * (round_ + 2) / (round_ + 1) > seconds:
+            break
+    return {
+        name: {part: _spread(values) for part, values in parts.items()}
+        for name, parts in samples.items()
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median_s": median, "low_s": low, "high_s": high}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median_s": median, "low_s": low, "high_s": high, "rounds": len(values)}
 
 
-def _synchronize() -> None:
+def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory_in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:

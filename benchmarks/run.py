@@ -13,7 +13,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each contender")
+    parser.add_argument("--max-rounds", type=int, default=9, help="timed rounds of a contender")
+    parser.add_argument("--seconds", type=float, default=60, help="time for a case, but 3 rounds")
     parser.add_argument("--seq-len", type=int, nargs="*", help="only these sequence lengths")
     parser.add_argument("--w0", type=int, nargs="*", help="only these first segment lengths")
     parser.add_argument("--dtype", nargs="*", choices=equal_flops.DTYPES, help="only these dtypes")
@@ -30,7 +31,7 @@ def main() -> None:
     for case in equal_flops.CASES:
         if any(values and case[name] not in values for name, values in wanted.items()):
             continue
-        row = equal_flops.measure(**case, rounds=options.rounds)
+        row = equal_flops.measure(**case, max_rounds=options.max_rounds, seconds=options.seconds)
         rows.append(row)
         print(
             f"S={case['seq_len']:>6} w0={case['w0']:>4} {case['dtype']:<8} "

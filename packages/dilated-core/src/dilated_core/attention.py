@@ -39,7 +39,7 @@ def dilated_attention_with_lse(
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     # Drawn here, so that torch.manual_seed decides, a compiled graph draws anew at each call, and
     # recomputation under activation checkpointing draws the same again.
-    dropout_seed = torch.randint(2**62, ()) if dropout_p else None
+    dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     out, lse = ops.attention_forward(
         q,
         k,

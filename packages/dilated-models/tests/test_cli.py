@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dilated_models.cli.app import app, run
+from dilated_models.cli.errors import fail
 from dilated_models.cli.progress import TrainingProgress
 from dilated_models.saving import load_model
 from dilated_models.training.metrics import read_metrics
@@ -174,6 +175,24 @@ def test_a_tokenizer_all_the_way(text, tmp_path):
     assert f"bits per byte over {size - 3} bytes" in evaluated.output  # "def" is its first token
     generated = call("generate", "--checkpoint", out, "--prompt", "def f", "--max-new-tokens", 3)
     assert generated.output.startswith("def f")
+
+
+def test_a_text_too_short_once_tokenised_leaves_no_folder(text, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "one.json"))  # a whole file is one unknown token
+    out = tmp_path / "run"
+    result = call(
+        "train", "--text", text, "--out", out, "--tokenizer", tmp_path / "one.json", *SMALL, code=2
+    )
+    assert "tokens, fewer than one window of seq_len + 1 = 33" in result.stderr
+    assert not out.exists()
+
+
+def test_a_message_of_several_lines_becomes_one(capsys):
+    assert fail("first\n  second").exit_code == 2
+    assert capsys.readouterr().err == "dilated: first second\n"
 
 
 def test_evaluate(trained, text):

@@ -60,7 +60,7 @@ def draw(pattern: DilatedPattern, seq_len: int, num_heads: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the picture, or with `--check` compare it with the one on disk."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the picture is out of date")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)

@@ -27,22 +27,57 @@ output.
 """
 
 
+TRAINING = """\
+## The default training run
+
+`dilated train` without options, from the start of the command to its end.
+
+"""
+
+
 def page(results: Path) -> str:
     """The whole page."""
     result = json.loads((results / "equal_flops.json").read_text())
-    environment = result["environment"]
-    lines = [
+    table = [
         "| S | w₀ | dtype | | forward / windows | forward+backward / windows "
         "| forward / square | forward+backward / square | peak |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(row) for row in result["rows"]),
+        "",
+        _where(result["environment"]),
+        "",
     ]
+    training = json.loads((results / "training_run.json").read_text())
+    (run,) = training["rows"]
+    report = [
+        "| | |",
+        "| --- | --- |",
+        f"| wall time | {run['seconds']:.0f} s |",
+        f"| steps | {run['steps']} |",
+        f"| tokens per second | {run['tokens_per_second']} |",
+        f"| peak memory of the process | {run['peak_memory_bytes'] / 2**20:.0f} MiB |",
+        f"| validation before the first step | {run['validation'][0][1]:.3f} bits per byte |",
+        f"| validation at the end | {run['final_bits_per_byte']:.3f} bits per byte |",
+        f"| `xz -9` on the same {run['final_bytes']} bytes "
+        f"| {run['xz_bits_per_byte']:.3f} bits per byte |",
+        *(
+            f"| … after {part['shortest']} to {part['longest']} tokens of context "
+            f"| {part['bits_per_byte']:.3f} bits per byte |"
+            for part in run["by_context"]
+        ),
+        "",
+        _where(training["environment"]),
+        "",
+    ]
+    return INTRODUCTION + "\n".join(table) + "\n" + TRAINING + "\n".join(report)
+
+
+def _where(environment: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "commit"))
-    where = (
+    return (
         f"Measured on {environment['machine']}, {environment['cores']} cores, "
         f"{environment['system']}, {facts}, {environment['date']}."
     )
-    return INTRODUCTION + "\n".join([*lines, "", where, ""])
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -1,4 +1,7 @@
 import json
+import shutil
+
+import pytest
 
 from tools.benchmark_table import RESULTS, main, page
 
@@ -8,14 +11,22 @@ def test_the_committed_page_is_current(capsys):
 
 
 def test_a_changed_result_is_noticed(tmp_path):
-    result = json.loads((RESULTS / "equal_flops.json").read_text())
-    result["rows"][0]["forward"]["ratio_to_windows"] = 9.87
-    (tmp_path / "equal_flops.json").write_text(json.dumps(result))
-    assert "| 9.87 |" in page(tmp_path)
-    assert main(["--check", "--results", str(tmp_path)]) == 1
+    results = tmp_path / "results"
+    shutil.copytree(RESULTS, results)
+    for name, change in (
+        ("equal_flops.json", lambda row: row["forward"].update(ratio_to_windows=9.87)),
+        ("training_run.json", lambda row: row.update(seconds=12345)),
+    ):
+        result = json.loads((results / name).read_text())
+        change(result["rows"][0])
+        (results / name).write_text(json.dumps(result))
+        assert main(["--check", "--results", str(results)]) == 1
+    assert "| 9.87 |" in page(results)
+    assert "| 12345 s |" in page(results)
 
 
-def test_results_are_of_committed_code():
-    result = json.loads((RESULTS / "equal_flops.json").read_text())
-    assert result["environment"]["uncommitted_changes"] is False
-    assert len(result["environment"]["commit"]) >= 7
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_are_of_committed_code(path):
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["uncommitted_changes"] is False
+    assert len(environment["commit"]) >= 7

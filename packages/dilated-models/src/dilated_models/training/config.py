@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
             "steps": 1600,
             "batch_size": 1,
             "seq_len": 1024,
-            "learning_rate": 3e-3,
+            "learning_rate": 2e-3,
             "warmup_steps": 100,
             "validate_every": 200,
             "checkpoint_every": 200,

@@ -24,7 +24,8 @@ def main() -> None:
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - start
         records = [
-            json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open(encoding="utf-8")
+            json.loads(line)
+            for line in Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()
         ]
         config = json.loads(Path(folder, "run", "config.json").read_text(encoding="utf-8"))
     steps = [r for r in records if r["kind"] == "step"]

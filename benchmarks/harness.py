@@ -118,7 +118,9 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "dilated-core": version("dilated-core"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "packages", "benchmarks")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", "packages", "benchmarks", ":!benchmarks/results")
+        ),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

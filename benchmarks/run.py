@@ -17,14 +17,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="time for a case, but 3 rounds")
     parser.add_argument("--seq-len", type=int, nargs="*", help="only these sequence lengths")
     parser.add_argument("--w0", type=int, nargs="*", help="only these first segment lengths")
-    parser.add_argument("--dtype", nargs="*", choices=equal_flops.DTYPES, help="only these dtypes")
+    parser.add_argument("--dtype", choices=equal_flops.DTYPES, default="float32")
     parser.add_argument("--causal", type=int, nargs="*", choices=(0, 1), help="only these")
-    parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops.json")
+    parser.add_argument("--out", type=Path, help="results/equal_flops_DTYPE.json if not given")
     options = parser.parse_args()
+    out = options.out or RESULTS / f"equal_flops_{options.dtype}.json"
     wanted = {
         "seq_len": options.seq_len,
         "w0": options.w0,
-        "dtype": options.dtype,
+        "dtype": [options.dtype],
         "is_causal": options.causal,
     }
     rows = []
@@ -44,7 +45,7 @@ def main() -> None:
             flush=True,
         )
         # Written as it grows, so that a long run that is stopped leaves what it measured.
-        write_result(options.out, "equal_flops", rows)
+        write_result(out, "equal_flops", rows)
 
 
 if __name__ == "__main__":

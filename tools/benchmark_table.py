@@ -37,16 +37,18 @@ TRAINING = """\
 
 def page(results: Path) -> str:
     """The whole page."""
-    result = json.loads((results / "equal_flops.json").read_text())
-    table = [
-        "| S | w₀ | dtype | | forward / windows | forward+backward / windows "
-        "| forward / square | forward+backward / square | peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *(_row(row) for row in result["rows"]),
-        "",
-        _where(result["environment"]),
-        "",
-    ]
+    tables: list[str] = []
+    for path in sorted(results.glob("equal_flops_*.json"), reverse=True):
+        result = json.loads(path.read_text())
+        tables += [
+            "| S | w₀ | dtype | | forward / windows | forward+backward / windows "
+            "| forward / square | forward+backward / square | peak |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(_row(row) for row in result["rows"]),
+            "",
+            _where(result["environment"]),
+            "",
+        ]
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
     report = [
@@ -69,7 +71,7 @@ def page(results: Path) -> str:
         _where(training["environment"]),
         "",
     ]
-    return INTRODUCTION + "\n".join(table) + "\n" + TRAINING + "\n".join(report)
+    return INTRODUCTION + "\n".join(tables) + "\n" + TRAINING + "\n".join(report)
 
 
 def _where(environment: dict[str, Any]) -> str:

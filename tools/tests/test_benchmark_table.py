@@ -14,7 +14,7 @@ def test_a_changed_result_is_noticed(tmp_path):
     results = tmp_path / "results"
     shutil.copytree(RESULTS, results)
     for name, change in (
-        ("equal_flops.json", lambda row: row["forward"].update(ratio_to_windows=9.87)),
+        ("equal_flops_float32.json", lambda row: row["forward"].update(ratio_to_windows=9.87)),
         ("training_run.json", lambda row: row.update(seconds=12345)),
     ):
         result = json.loads((results / name).read_text())

@@ -102,8 +102,8 @@ class SdpaBackend:
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
         if q.device.type == "cpu":
             if q.dtype in _HALF_DTYPES:
-                # Measured on AVX2: in half precision this kernel takes two to four times as long
-                # on strided rows as on contiguous ones. In float32 copying gains nothing.
+                # In half precision this kernel is far slower on strided rows than on contiguous
+                # ones, by more than the copies cost. In float32 copying gains nothing.
                 dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out))
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout, q, k, v, out, lse, 0.0, is_causal, scale=scale

@@ -13,8 +13,8 @@ def main() -> None:
     nothing was written; 130 after Ctrl-C and 143 after SIGTERM, with the state saved.
     """
     # OpenMP's threads spin while they wait for one another. With any other busy process on the
-    # machine a spinning thread keeps the core that its partner needs: measured on two cores, steps
-    # took 0.5 s instead of 0.15 s. OpenMP reads this once, when torch loads it.
+    # machine a spinning thread keeps the core that its partner needs, and steps take several times
+    # as long. OpenMP reads this once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from dilated_models.cli.app import run

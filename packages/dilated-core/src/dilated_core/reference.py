@@ -7,6 +7,7 @@ so a mistake in those cannot be on both sides of a test. Quadratic in S; nothing
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -22,6 +23,8 @@ def reference_dilated_attention_with_lse(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> AttentionOutput:
     """One softmax per query over the multiset union of the keys its branches select, with its lse.
 
@@ -34,28 +37,43 @@ def reference_dilated_attention_with_lse(
         pattern: The branches.
         is_causal: Query i sees only the keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees.
+        cu_seqlens: `(N + 1,)`, where each of N documents begins and the last one ends; then q, k
+            and v are `(T, H, D)`, and each document is a sequence of its own.
 
     Returns:
-        `out` `(B, S, H, D)` and `lse` `(B, S, H)`, both float64 and differentiable.
+        `out` of the shape of q and `lse` of that shape without D, both float64, differentiable.
     """
-    _, S, H, D = q.shape
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        documents = [
+            reference_dilated_attention_with_lse(
+                *(x[None, start:stop] for x in (q, k, v)), pattern, is_causal=is_causal, scale=scale
+            )
+            for start, stop in pairwise(bounds)
+        ]
+        return AttentionOutput(*(torch.cat(parts, 1)[0] for parts in zip(*documents, strict=True)))
+    B, S, H, D = q.shape
     q, k, v = q.double(), k.double(), v.double()
     scale = 1 / math.sqrt(D) if scale is None else scale
     # Grouped queries: consecutive heads of q share a head of k and v.
     kv_head = torch.arange(H, device=q.device) // (H // k.shape[2])
     k, v = k[:, :, kv_head], v[:, :, kv_head]
-    counts, zero_keys = _counts(pattern, S, H, q.device, is_causal)
+    counts_HSS, zero_keys = _counts(pattern, S, H, q.device, is_causal)
+    counts = counts_HSS.expand(B, -1, -1, -1)
+    if key_padding_mask is not None:
+        counts = counts * ~key_padding_mask[:, None, None, :]
 
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     # A key seen c times adds c·exp(score) = exp(score + log c); log 0 = −inf leaves it out. Zero
     # keys have score 0 and value 0: m of them add exp(log m) to the denominator and nothing else.
     logits = torch.cat(
-        [scores + counts.log(), zero_keys.log()[None, :, :, None].expand(q.shape[0], -1, -1, -1)],
+        [scores + counts.log(), zero_keys.log()[None, :, :, None].expand(B, -1, -1, -1)],
         dim=-1,
     )
     # Rows without any key get a finite dummy logit, so that neither they nor their gradients
     # become NaN; what it contributes is multiplied by an exact 0.
-    empty = (counts.sum(-1) + zero_keys == 0)[None, :, :, None]
+    empty = (counts.sum(-1) + zero_keys == 0)[..., None]
     dummy = torch.zeros_like(logits[..., :1]).masked_fill(~empty, -math.inf)
     p = torch.cat([logits, dummy], dim=-1).softmax(-1)
     out = torch.einsum("bhij,bjhd->bihd", p[..., :S], v)
@@ -72,6 +90,8 @@ def reference_dilated_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `out` of `reference_dilated_attention_with_lse`: `(B, S, H, D)`, float64.
 
@@ -84,7 +104,14 @@ def reference_dilated_attention(
                 [1., 0.]], dtype=torch.float64)
     """
     return reference_dilated_attention_with_lse(
-        q, k, v, pattern, is_causal=is_causal, scale=scale
+        q,
+        k,
+        v,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
     ).out
 
 

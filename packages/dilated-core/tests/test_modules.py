@@ -169,7 +169,7 @@ def test_factory_keywords_device():
         ({"layer_norm_eps": 0.0}, ValueError, "layer_norm_eps is 0.0; it must be above 0"),
         ({"dilation_rates": [1]}, ValueError, "segment_lengths has 2 entries and dilation_rates 1"),
         ({"scale": float("inf")}, ValueError, "scale is inf; it must be finite"),
-        ({"dropout": 2}, ValueError, "dropout_p is 2; it must be at least 0 and below 1"),
+        ({"dropout": 2}, ValueError, "^dropout is 2; it must be at least 0 and below 1"),
         (
             {"num_kv_heads": 3},
             ValueError,

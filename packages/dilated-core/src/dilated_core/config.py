@@ -42,7 +42,7 @@ class DilatedAttentionConfig:
     def __post_init__(self) -> None:
         pattern = self.pattern
         check_scale(self.scale, head_dim=1)
-        check_dropout(self.dropout)
+        check_dropout(self.dropout, name="dropout")
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
 

@@ -59,17 +59,17 @@ def check_inputs(
         raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
 
 
-def check_dropout(dropout_p: float) -> float:
-    """`dropout_p` itself, if it is a probability below 1.
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
+    """`dropout_p` itself, if it is a probability below 1; errors call it `name`.
 
     Raises:
         TypeError: If it is not a number.
         ValueError: If it is out of range.
     """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p is {dropout_p!r}; it must be a number.")
+        raise TypeError(f"{name} is {dropout_p!r}; it must be a number.")
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1.")
+        raise ValueError(f"{name} is {dropout_p}; it must be at least 0 and below 1.")
     return float(dropout_p)
 
 

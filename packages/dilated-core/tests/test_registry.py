@@ -46,21 +46,22 @@ class WholePattern(Picky):
     name = "whole"
     calls = ()
 
-    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale, **dropout):
+    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale, key_padding_mask, **options):
         self.calls += ("forward",)
         out, lse = reference_dilated_attention_with_lse(
-            q, k, v, pattern, is_causal=is_causal, scale=scale
+            q, k, v, pattern, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask
         )
         return AttentionOutput(out.to(q.dtype), lse.float())
 
     def dilated_backward(
-        self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, **dropout
-    ):
+        self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, key_padding_mask,
+        **options,
+    ):  # fmt: skip
         self.calls += ("backward",)
         lengths, rates = pattern.segment_lengths, pattern.dilation_rates
         return ops.attention_backward(
             dout, dlse, q, k, v, out, lse, lengths, rates, "interleaved", "masked", is_causal,
-            scale, "eager", 0.0, None,
+            scale, "eager", None, 0.0, None, key_padding_mask, None,
         )  # fmt: skip
 
 
@@ -113,8 +114,9 @@ def test_whole_pattern_backends_are_given_the_whole_pattern():
     register_backend(backend)
     try:
         q, k, v = (torch.randn(1, 8, 2, 3, requires_grad=True) for _ in range(3))
-        out, lse = dilated_attention_with_lse(q, k, v, PATTERN, backend="whole")
-        expected = dilated_attention_with_lse(q, k, v, PATTERN, backend="eager")
+        options = {"key_padding_mask": torch.arange(8).remainder(3).eq(1)[None]}
+        out, lse = dilated_attention_with_lse(q, k, v, PATTERN, **options, backend="whole")
+        expected = dilated_attention_with_lse(q, k, v, PATTERN, **options, backend="eager")
         torch.testing.assert_close((out, lse), tuple(expected))
         dout = torch.randn_like(out)
         got = torch.autograd.grad(out, (q, k, v), dout)

@@ -8,9 +8,16 @@ import torch
 from dilated_core.sdpa import SdpaBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPTIONS = {"is_causal": True, "scale": 0.5, "dropout_p": 0.0, "dropout_seed": 0}
+OPTIONS = {
+    "is_causal": True,
+    "scale": 0.5,
+    "dropout_p": 0.0,
+    "dropout_seed": 0,
+    "key_padding_mask": None,
+}
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("num_rows", [64, 65])
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "capability", "operator"),
@@ -21,7 +28,7 @@ OPTIONS = {"is_causal": True, "scale": 0.5, "dropout_p": 0.0, "dropout_seed": 0}
         (torch.float16, 320, (9, 0), "_scaled_dot_product_efficient_attention"),
     ],
 )
-def test_shapes(monkeypatch, dtype, head_dim, capability, operator, num_rows):
+def test_shapes(monkeypatch, dtype, head_dim, capability, operator, num_rows, num_kv_heads):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     called = []
     original = torch._ops.OpOverloadPacket.__call__
@@ -31,14 +38,16 @@ def test_shapes(monkeypatch, dtype, head_dim, capability, operator, num_rows):
         return original(packet, *args, **kwargs)
 
     monkeypatch.setattr(torch._ops.OpOverloadPacket, "__call__", record)
-    shape = (2, num_rows, 3, head_dim)
+    shape, kv_shape = ((2, num_rows, heads, head_dim) for heads in (4, num_kv_heads))
     with FakeTensorMode():
-        q, k, v, dout = (torch.empty(shape, dtype=dtype, device="cuda") for _ in range(4))
+        q, dout, k, v = (
+            torch.empty(s, dtype=dtype, device="cuda") for s in (shape, shape, kv_shape, kv_shape)
+        )
         out, lse = SdpaBackend().forward(q, k, v, **OPTIONS)
         grads = SdpaBackend().backward(dout, q, k, v, out, lse.contiguous(), **OPTIONS)
     assert out.shape == shape
     assert lse.shape == shape[:-1]
     assert lse.dtype == torch.float32
-    assert [grad.shape for grad in grads] == [shape] * 3
+    assert [grad.shape for grad in grads] == [shape, kv_shape, kv_shape]
     attention = [name for name in called if "scaled_dot_product" in name]
     assert attention == [f"aten::{operator}", f"aten::{operator}_backward"]

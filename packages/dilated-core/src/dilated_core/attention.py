@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from dilated_core import ops
-from dilated_core.inputs import check_dropout, check_inputs, check_scale
+from dilated_core.inputs import (
+    check_cu_seqlens,
+    check_dropout,
+    check_inputs,
+    check_key_padding_mask,
+    check_max_workspace_bytes,
+    check_scale,
+)
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import DilatedPattern
 
@@ -19,6 +26,9 @@ def dilated_attention_with_lse(
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> AttentionOutput:
     """`dilated_attention` that also returns the log of the softmax denominators.
@@ -32,14 +42,25 @@ def dilated_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
-    check_inputs(q, k, v, pattern)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
+                "so give one of the two."
+            )
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
+    check_max_workspace_bytes(max_workspace_bytes)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, q)
+        key_padding_mask = key_padding_mask.contiguous()
     dropout_p = check_dropout(dropout_p)
-    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
-    if group > 1:
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     # Drawn here, so that torch.manual_seed decides, a compiled graph draws anew at each call, and
     # recomputation under activation checkpointing draws the same again.
     dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+    if cu_seqlens is not None:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = ops.attention_forward(
         q,
         k,
@@ -51,10 +72,13 @@ def dilated_attention_with_lse(
         bool(is_causal),
         check_scale(scale, q.shape[-1]),
         backend,
+        max_workspace_bytes,
         dropout_p,
         dropout_seed,
+        key_padding_mask,
+        cu_seqlens,
     )
-    return AttentionOutput(out, lse)
+    return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])
 
 
 def dilated_attention(
@@ -66,6 +90,9 @@ def dilated_attention(
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of each query over the keys that the pattern's branches select for it.
@@ -74,8 +101,12 @@ def dilated_attention(
     mixing of branches by their softmax denominators (arXiv 2307.02486, eq. 9–10), exactly, forward
     and backward. Compute and memory are linear in S for fixed segments.
 
+    Under `torch.autocast` q, k and v are cast to its dtype, as PyTorch's own attention does;
+    otherwise no tensor is ever cast.
+
     Args:
-        q: `(B, S, H, D)`: batch, sequence, heads, head_dim. Any S, any strides.
+        q: `(B, S, H, D)`: batch, sequence, heads, head_dim. Any S, any strides. With `cu_seqlens`
+            `(T, H, D)`, T being the positions of all documents together; k, v likewise.
         k, v: `(B, S, H_kv, D)`; H_kv divides H, and H/H_kv consecutive heads of q share one of k
             and v (grouped-query attention). One floating dtype and one device with q.
         pattern: Segment lengths, dilation rates, head offsets and padding.
@@ -83,6 +114,15 @@ def dilated_attention(
         scale: Factor of the scores; 1/√D if None.
         dropout_p: Probability of dropping each attention probability; the others are divided by
             1 − `dropout_p`. Pass 0 when not training. Reproducible under `torch.manual_seed`.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees, such as padding; any
+            positions. Its rows are queries all the same. A query left without keys gives 0.
+        cu_seqlens: `(N + 1,)` int32 or int64, where each of N documents that are packed one after
+            another begins, and where the last one ends: from 0 to T. Each document is a sequence of
+            its own, and segments restart with it.
+        max_workspace_bytes: Memory that forward may take beyond its inputs and results, in bytes.
+            Within it work is cut by heads, batch rows and segments; a limit too low to work in is
+            refused. None: no limit in float32 and float64, about the size of the output in half
+            precision.
         backend: `"auto"` for the best that can run, or a name of `available_backends()`, which is
             then used or refused, never replaced.
 
@@ -101,5 +141,25 @@ def dilated_attention(
         torch.Size([1, 100, 4, 16])
     """
     return dilated_attention_with_lse(
-        q, k, v, pattern, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend
+        q,
+        k,
+        v,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        max_workspace_bytes=max_workspace_bytes,
+        backend=backend,
     ).out
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype of the autocast region around the call, if there is one."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

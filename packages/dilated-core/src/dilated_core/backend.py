@@ -23,6 +23,11 @@ class AttentionInputs:
         num_heads: H.
         head_dim: D.
         dropout_p: Probability of dropping an attention probability.
+        num_kv_heads: H_kv, which divides H; H if None.
+        has_key_padding_mask: Whether keys are masked.
+        is_packed: Whether several documents are packed into one sequence. Only backends that do
+            the whole pattern in one launch need to know; the others see one document at a time.
+        max_workspace_bytes: Limit of the memory beyond inputs and results, or None. Likewise.
     """
 
     device: torch.device
@@ -30,6 +35,10 @@ class AttentionInputs:
     num_heads: int
     head_dim: int
     dropout_p: float = 0.0
+    num_kv_heads: int | None = None
+    has_key_padding_mask: bool = False
+    is_packed: bool = False
+    max_workspace_bytes: int | None = None
 
 
 @runtime_checkable
@@ -41,12 +50,13 @@ class AttentionBackend(Protocol):
 
     A backend may also offer the whole pattern in one launch, with
 
-        dilated_forward(q, k, v, pattern, *, is_causal, scale, dropout_p, dropout_seed)
-            -> AttentionOutput
+        dilated_forward(q, k, v, pattern, *, is_causal, scale, dropout_p, dropout_seed,
+            key_padding_mask, cu_seqlens) -> AttentionOutput
         dilated_backward(dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, dropout_p,
-            dropout_seed) -> (dq, dk, dv)
+            dropout_seed, key_padding_mask, cu_seqlens) -> (dq, dk, dv)
 
-    on whole tensors (`dlse` may be None); then these are used instead of the strips.
+    on whole tensors (`dlse` may be None, as may `key_padding_mask` `(B, S)` and `cu_seqlens`, whose
+    tensors are `(1, T, H, D)`); then these are used instead of the strips.
 
     Attributes:
         name: What `backend=` says, such as "sdpa".
@@ -72,8 +82,13 @@ class AttentionBackend(Protocol):
         scale: float,
         dropout_p: float,
         dropout_seed: int,
+        key_padding_mask: torch.Tensor | None,
     ) -> AttentionOutput:
-        """Softmax attention of q `(B, M, H, D)` over k and v of the same shape.
+        """Softmax attention of q `(B, M, H, D)` over k and v `(B, M, H_kv, D)`.
+
+        H_kv divides H, and H/H_kv consecutive heads of q share one of k and v. Keys where
+        `key_padding_mask` `(B, M, H_kv)` is True are left out, and a row that sees no key has out 0
+        and lse −∞; without a mask there is no such row.
 
         Each probability is dropped with probability `dropout_p`, and the others divided by
         1 − `dropout_p`; which, is a function of `dropout_seed`. A backend without dropout says so
@@ -97,6 +112,7 @@ class AttentionBackend(Protocol):
         scale: float,
         dropout_p: float,
         dropout_seed: int,
+        key_padding_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k and v, *given* `out` and `lse` of a softmax over possibly more keys.
 
@@ -104,6 +120,6 @@ class AttentionBackend(Protocol):
         dq = scale · ds·k, dk = scale · dsᵀ·q, dv = (m · p)ᵀ·dout, where m is the dropout mask of
         forward, 0 or 1/(1 − dropout_p), and 1 without dropout. Nothing is renormalised: with the
         lse and out that were merged over all branches, the sum of these over the branches is the
-        exact gradient, mixing weights included.
+        exact gradient, mixing weights included. A row with lse +∞ has p = 0 and gradient 0.
         """
         ...

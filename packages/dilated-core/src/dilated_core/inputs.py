@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import cast
 
 import torch
 
@@ -10,7 +12,12 @@ from dilated_core.pattern import DilatedPattern
 
 
 def check_inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: DilatedPattern
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    is_packed: bool = False,
 ) -> None:
     """Check what users pass to attention.
 
@@ -26,14 +33,17 @@ def check_inputs(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
-        if x.dim() != 4:
+        if x.dim() != (3 if is_packed else 4):
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
+                f"{name} has shape {tuple(x.shape)}; with cu_seqlens it must have the three "
+                f"dimensions (positions of all documents, heads, head_dim)."
+                if is_packed
+                else f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
                 f"(batch, sequence, heads, head_dim)."
             )
-    B, S, H, D = q.shape
-    H_kv = k.shape[2]
-    if not k.shape == v.shape == (B, S, H_kv, D):
+    *batch_and_sequence, H, D = q.shape
+    H_kv = k.shape[-2]
+    if not k.shape == v.shape == (*batch_and_sequence, H_kv, D):
         raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
             f"dilated attention is self-attention, so they must be equal but for the heads, of "
@@ -87,3 +97,88 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite.")
     return float(scale)
+
+
+def check_key_padding_mask(mask: torch.Tensor, q: torch.Tensor) -> None:
+    """Check a mask of the keys of q `(B, S, H, D)`.
+
+    Raises:
+        TypeError: If it is no bool tensor.
+        ValueError: If its shape or device does not fit.
+    """
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"key_padding_mask is a {type(mask).__name__}; it must be a tensor.")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_padding_mask has dtype {mask.dtype}; it must be bool, True for keys to ignore."
+        )
+    if mask.shape != q.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask has shape {tuple(mask.shape)} and q {tuple(q.shape)}; it must be "
+            f"(batch, sequence)."
+        )
+    if mask.device != q.device:
+        raise ValueError(
+            f"key_padding_mask is on {mask.device} and q on {q.device}; they must be on one device."
+        )
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:
+    """Check what can be known of `cu_seqlens` without reading its values.
+
+    Raises:
+        TypeError: If it is no int32 or int64 tensor.
+        ValueError: If it does not have one dimension and two entries.
+    """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 or int64 tensor, "
+            f"such as torch.tensor([0, 100, 250]) for documents of 100 and 150 positions."
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it must be int32 or int64.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must have one dimension, with an "
+            f"entry where each document begins and one where the last one ends."
+        )
+
+
+def document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> list[int]:
+    """Where each document of a packed sequence begins, and the end, read and checked.
+
+    Raises:
+        ValueError: If they do not go from 0 to `num_positions` in rising order.
+    """
+    bounds = cast("list[int]", cu_seqlens.tolist())
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens starts at {bounds[0]}; the first document begins at 0.")
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        if stop <= start:
+            raise ValueError(
+                f"cu_seqlens goes from {start} to {stop} at entry {i + 1}; it must increase, so "
+                f"leave out empty documents."
+            )
+    if bounds[-1] != num_positions:
+        raise ValueError(
+            f"cu_seqlens ends at {bounds[-1]} and q has {num_positions} positions; the last "
+            f"document must end where q does."
+        )
+    return bounds
+
+
+def check_max_workspace_bytes(value: int | None) -> None:
+    """Check a limit of the workspace.
+
+    Raises:
+        TypeError: If it is neither None nor an integer.
+        ValueError: If it is below 1.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"max_workspace_bytes is {value!r}; it must be an integer, or None for no limit."
+        )
+    if value < 1:
+        raise ValueError(f"max_workspace_bytes is {value}; it must be at least 1.")

@@ -45,14 +45,17 @@ def reference_dilated_attention_with_lse(
         `out` of the shape of q and `lse` of that shape without D, both float64, differentiable.
     """
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
+        bounds = [int(bound) for bound in cu_seqlens]
         documents = [
             reference_dilated_attention_with_lse(
-                *(x[None, start:stop] for x in (q, k, v)), pattern, is_causal=is_causal, scale=scale
+                q[None, a:b], k[None, a:b], v[None, a:b], pattern, is_causal=is_causal, scale=scale
             )
-            for start, stop in pairwise(bounds)
+            for a, b in pairwise(bounds)
         ]
-        return AttentionOutput(*(torch.cat(parts, 1)[0] for parts in zip(*documents, strict=True)))
+        return AttentionOutput(
+            torch.cat([document.out[0] for document in documents]),
+            torch.cat([document.lse[0] for document in documents]),
+        )
     B, S, H, D = q.shape
     q, k, v = q.double(), k.double(), v.double()
     scale = 1 / math.sqrt(D) if scale is None else scale

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import torch
 
@@ -45,6 +47,7 @@ def register_backend(backend: AttentionBackend) -> None:
     if backend.name in _registered or backend.name == "auto":
         raise ValueError(f"backend name {backend.name!r} is taken; choose another name.")
     _registered[backend.name] = backend
+    choose_backend.cache_clear()
 
 
 def unregister_backend(name: str) -> None:
@@ -56,6 +59,7 @@ def unregister_backend(name: str) -> None:
     if name not in _registered:
         raise ValueError(f"no backend {name!r} is registered, so there is nothing to take back.")
     del _registered[name]
+    choose_backend.cache_clear()
 
 
 def get_backend(name: str) -> AttentionBackend:
@@ -93,6 +97,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(sorted(_registered, key=lambda name: -_registered[name].priority))
 
 
+@lru_cache(maxsize=256)  # a training step asks the same thing for each layer
 def choose_backend(name: str, inputs: AttentionInputs) -> AttentionBackend:
     """The backend for these inputs: the named one, or for `"auto"` the best that can run.
 
@@ -120,6 +125,7 @@ def explain_backends(
     dtype: torch.dtype = torch.float32,
     num_heads: int = 8,
     head_dim: int = 64,
+    **options: Any,
 ) -> str:
     """Which backend `"auto"` takes for such inputs, and why not the others: one line each.
 
@@ -128,6 +134,11 @@ def explain_backends(
         dtype: Their dtype.
         num_heads: H.
         head_dim: D.
+        **options: Other attributes of `AttentionInputs`, such as `dropout_p` and
+            `has_key_padding_mask`.
+
+    Raises:
+        TypeError: If an option is unknown.
 
     Example:
         >>> print(explain_backends(dtype=torch.int64))
@@ -135,7 +146,7 @@ def explain_backends(
           sdpa      cannot run: the dtype is int64; it takes float64, float32, bfloat16, float16.
           eager     cannot run: the dtype is int64; it takes any floating dtype.
     """
-    return _explain(AttentionInputs(torch.device(device), dtype, num_heads, head_dim))
+    return _explain(AttentionInputs(torch.device(device), dtype, num_heads, head_dim, **options))
 
 
 def _describe(inputs: AttentionInputs) -> str:

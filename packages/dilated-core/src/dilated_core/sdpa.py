@@ -6,6 +6,7 @@ called directly because the public function neither returns the lse nor takes on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class SdpaBackend:
         if not torch.cuda.is_available():
             return ["the device is cuda; this PyTorch sees no CUDA device."]
         reasons = _wrong_dtype(inputs, (torch.float32, *_HALF_DTYPES))
+        if inputs.has_key_padding_mask:
+            reasons.append("key_padding_mask is given; PyTorch's CUDA flash kernel has no mask.")
         if (
             inputs.dtype == torch.bfloat16
             and torch.cuda.get_device_capability(inputs.device) < _AMPERE
@@ -63,22 +66,28 @@ class SdpaBackend:
         scale: float,
         dropout_p: float,
         dropout_seed: int,
+        key_padding_mask: torch.Tensor | None,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
         q, scale, _ = _with_positive_scale(q, scale)
         q_BHMD, k_BHMD, v_BHMD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.device.type == "cpu":
+            mask = _additive(key_padding_mask, q)
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, scale=scale
+                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, attn_mask=mask, scale=scale
             )
+            if key_padding_mask is not None:
+                # For a row without keys the kernel says lse = 0.
+                lse.masked_fill_(_sees_nothing(key_padding_mask, q.shape[2], is_causal), -math.inf)
         elif _has_cuda_flash(q):
             out, lse = _aten._scaled_dot_product_flash_attention(
                 q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, False, scale=scale
             )[:2]
         else:
             out, lse = _aten._scaled_dot_product_efficient_attention(
-                q_BHMD, k_BHMD, v_BHMD, None, True, 0.0, is_causal, scale=scale
-            )[:2]
+                q_BHMD, *(_repeated(x, q_BHMD) for x in (k_BHMD, v_BHMD)),
+                None, True, 0.0, is_causal, scale=scale,
+            )[:2]  # fmt: skip
             lse = lse[:, :, : q.shape[1]]  # the kernel pads rows to a multiple of 32
         return AttentionOutput(out.transpose(1, 2), lse.transpose(1, 2))
 
@@ -95,9 +104,11 @@ class SdpaBackend:
         scale: float,
         dropout_p: float,
         dropout_seed: int,
+        key_padding_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend.backward`."""
-        M = q.shape[1]
+        M, K = k.shape[1:3]
+        mask = _additive(key_padding_mask, q) if q.device.type == "cpu" else None
         q, scale, sign = _with_positive_scale(q, scale)
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
         if q.device.type == "cpu":
@@ -106,7 +117,7 @@ class SdpaBackend:
                 # ones, by more than the copies cost. In float32 copying gains nothing.
                 dout, q, k, v, out = (x.contiguous() for x in (dout, q, k, v, out))
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
+                dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
             )
         else:
             # Neither kernel uses the random state without dropout, yet both want one.
@@ -120,9 +131,10 @@ class SdpaBackend:
                 # A padded lse row must be +inf, for exp(score − lse) to be 0 there.
                 lse = torch.nn.functional.pad(lse, (0, -M % 32), value=float("inf")).contiguous()
                 grads = _aten._scaled_dot_product_efficient_attention_backward(
-                    dout, q, k, v, None, out, lse, no_rng, no_rng, 0.0,
+                    dout, q, _repeated(k, q), _repeated(v, q), None, out, lse, no_rng, no_rng, 0.0,
                     [True, True, True, False], is_causal, scale=scale,
                 )[:3]  # fmt: skip
+                grads = grads[0], *(_summed(grad, K) for grad in grads[1:])
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq if sign == 1 else dq * sign, dk, dv
 
@@ -136,6 +148,35 @@ def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, f
         return q, scale, 1
     sign = -1 if scale < 0 else 0
     return q * sign, -scale or 1.0, sign
+
+
+def _additive(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """The mask `(B, M, K)` as what the CPU kernel adds to scores: `(B, H, M, M)`, expanded."""
+    if key_padding_mask is None:
+        return None
+    B, M, H, _ = q.shape
+    mask = q.new_zeros(key_padding_mask.shape).masked_fill_(key_padding_mask, -math.inf)
+    # With several heads to a kv head all share their rows, hence one mask.
+    heads = mask.transpose(1, 2) if mask.shape[2] == H else mask[:, :, :1].transpose(1, 2)
+    return heads[:, :, None].expand(B, H, M, M)
+
+
+def _sees_nothing(key_padding_mask: torch.Tensor, num_heads: int, is_causal: bool) -> torch.Tensor:
+    """Which rows see no key: `(B, H or 1, M or 1)`."""
+    hidden = key_padding_mask.transpose(1, 2)
+    if hidden.shape[1] != num_heads:
+        hidden = hidden[:, :1]
+    return torch.cummin(hidden, -1)[0] if is_causal else hidden.all(-1, keepdim=True)
+
+
+def _repeated(x_BKMD: torch.Tensor, q_BHMD: torch.Tensor) -> torch.Tensor:
+    """Heads of k or v as often as q has them, for the kernel that cannot share them."""
+    return x_BKMD.repeat_interleave(q_BHMD.shape[1] // x_BKMD.shape[1], dim=1)
+
+
+def _summed(grad_BHMD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    B, _, M, D = grad_BHMD.shape
+    return grad_BHMD.view(B, num_kv_heads, -1, M, D).sum(2)
 
 
 def _wrong_dtype(inputs: AttentionInputs, allowed: tuple[torch.dtype, ...]) -> list[str]:

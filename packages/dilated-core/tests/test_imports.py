@@ -36,6 +36,7 @@ def test_cold_import_without_optional_packages():
 
 def test_public_names():
     assert sorted(dilated_core.__all__) == [
+        "AlibiInputs",
         "AttentionBackend",
         "AttentionInputs",
         "AttentionOutput",
@@ -46,7 +47,11 @@ def test_public_names():
         "DilatedPattern",
         "MultiheadConfig",
         "MultiheadDilatedAttention",
+        "Rotation",
+        "alibi_bias",
+        "alibi_slopes",
         "available_backends",
+        "check_decay_range",
         "create_dilated_attention",
         "create_multihead_dilated_attention",
         "dilated_attention",
@@ -56,7 +61,10 @@ def test_public_names():
         "reference_dilated_attention",
         "reference_dilated_attention_with_lse",
         "register_backend",
+        "rotate",
+        "rotation_at",
         "unregister_backend",
+        "with_alibi",
     ]
     assert all(getattr(dilated_core, name).__doc__ for name in dilated_core.__all__)
 

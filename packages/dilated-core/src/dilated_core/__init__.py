@@ -8,6 +8,7 @@ what users call. `reference` is the definition itself, which every test compares
 
 from importlib.metadata import version as _version
 
+from dilated_core.alibi import AlibiInputs, alibi_bias, alibi_slopes, with_alibi
 from dilated_core.attention import dilated_attention, dilated_attention_with_lse
 from dilated_core.backend import AttentionBackend, AttentionInputs
 from dilated_core.config import DilatedAttentionConfig, MultiheadConfig
@@ -20,6 +21,7 @@ from dilated_core.merge import merge_partials
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import Branch, DilatedPattern
+from dilated_core.positions import Rotation, check_decay_range, rotate, rotation_at
 from dilated_core.reference import (
     reference_dilated_attention,
     reference_dilated_attention_with_lse,
@@ -44,6 +46,15 @@ __all__ = [
     # the pattern
     "Branch",
     "DilatedPattern",
+    # positions
+    "AlibiInputs",
+    "Rotation",
+    "alibi_bias",
+    "alibi_slopes",
+    "check_decay_range",
+    "rotate",
+    "rotation_at",
+    "with_alibi",
     # modules
     "AttentionVariant",
     "DilatedAttention",

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from dilated_core.positions import Rotation
 from torch import Tensor, nn
 
 from dilated_models.layers.feed_forward import Activation, FeedForward
-from dilated_models.layers.positions import Rotation
 from dilated_models.layers.self_attention import DilatedSelfAttention
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dilated_core import MultiheadDilatedAttention
+from dilated_core.positions import Rotation, rotate
 from torch import Tensor
-
-from dilated_models.layers.positions import Rotation, rotate
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):

@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dilated_core import DilatedPattern
 
 from dilated_models.layers.feed_forward import ACTIVATIONS, Activation
-from dilated_models.layers.positions import POSITION_KINDS, PositionKind
+
+PositionKind = Literal["xpos", "rotary", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,7 @@ class LongNetConfig:
                 f"nhead must divide d_model, got d_model={self.d_model} and nhead={self.nhead}."
             )
         _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("positions", self.positions, POSITION_KINDS)
+        _check_choice("positions", self.positions, get_args(PositionKind))
         if self.positions != "none" and self.head_dim % 2:
             raise ValueError(
                 f"positions={self.positions!r} turns pairs of channels, so d_model / nhead must be "

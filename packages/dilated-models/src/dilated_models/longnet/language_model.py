@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from dilated_core.positions import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     checkpoint,  # pyright: ignore[reportUnknownVariableType]
@@ -14,13 +15,7 @@ from torch.utils.checkpoint import (
 
 from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.layers.feed_forward import Activation
-from dilated_models.layers.positions import (
-    PositionKind,
-    Rotation,
-    check_decay_range,
-    rotation_at,
-)
-from dilated_models.longnet.config import LongNetConfig
+from dilated_models.longnet.config import LongNetConfig, PositionKind
 
 
 class LongNetLM(nn.Module):

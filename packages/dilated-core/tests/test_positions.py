@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from dilated_models.layers.positions import check_decay_range, rotate, rotation_at
+from dilated_core.positions import check_decay_range, rotate, rotation_at
 
 HEAD_DIM = 16
 
@@ -89,7 +89,7 @@ def test_rotate_keeps_the_dtype() -> None:
 
 def test_the_range_check_is_where_factors_leave_the_range() -> None:
     check_decay_range(16_384, 512.0, torch.float32)
-    with pytest.raises(ValueError, match=r"xpos_scale_base=\d+ or more, or positions=\"rotary\""):
+    with pytest.raises(ValueError, match=r"scale base of \d+ or more, or plain RoPE"):
         check_decay_range(500_000, 512.0, torch.float32)
     with pytest.raises(ValueError, match=r"float16 up to \d+ positions"):
         check_decay_range(16_384, 512.0, torch.float16)

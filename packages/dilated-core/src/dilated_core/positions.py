@@ -9,13 +9,10 @@ sequence is rotated exactly as the whole sequence is.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-PositionKind = Literal["xpos", "rotary", "none"]
-POSITION_KINDS: tuple[str, ...] = get_args(PositionKind)
 
 _ROTARY_BASE = 10_000.0
 # The largest part of a dtype's exponent range that a decay may use; the rest is left to q and k.
@@ -119,7 +116,7 @@ def check_decay_range(largest_distance: int, scale_base: float, dtype: torch.dty
         reach = math.floor(limit / exponent_per_token)
         needed = math.ceil(scale_base * largest_distance / reach)
         raise ValueError(
-            f"xPos with xpos_scale_base={scale_base:g} stays within the range of {dtype} up to "
-            f"{reach} positions from the center, but {largest_distance} are needed; use "
-            f'xpos_scale_base={needed} or more, or positions="rotary".'
+            f"xPos with a scale base of {scale_base:g} stays within the range of {dtype} up to "
+            f"{reach} positions from the center, but {largest_distance} are needed; use a scale "
+            f"base of {needed} or more, or plain RoPE, which has none."
         )

@@ -120,11 +120,15 @@ def test_nothing_in_nothing_out(shape):
 def test_opcheck(name, dtype):
     case = next(case for case in AWKWARD_CASES if case.name == name)
     q, k, v, dout = case.tensors(dtype=dtype)
-    p = case.pattern
-    options = (list(p.segment_lengths), list(p.dilation_rates), p.head_offsets, p.padding)
     dropout_p, seed = (0.2, torch.tensor(7)) if name == "dense" else (0.0, None)
+    text = ops.encode_options(
+        case.pattern,
+        is_causal=case.is_causal,
+        backend="auto",
+        max_workspace_bytes=None,
+    )
     masks = (case.options()["key_padding_mask"], case.options()["cu_seqlens"])
-    options = (*options, case.is_causal, 0.5, "auto", None, dropout_p, seed, *masks)
+    options = (0.5, dropout_p, text, seed, *masks)
     if case.documents:
         q, k, v, dout = (x.detach().unsqueeze(0).requires_grad_() for x in (q, k, v, dout))
     torch.library.opcheck(ops.attention_forward, (q, k, v, *options))

@@ -58,11 +58,11 @@ class WholePattern(Picky):
         **options,
     ):  # fmt: skip
         self.calls += ("backward",)
-        lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-        return ops.attention_backward(
-            dout, dlse, q, k, v, out, lse, lengths, rates, "interleaved", "masked", is_causal,
-            scale, "eager", None, 0.0, None, key_padding_mask, None,
-        )  # fmt: skip
+        text = ops.encode_options(
+            pattern, is_causal=is_causal, backend="eager", max_workspace_bytes=None
+        )
+        tensors = (dout, dlse, q, k, v, out, lse)
+        return ops.attention_backward(*tensors, scale, 0.0, text, None, key_padding_mask, None)
 
 
 @pytest.fixture

@@ -49,7 +49,8 @@ def dilated_attention_with_lse(
                 "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
                 "so give one of the two."
             )
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if (dtype := _autocast_dtype(q)) is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
     check_max_workspace_bytes(max_workspace_bytes)
     if key_padding_mask is not None:
@@ -61,22 +62,15 @@ def dilated_attention_with_lse(
     dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    options = ops.encode_options(
+        pattern,
+        is_causal=bool(is_causal),
+        backend=backend,
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    scale = check_scale(scale, q.shape[-1])
     out, lse = ops.attention_forward(
-        q,
-        k,
-        v,
-        pattern.segment_lengths,
-        pattern.dilation_rates,
-        pattern.head_offsets,
-        pattern.padding,
-        bool(is_causal),
-        check_scale(scale, q.shape[-1]),
-        backend,
-        max_workspace_bytes,
-        dropout_p,
-        dropout_seed,
-        key_padding_mask,
-        cu_seqlens,
+        q, k, v, scale, dropout_p, options, dropout_seed, key_padding_mask, cu_seqlens
     )
     return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])
 
@@ -155,11 +149,11 @@ def dilated_attention(
     ).out
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the dtype of the autocast region around the call, if there is one."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    kind = x.device.type
+def _autocast_dtype(q: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region around the call, if there is one that concerns q."""
+    if not isinstance(q, torch.Tensor) or not q.is_floating_point():
+        return None
+    kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+        return torch.get_autocast_dtype(kind)
+    return None

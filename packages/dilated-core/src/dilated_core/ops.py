@@ -8,27 +8,55 @@ values of `cu_seqlens` can tell: a compiler does not look inside an operator, so
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from ast import literal_eval
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dilated_core.backend import AttentionInputs
 from dilated_core.inputs import document_bounds
-from dilated_core.pattern import DilatedPattern, HeadOffsets, Padding
+from dilated_core.pattern import DilatedPattern
 from dilated_core.registry import choose_backend
 from dilated_core.strip_attention import Call, backward_over_strips, forward_over_strips, wide
 
-# The pattern and the options, as an operator's schema can carry them.
+# Every argument of an operator costs microseconds at each call, so the options that are no tensors
+# and that no compiler makes symbolic are one text; see `encode_options`.
 _OPTIONS = (
-    "int[] segment_lengths, int[] dilation_rates, str head_offsets, str padding, "
-    "bool is_causal, float scale, str backend, int? max_workspace_bytes, float dropout_p, "
-    "Tensor? dropout_seed, Tensor? key_padding_mask, Tensor? cu_seqlens"
+    "float scale, float dropout_p, str options, Tensor? dropout_seed, Tensor? key_padding_mask, "
+    "Tensor? cu_seqlens"
 )
-_NUM_TENSOR_OPTIONS = 3
-_NUM_OPTIONS = 12
+
+
+def encode_options(
+    pattern: DilatedPattern,
+    *,
+    is_causal: bool,
+    backend: str,
+    max_workspace_bytes: int | None,
+) -> str:
+    """The argument `options` of both operators."""
+    return repr(
+        (
+            *(pattern.segment_lengths, pattern.dilation_rates),
+            *(pattern.head_offsets, pattern.padding),
+            *(is_causal, backend, max_workspace_bytes),
+        )
+    )
+
+
+class _Options(NamedTuple):
+    pattern: DilatedPattern
+    is_causal: bool
+    backend: str
+    max_workspace_bytes: int | None
+
+
+@lru_cache(maxsize=1024)
+def _decode_options(text: str) -> _Options:
+    lengths, rates, head_offsets, padding, *others = literal_eval(text)
+    pattern = DilatedPattern(lengths, rates, head_offsets=head_offsets, padding=padding)
+    return _Options(pattern, *others)
 
 
 @torch.library.custom_op(
@@ -46,12 +74,15 @@ def attention_forward(
         k, v: The same with H_kv heads.
         *options: As `_OPTIONS` lists them.
     """
-    with _without_autocast(q.device.type):
-        call, cu_seqlens = _call(q, k, *options)
-        if (whole := getattr(call.kernel, "dilated_forward", None)) is not None:
-            out, lse = whole(q, k, v, call.pattern, **call.options(0), cu_seqlens=cu_seqlens)
-            return out.contiguous(), lse.contiguous()
-        return forward_over_strips(call, q, k, v, _bounds(cu_seqlens, q))
+    if torch.is_autocast_enabled(q.device.type):
+        # Dtypes are settled by now; a matrix product inside must not change them.
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_forward(q, k, v, *options)
+    call, cu_seqlens = _call(q, k, *options)
+    if (whole := getattr(call.kernel, "dilated_forward", None)) is not None:
+        out, lse = whole(q, k, v, call.pattern, **call.options(0), cu_seqlens=cu_seqlens)
+        return out.contiguous(), lse.contiguous()
+    return forward_over_strips(call, q, k, v, _bounds(cu_seqlens, q))
 
 
 @attention_forward.register_fake
@@ -80,14 +111,16 @@ def attention_backward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contiguous gradients of q, k, v from those of out and, unless None, of lse."""
-    with _without_autocast(q.device.type):
-        call, cu_seqlens = _call(q, k, *options)
-        if (whole := getattr(call.kernel, "dilated_backward", None)) is not None:
-            tensors = (dout, dlse, q, k, v, out, lse)
-            grads = whole(*tensors, call.pattern, **call.options(0), cu_seqlens=cu_seqlens)
-            dq, dk, dv = (grad.contiguous() for grad in grads)
-            return dq, dk, dv
-        return backward_over_strips(call, dout, dlse, q, k, v, out, lse, _bounds(cu_seqlens, q))
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_backward(dout, dlse, q, k, v, out, lse, *options)
+    call, cu_seqlens = _call(q, k, *options)
+    if (whole := getattr(call.kernel, "dilated_backward", None)) is not None:
+        tensors = (dout, dlse, q, k, v, out, lse)
+        grads = whole(*tensors, call.pattern, **call.options(0), cu_seqlens=cu_seqlens)
+        dq, dk, dv = (grad.contiguous() for grad in grads)
+        return dq, dk, dv
+    return backward_over_strips(call, dout, dlse, q, k, v, out, lse, _bounds(cu_seqlens, q))
 
 
 @attention_backward.register_fake
@@ -103,22 +136,21 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, *options = inputs
-    ctx.options = options[:-_NUM_TENSOR_OPTIONS]
-    ctx.save_for_backward(q, k, v, *output, *options[-_NUM_TENSOR_OPTIONS:])
+    q, k, v, ctx.scale, ctx.dropout_p, ctx.options, *tensor_options = inputs
+    ctx.save_for_backward(q, k, v, *output, *tensor_options)
     # An lse that nobody differentiates then has gradient None, and costs nothing.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensor_options = ctx.saved_tensors
-    nothing = (None,) * _NUM_OPTIONS
+    nothing = (None,) * 6
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, *tensor_options)
-    return (*grads, *nothing)
+    options = (ctx.scale, ctx.dropout_p, ctx.options, *tensor_options)
+    return (*attention_backward(dout, dlse, q, k, v, out, lse, *options), *nothing)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -138,15 +170,9 @@ torch.library.register_vmap("dilated_core::attention_backward", _refuse_vmap)
 def _call(
     q: torch.Tensor,
     k: torch.Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: HeadOffsets,
-    padding: Padding,
-    is_causal: bool,
     scale: float,
-    backend: str,
-    max_workspace_bytes: int | None,
     dropout_p: float,
+    options: str,
     dropout_seed: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -155,48 +181,23 @@ def _call(
 
     Backward comes to the same choice as forward, because it sees the same inputs.
     """
-    _, _, H, D = q.shape
+    pattern, is_causal, backend, max_workspace_bytes = _decode_options(options)
     inputs = AttentionInputs(
-        device=q.device,
-        dtype=q.dtype,
-        num_heads=H,
-        head_dim=D,
+        q.device,
+        q.dtype,
+        num_heads=q.shape[2],
+        head_dim=q.shape[3],
         dropout_p=dropout_p,
         num_kv_heads=k.shape[2],
         has_key_padding_mask=key_padding_mask is not None,
         is_packed=cu_seqlens is not None,
         max_workspace_bytes=max_workspace_bytes,
     )
-    call = Call(
-        kernel=choose_backend(backend, inputs),
-        pattern=_pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets, padding),
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=0 if dropout_seed is None else int(dropout_seed.item()),
-        key_padding_mask=key_padding_mask,
-        max_workspace_bytes=max_workspace_bytes,
-    )
-    return call, cu_seqlens
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Dtypes are settled when an operator runs; a matrix product inside must not change them."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-@lru_cache(maxsize=256)
-def _pattern(
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
-    head_offsets: HeadOffsets,
-    padding: Padding,
-) -> DilatedPattern:
-    return DilatedPattern(
-        segment_lengths, dilation_rates, head_offsets=head_offsets, padding=padding
-    )
+    seed = 0 if dropout_seed is None else int(dropout_seed.item())
+    kernel = choose_backend(backend, inputs)
+    return Call(
+        kernel, pattern, is_causal, scale, dropout_p, seed, key_padding_mask, max_workspace_bytes
+    ), cu_seqlens
 
 
 def _bounds(cu_seqlens: torch.Tensor | None, q: torch.Tensor) -> list[int] | None:

@@ -60,7 +60,8 @@ def forward_over_strips(
         pieces = _plan(call, q, k, v)
         if len(pieces) == 1:
             out, lse = _attend_piece(_masked(call, pieces[0]), pieces[0], 0, q, k, v)
-            return out.to(q.dtype).contiguous(), lse.contiguous()
+            out = out if out.dtype == q.dtype else out.to(q.dtype)
+            return out.contiguous(), lse.contiguous()
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
     index = 0

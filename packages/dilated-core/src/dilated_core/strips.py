@@ -45,6 +45,7 @@ class Strip:
         offset_step: Positions by which each next head starts later: 0 or 1.
         zero_keys: Zero keys that `padding="attended"` adds to each query when not causal.
         is_first: No strip earlier in the plan touches its rows.
+        is_everything: Its views are the whole tensors as they are.
     """
 
     first_batch: int
@@ -63,6 +64,7 @@ class Strip:
     offset_step: int
     zero_keys: int
     is_first: bool
+    is_everything: bool
 
     def view(self, x: torch.Tensor) -> torch.Tensor:
         """Its rows of a tensor with the heads of q.
@@ -73,6 +75,8 @@ class Strip:
         Returns:
             `(batches·segments, M, num_heads, …)`, no copy.
         """
+        if self.is_everything:
+            return x
         return self._view(x, self.first_head, self.num_heads, self.head_step)
 
     def view_kv(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,6 +88,8 @@ class Strip:
         Returns:
             `(batches·segments, M, num_kv_heads, …)`, no copy.
         """
+        if self.is_everything:
+            return x
         return self._view(x, self.first_kv_head, self.num_kv_heads, self.kv_head_step)
 
     def _view(self, x: torch.Tensor, head: int, num_heads: int, step: int) -> torch.Tensor:
@@ -113,6 +119,7 @@ class Strip:
         """Cut it into strips of at most `max_elements` rows, as far as whole segments allow."""
         if self.num_elements <= max_elements:
             return [self]
+        whole = replace(self, is_everything=False)
         problems = self.num_batches * self.num_segments
         step = max(1, max_elements // (self.num_rows * self.num_heads))
         parts: list[Strip] = []
@@ -123,7 +130,7 @@ class Strip:
             else:
                 # Batch rows follow each other at the segments' stride, so counting on is right.
                 start = self.start + first * self.segment_length
-                parts.append(replace(self, num_batches=1, start=start, num_segments=count))
+                parts.append(replace(whole, num_batches=1, start=start, num_segments=count))
         return parts
 
 
@@ -198,6 +205,9 @@ def plan_strips(
                         offset_step=run.offset_step,
                         zero_keys=-(-w // r) - rows if pattern.padding == "attended" else 0,
                         is_first=i == 0,
+                        is_everything=r == 1
+                        and (batches, count, rows) == (batch_size, 1, seq_len)
+                        and len(run.heads) == len(covered),
                     )
                     for first_batch, batches, first_segment, count in batching
                 )

@@ -17,6 +17,7 @@ from dilated_core.factory import (
     create_dilated_attention,
     create_multihead_dilated_attention,
 )
+from dilated_core.hardware import recommended_dtype
 from dilated_core.merge import merge_partials
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.output import AttentionOutput
@@ -32,6 +33,7 @@ from dilated_core.registry import (
     register_backend,
     unregister_backend,
 )
+from dilated_core.segments import DynamicDilatedAttention, Segments, select_segments
 
 __version__ = _version("dilated-core")
 
@@ -46,6 +48,8 @@ __all__ = [
     # the pattern
     "Branch",
     "DilatedPattern",
+    "Segments",
+    "select_segments",
     # positions
     "AlibiInputs",
     "Rotation",
@@ -59,6 +63,7 @@ __all__ = [
     "AttentionVariant",
     "DilatedAttention",
     "DilatedAttentionConfig",
+    "DynamicDilatedAttention",
     "MultiheadConfig",
     "MultiheadDilatedAttention",
     "create_dilated_attention",
@@ -68,6 +73,7 @@ __all__ = [
     "AttentionInputs",
     "available_backends",
     "explain_backends",
+    "recommended_dtype",
     "register_backend",
     "unregister_backend",
 ]

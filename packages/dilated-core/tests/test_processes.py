@@ -35,7 +35,10 @@ def _one_rank_sleeps():
 
 def _model():
     torch.manual_seed(0)
-    return MultiheadDilatedAttention(16, 4, [8, 24], [1, 3], dtype=torch.float64)
+    lengths, rates = [8, 24], [1, 3]
+    return MultiheadDilatedAttention(
+        16, 4, segment_lengths=lengths, dilation_rates=rates, dtype=torch.float64
+    )
 
 
 def _batch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -56,18 +56,22 @@ def create_dilated_attention(
     Args:
         kind: `"auto"`, `"standard"` or `"improved"`, which are one module (its option `backend`
             says which kernels run, by default the fastest), or another package's name.
-        attention_config: Options as an object.
+        attention_config: Options as an object, which stays as it is.
         **options: Options as keywords, those of `DilatedAttentionConfig`; they override the object.
 
     Raises:
-        ValueError: If the name is unknown, or is that of a package that is not installed.
-        TypeError: If an option is unknown.
+        ValueError: If the name is unknown, is that of a package that is not installed, or that of
+            one that cannot be loaded.
+        TypeError: If an option is unknown, or a config is of another class.
 
     Example:
         >>> create_dilated_attention("improved", segment_lengths=[64, 128], dilation_rates=[1, 2])
         DilatedAttention(segment_lengths=[64, 128], dilation_rates=[1, 2])
     """
-    settings = {**_fields(attention_config or DilatedAttentionConfig()), **options}
+    settings = {
+        **_fields("attention_config", attention_config, DilatedAttentionConfig),
+        **options,
+    }
     return _variant(kind).attention(**settings)
 
 
@@ -82,8 +86,8 @@ def create_multihead_dilated_attention(
 
     Args:
         kind: As for `create_dilated_attention`.
-        multihead_config: Options of the projections as an object.
-        attention_config: Options of the attention as an object.
+        multihead_config: Options of the projections as an object, which stays as it is.
+        attention_config: Options of the attention as an object, which stays as it is.
         **options: Options of both as keywords; they override the objects.
 
     Raises:
@@ -95,14 +99,25 @@ def create_multihead_dilated_attention(
         (2048, 4096, 8192)
     """
     settings = {
-        **_fields(multihead_config or MultiheadConfig()),
-        **_fields(attention_config or DilatedAttentionConfig()),
+        **_fields("multihead_config", multihead_config, MultiheadConfig),
+        **_fields("attention_config", attention_config, DilatedAttentionConfig),
         **options,
     }
     return _variant(kind).multihead(**settings)
 
 
-def _fields(config: DilatedAttentionConfig | MultiheadConfig) -> dict[str, Any]:
+def _fields(
+    name: str,
+    config: object,
+    expected: type[DilatedAttentionConfig] | type[MultiheadConfig],
+) -> dict[str, Any]:
+    """The options of a config, or the defaults for None."""
+    config = expected() if config is None else config
+    if not isinstance(config, expected):
+        raise TypeError(
+            f"{name} is a {type(config).__name__}; it must be a {expected.__name__}, and single "
+            f"options can be given as keywords instead."
+        )
     return {field.name: getattr(config, field.name) for field in fields(config)}
 
 
@@ -110,7 +125,7 @@ def _variant(kind: str) -> AttentionVariant:
     if kind in _OWN:
         return _OWN[kind]
     for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
-        return entry_point.load()
+        return _load(entry_point)
     if kind in _PROVIDERS:
         raise ValueError(
             f"attention {kind!r} is not installed; it comes with the package {_PROVIDERS[kind]}."
@@ -119,3 +134,19 @@ def _variant(kind: str) -> AttentionVariant:
     raise ValueError(
         f"attention {kind!r} is unknown; it must be one of {', '.join(map(repr, installed))}."
     )
+
+
+def _load(entry_point: EntryPoint) -> AttentionVariant:
+    try:
+        variant: object = entry_point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"attention {entry_point.name!r} is installed but cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(variant, AttentionVariant):
+        raise ValueError(
+            f"attention {entry_point.name!r} is installed but cannot be used: {entry_point.value} "
+            f"is a {type(variant).__name__}; it must be a dilated_core.AttentionVariant."
+        )
+    return variant

@@ -134,6 +134,40 @@ def test_inside_pytorchs_encoder(mode):
     assert torch.equal(seen, PATTERN.materialize(40, 4)[:, 39].sum(0) > 0)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_padding_inside_pytorchs_encoder(mode):
+    """Its mask of padding reaches the attention: padded positions do not matter to the others."""
+    layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True)
+    layer.self_attn = _multihead()
+    encoder = getattr(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), mode)()
+    x = torch.randn(2, 40, 24)
+    padding = torch.arange(40) >= torch.tensor([[40], [25]])
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=padding)
+        alone = encoder(x[1:, :25])
+    torch.testing.assert_close(y[1:, :25], alone)
+
+
+def test_masks_and_packing_reach_the_attention():
+    mha = _multihead(dtype=torch.float64, num_kv_heads=2)
+    x = torch.randn(60, 24, dtype=torch.float64)
+    packed = mha(x, x, x, cu_seqlens=torch.tensor([0, 40, 60]))
+    first, second = x[None, :40], x[None, 40:]
+    alone = mha(first, first, first)[0], mha(second, second, second)[0]
+    assert relative_error(packed, torch.cat(alone)) < 1e-13
+    padded = torch.stack([x[:40], torch.cat([x[40:], torch.randn(20, 24, dtype=x.dtype)])])
+    mask = torch.arange(40) >= torch.tensor([[40], [20]])
+    y = mha(padded, padded, padded, key_padding_mask=mask)
+    assert relative_error(torch.cat([y[0], y[1, :20]]), packed) < 1e-13
+
+
+def test_workspace_limit_reaches_the_attention():
+    mha, x = _multihead(max_workspace_bytes=1), torch.randn(1, 40, 24)
+    assert "max_workspace_bytes=1" in repr(mha)
+    with pytest.raises(ValueError, match="max_workspace_bytes is 1; these inputs need at least"):
+        mha(x, x, x)
+
+
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
@@ -189,8 +223,12 @@ def test_call_mistakes():
         mha(x[..., :8], x, x)
     with pytest.raises(ValueError, match="they must be equal"):
         mha(x, x[:, :5], x[:, :5])
-    with pytest.raises(ValueError, match="key_padding_mask is given"):
-        mha(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+    with pytest.raises(ValueError, match="key_padding_mask holds values other than 0 and -inf"):
+        mha(x, x, x, key_padding_mask=torch.ones(2, 10))
+    with pytest.raises(
+        ValueError, match=r"query has shape \(2, 10, 24\); it must be \(positions, 2"
+    ):
+        mha(x, x, x, cu_seqlens=torch.tensor([0, 10]))
     with pytest.raises(TypeError, match="has no argument average_attn_weights"):
         mha(x, x, x, average_attn_weights=False)
     causal = torch.full((10, 10), float("-inf")).triu(1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dilated_core.inputs import check_dropout, check_scale
+from dilated_core.inputs import check_dropout, check_max_workspace_bytes, check_scale
 from dilated_core.pattern import DilatedPattern, HeadOffsets, Padding
 
 DEFAULT_SEGMENT_LENGTHS = (2048, 4096, 8192)
@@ -25,6 +25,7 @@ class DilatedAttentionConfig:
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
         dropout: Probability of dropping each attention probability in training.
+        max_workspace_bytes: Limit of what forward allocates, see `dilated_attention`.
         backend: `"auto"` or the name of a backend.
 
     Raises:
@@ -37,12 +38,14 @@ class DilatedAttentionConfig:
     padding: Padding = "masked"
     scale: float | None = None
     dropout: float = 0.0
+    max_workspace_bytes: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         pattern = self.pattern
         check_scale(self.scale, head_dim=1)
         check_dropout(self.dropout, name="dropout")
+        check_max_workspace_bytes(self.max_workspace_bytes)
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
         object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
 

@@ -24,6 +24,7 @@ class DilatedAttention(nn.Module):
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
         dropout: Probability of dropping each attention probability in training mode.
+        max_workspace_bytes: Limit of what forward allocates, see `dilated_attention`.
         backend: `"auto"` or the name of a backend.
 
     Raises:
@@ -45,6 +46,7 @@ class DilatedAttention(nn.Module):
         padding: Padding = "masked",
         scale: float | None = None,
         dropout: float = 0.0,
+        max_workspace_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -55,12 +57,20 @@ class DilatedAttention(nn.Module):
             padding=padding,
             scale=scale,
             dropout=dropout,
+            max_workspace_bytes=max_workspace_bytes,
             backend=backend,
         )
         self.pattern: DilatedPattern = self.config.pattern
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`(B, S, H, D)` q, `(B, S, H_kv, D)` k, v -> `(B, S, H, D)`; see `dilated_attention`."""
         return dilated_attention(
@@ -71,6 +81,9 @@ class DilatedAttention(nn.Module):
             is_causal=is_causal,
             scale=self.config.scale,
             dropout_p=self.config.dropout if self.training else 0.0,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            max_workspace_bytes=self.config.max_workspace_bytes,
             backend=self.config.backend,
         )
 
@@ -81,7 +94,8 @@ class DilatedAttention(nn.Module):
             f"segment_lengths={list(c.segment_lengths)}, dilation_rates={list(c.dilation_rates)}"
         ]
         defaults = {"head_offsets": "interleaved", "padding": "masked", "scale": None}
-        for name, default in {**defaults, "dropout": 0.0, "backend": "auto"}.items():
+        defaults |= {"dropout": 0.0, "max_workspace_bytes": None, "backend": "auto"}
+        for name, default in defaults.items():
             if getattr(c, name) != default:
                 parts.append(f"{name}={getattr(c, name)!r}")
         return ", ".join(parts)
@@ -109,7 +123,7 @@ class MultiheadDilatedAttention(nn.Module):
         head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
-        dropout: Probability of dropping each attention probability in training mode.
+        max_workspace_bytes: Limit of what attention allocates, see `dilated_attention`.
         backend: `"auto"` or the name of a backend.
         device, dtype: Of the parameters.
 
@@ -147,6 +161,7 @@ class MultiheadDilatedAttention(nn.Module):
         head_offsets: HeadOffsets = "interleaved",
         padding: Padding = "masked",
         scale: float | None = None,
+        max_workspace_bytes: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -172,6 +187,7 @@ class MultiheadDilatedAttention(nn.Module):
             padding=padding,
             scale=scale,
             dropout=dropout,
+            max_workspace_bytes=max_workspace_bytes,
             backend=backend,
         )
         kv_dim = (num_kv_heads or num_heads) * self.head_dim
@@ -207,13 +223,7 @@ class MultiheadDilatedAttention(nn.Module):
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`(B, S, E)` inputs -> q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; it must be (batch, sequence, "
-                    f"{self.embed_dim})."
-                )
+        """`(…, E)` inputs -> q `(…, H, D)` and k, v `(…, H_kv, D)`."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection, x in (
@@ -225,13 +235,22 @@ class MultiheadDilatedAttention(nn.Module):
         return q, k, v
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        is_causal: bool = False,
+        key_padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Dilated attention of q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
-        return self.attention(q, k, v, is_causal=is_causal)
+        masks = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+        given = {name: mask for name, mask in masks.items() if mask is not None}
+        return self.attention(q, k, v, is_causal=is_causal, **given)
 
     def combine(self, out: torch.Tensor) -> torch.Tensor:
-        """LayerNorm and output projection: `(B, S, H, D)` -> `(B, S, E)`."""
+        """LayerNorm and output projection: `(…, H, D)` -> `(…, E)`."""
         out = out.flatten(-2)
         return self.out_proj(out if self.layer_norm is None else self.layer_norm(out))
 
@@ -244,7 +263,8 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         is_causal: bool = ...,
         attn_mask: torch.Tensor | None = ...,
-        key_padding_mask: None = ...,
+        key_padding_mask: torch.Tensor | None = ...,
+        cu_seqlens: torch.Tensor | None = ...,
     ) -> torch.Tensor: ...
 
     @overload
@@ -256,7 +276,8 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         is_causal: bool = ...,
         attn_mask: torch.Tensor | None = ...,
-        key_padding_mask: None = ...,
+        key_padding_mask: torch.Tensor | None = ...,
+        cu_seqlens: torch.Tensor | None = ...,
         need_weights: bool,
     ) -> tuple[torch.Tensor, None]: ...
 
@@ -269,21 +290,26 @@ class MultiheadDilatedAttention(nn.Module):
         is_causal: bool = False,
         attn_mask: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
         **need_weights: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, None]:
         """Self-attention of `(B, S, E)` query, key and value.
 
         Args:
-            query, key, value: `(B, S, E)`, of one shape.
+            query, key, value: `(B, S, E)`, of one shape; `(T, E)` with `cu_seqlens`.
             is_causal: Position i sees only positions j ≤ i.
             attn_mask: Accepted where it says what `is_causal=True` says, as in calls from
                 `nn.TransformerEncoderLayer`; any other mask is refused.
-            key_padding_mask: Must be None.
+            key_padding_mask: `(B, S)`, True for keys that nobody sees; or, as
+                `nn.TransformerEncoderLayer` passes it on, floating with −inf for these and 0 for
+                the others.
+            cu_seqlens: Where documents begin that are packed one after another, see
+                `dilated_attention`.
             need_weights: If passed at all, the result is `(tensor, None)`, as callers written for
                 `nn.MultiheadAttention` expect. The weights themselves are never formed.
 
         Returns:
-            `(B, S, E)`, or the pair of it and None if `need_weights` is passed.
+            Shape of the query, or the pair of it and None if `need_weights` is passed.
 
         Raises:
             TypeError: If an unknown keyword is given.
@@ -291,15 +317,21 @@ class MultiheadDilatedAttention(nn.Module):
         """
         if unknown := need_weights.keys() - {"need_weights"}:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}.")
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask is given, and this version has none; run sequences of unequal "
-                "length one by one, or causally with the padding on the right."
-            )
+        dims, rows = (3, "batch, sequence") if cu_seqlens is None else (2, "positions")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != dims or x.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; it must be ({rows}, {self.embed_dim})."
+                )
         if attn_mask is not None:
-            _check_mask_is_causal(attn_mask, query.shape[1], is_causal)
+            _check_mask_is_causal(attn_mask, query.shape[-2], is_causal)
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            key_padding_mask = _as_bool(key_padding_mask)
         q, k, v = self.project(query, key, value)
-        y = self.combine(self.attend(q, k, v, is_causal=is_causal))
+        out = self.attend(
+            q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens
+        )
+        y = self.combine(out)
         return (y, None) if need_weights else y
 
     def extra_repr(self) -> str:
@@ -319,3 +351,14 @@ def _check_mask_is_causal(mask: torch.Tensor, seq_len: int, is_causal: bool) -> 
         f"attn_mask has shape {tuple(mask.shape)} with is_causal={is_causal}; the pattern decides "
         f"which keys a query sees, so pass attn_mask=None, and is_causal=True for causality."
     )
+
+
+def _as_bool(key_padding_mask: torch.Tensor) -> torch.Tensor:
+    """A mask of 0 and −inf, as PyTorch's own layers make it of a bool one, back to bool."""
+    hidden = key_padding_mask == float("-inf")
+    if key_padding_mask.masked_fill(hidden, 0).any():
+        raise ValueError(
+            "key_padding_mask holds values other than 0 and -inf; scores cannot be biased, so give "
+            "a bool mask, True for keys to ignore."
+        )
+    return hidden

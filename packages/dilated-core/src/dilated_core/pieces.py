@@ -60,7 +60,7 @@ def plan_pieces(
     is_batch_dense: bool,
     max_workspace_bytes: int | None,
 ) -> tuple[Piece, ...]:
-    """Cut a call into the fewest pieces whose workspace fits.
+    """Cut a call into the fewest pieces whose workspace fits, or nearly if none does.
 
     Args:
         pattern: The branches.
@@ -73,39 +73,60 @@ def plan_pieces(
 
     Returns:
         Pieces that cover every position and head once.
-
-    Raises:
-        ValueError: If no way of cutting stays within the limit.
     """
     if 0 in shape:
         return ()
-    _, _, H, D = shape
-    is_half = dtype in HALF_DTYPES
     limit = max_workspace_bytes
-    if limit is None and is_half:
+    if limit is None and dtype in HALF_DTYPES:
         limit = max(_UNCUT_BYTES, math.prod(shape) * dtype.itemsize)
-    # A strip's result, its conversion to the dtype of the accumulator, three numbers per row.
-    row_bytes = D * (dtype.itemsize + 4 * is_half) + 12
     pieces: tuple[Piece, ...] = ()
-    smallest = math.inf
     for sizes in _sizes(pattern, shape, num_kv_heads):
         pieces = _cut(pattern, shape, num_kv_heads, sizes, is_batch_dense)
         if limit is None:
             break
-        # In one piece and without conversion, the result itself is what strips accumulate in.
-        in_place = pieces[0].is_whole and not is_half
-        B, S, heads = sizes[0], sizes[1], sizes[2] * (H // num_kv_heads)
-        accumulator = 0 if in_place else B * S * heads * (D * max(dtype.itemsize, 4) + 4)
-        problem = max(s.num_rows * s.num_heads for piece in pieces for s in piece.strips)
-        smallest = min(smallest, accumulator + problem * row_bytes)
-        rows = (limit - accumulator) // row_bytes
+        accumulator, problem, row = _needs(pieces, sizes, shape, num_kv_heads, dtype)
+        rows = (limit - accumulator) // row
         if problem <= rows:
-            return tuple(_split_strips(piece, rows, in_place) for piece in pieces)
-    if max_workspace_bytes is not None:
-        raise ValueError(
-            f"max_workspace_bytes is {max_workspace_bytes}; these inputs need at least {smallest}."
-        )
+            return tuple(_split_strips(piece, rows, accumulator == 0) for piece in pieces)
     return pieces
+
+
+@lru_cache(maxsize=256)
+def smallest_workspace(
+    pattern: DilatedPattern,
+    shape: tuple[int, int, int, int],
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> int:
+    """The smallest `max_workspace_bytes` that can be kept; arguments as in `plan_pieces`."""
+    if 0 in shape:
+        return 0
+    smallest = math.inf
+    for sizes in _sizes(pattern, shape, num_kv_heads):
+        pieces = _cut(pattern, shape, num_kv_heads, sizes, is_batch_dense=False)
+        accumulator, problem, row = _needs(pieces, sizes, shape, num_kv_heads, dtype)
+        smallest = min(smallest, accumulator + problem * row)
+    return int(smallest)
+
+
+def _needs(
+    pieces: tuple[Piece, ...],
+    sizes: tuple[int, int, int],
+    shape: tuple[int, int, int, int],
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> tuple[int, int, int]:
+    """Bytes of a piece's accumulator, rows of its largest problem, bytes for each such row."""
+    _, _, H, D = shape
+    is_half = dtype in HALF_DTYPES
+    # A strip's result, its conversion to the dtype of the accumulator, three numbers per row.
+    row = D * (dtype.itemsize + 4 * is_half) + 12
+    problem = max((s.num_rows * s.num_heads for p in pieces for s in p.strips), default=1)
+    if pieces[0].is_whole and not is_half:
+        # In one piece and without conversion, the result itself is what strips accumulate in.
+        return 0, problem, row
+    B, S, kv_heads = sizes
+    return B * S * kv_heads * (H // num_kv_heads) * (D * max(dtype.itemsize, 4) + 4), problem, row
 
 
 def _sizes(

@@ -17,7 +17,7 @@ from dilated_core.backend import AttentionBackend
 from dilated_core.merge import add_zero_keys, fold_lse_
 from dilated_core.output import AttentionOutput
 from dilated_core.pattern import DilatedPattern
-from dilated_core.pieces import Piece, plan_pieces
+from dilated_core.pieces import Piece, plan_pieces, smallest_workspace
 from dilated_core.strips import Strip
 
 
@@ -56,6 +56,8 @@ def forward_over_strips(
         bounds: Where each document of a packed sequence begins, and T; None if not packed.
     """
     q, k, v = (_strided(x) for x in (q, k, v))
+    if call.max_workspace_bytes is not None:
+        _check_workspace(call, call.max_workspace_bytes, q, k, bounds)
     if bounds is None:
         pieces = _plan(call, q, k, v)
         if len(pieces) == 1:
@@ -268,6 +270,17 @@ def _plan(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tupl
         is_batch_dense=dense,
         max_workspace_bytes=call.max_workspace_bytes,
     )
+
+
+def _check_workspace(
+    call: Call, limit: int, q: torch.Tensor, k: torch.Tensor, bounds: list[int] | None
+) -> None:
+    needed = max(
+        smallest_workspace(call.pattern, tuple(q_.shape), k_.shape[2], q_.dtype)
+        for q_, k_ in _sequences(bounds, q, k)
+    )
+    if limit < needed:
+        raise ValueError(f"max_workspace_bytes is {limit}; these inputs need at least {needed}.")
 
 
 def _masked(call: Call, piece: Piece) -> Call:

@@ -1,0 +1,183 @@
+"""Memory that is used again: buffers are borrowed for a `with` block and go back when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+
+# Sizes are rounded up to this, so that nearly equal requests share a storage.
+_GRANULE_BYTES = 512
+
+# A larger idle storage than this many times the request waits for a request of its own size.
+_MAX_SIZE_RATIO = 2
+
+
+class _Place(NamedTuple):
+    """Where memory is, and on CUDA on which stream: only there is its earlier use over."""
+
+    device: torch.device
+    stream: int
+
+
+class WorkspacePool:
+    """Buffers for intermediate results, kept for reuse instead of being allocated anew.
+
+    For code that needs large tensors of similar sizes again and again: the system hands out large
+    blocks page by page and takes them back each time, and page-locked memory is slow to get.
+
+    A buffer belongs to one borrower until its `with` block ends, by an exception or not. Any number
+    of threads may use a pool at once; none waits while another works with its buffer.
+
+    Three things are the borrower's to see to:
+
+    - A buffer is uninitialised memory.
+    - No reference to it, or to a view of it, may be used after the block: somebody else may have
+      the memory by then. Copy what should stay.
+    - On a GPU it is for the stream that is current when it is borrowed, and a `non_blocking` copy
+      from or to page-locked memory must be over before the block ends.
+
+    Args:
+        max_bytes: Memory that idle buffers may hold. Beyond it those that were returned longest ago
+            are freed. Borrowed buffers do not count.
+        pin_memory: Give page-locked memory of the CPU, which copies to a GPU faster.
+
+    Raises:
+        TypeError: If `max_bytes` is not an integer.
+        ValueError: If `max_bytes` is below 0, or memory is to be page-locked without a GPU.
+
+    Example:
+        >>> pool = WorkspacePool(max_bytes=2**20)
+        >>> for _ in range(3):
+        ...     with pool.borrow((100, 64), dtype=torch.float32) as buffer:
+        ...         _ = buffer.zero_()
+        >>> pool.misses, pool.hits, pool.idle_bytes, pool.borrowed_bytes
+        (1, 2, 25600, 0)
+    """
+
+    def __init__(self, max_bytes: int = 2**28, *, pin_memory: bool = False) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes is {max_bytes!r}; it must be an integer.")
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes is {max_bytes}; it must be at least 0.")
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError(
+                "pin_memory is True and there is no CUDA device; page-locked memory serves copies "
+                "to one only, so leave it out."
+            )
+        self._max_bytes, self._pin_memory = max_bytes, bool(pin_memory)
+        self._lock = Lock()
+        self._idle: list[tuple[_Place, torch.Tensor]] = []  # the one returned longest ago first
+        self._idle_bytes = self._borrowed_bytes = self._hits = self._misses = 0
+
+    @contextmanager
+    def borrow(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Generator[torch.Tensor, None, None]:
+        """Lend a contiguous, uninitialised tensor for the `with` block.
+
+        The smallest idle buffer that is large enough is used again, unless it is more than twice as
+        large.
+
+        Args:
+            shape: Of the tensor.
+            dtype: Of the tensor.
+            device: Of the tensor.
+
+        Raises:
+            ValueError: If a size is negative, or the device is not the CPU and the pool's memory is
+                page-locked.
+        """
+        place = _place(torch.device(device))
+        if self._pin_memory and place.device.type != "cpu":
+            raise ValueError(
+                f"device is {device} and the pool's memory is page-locked, which only the CPU's "
+                f"can be; borrow from a pool without pin_memory."
+            )
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shape is {tuple(shape)}; its sizes must be at least 0.")
+        nbytes = math.prod(shape) * dtype.itemsize
+        storage = self._take(place, -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES)
+        try:
+            yield storage[:nbytes].view(dtype).view(tuple(shape))
+        finally:
+            self._give_back(place, storage)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that waits to be borrowed."""
+        return self._idle_bytes
+
+    @property
+    def borrowed_bytes(self) -> int:
+        """Memory that is lent out at the moment."""
+        return self._borrowed_bytes
+
+    @property
+    def hits(self) -> int:
+        """How often a buffer was used again."""
+        return self._hits
+
+    @property
+    def misses(self) -> int:
+        """How often memory had to be allocated."""
+        return self._misses
+
+    def clear(self) -> None:
+        """Free the idle buffers; borrowed ones are not touched, and go back as usual."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._idle_bytes = 0
+        idle.clear()  # freed without the lock
+
+    def _take(self, place: _Place, nbytes: int) -> torch.Tensor:
+        with self._lock:
+            fitting = [
+                (storage.nbytes, i)
+                for i, (idle_place, storage) in enumerate(self._idle)
+                if idle_place == place and nbytes <= storage.nbytes <= _MAX_SIZE_RATIO * nbytes
+            ]
+            if fitting:
+                _, storage = self._idle.pop(min(fitting)[1])
+                self._idle_bytes -= storage.nbytes
+                self._borrowed_bytes += storage.nbytes
+                self._hits += 1
+                return storage
+        # A tensor made in inference mode could not be written to outside of it, later.
+        with torch.inference_mode(False):
+            storage = torch.empty(
+                nbytes, dtype=torch.uint8, device=place.device, pin_memory=self._pin_memory
+            )
+        with self._lock:
+            self._borrowed_bytes += nbytes
+            self._misses += 1
+        return storage
+
+    def _give_back(self, place: _Place, storage: torch.Tensor) -> None:
+        freed: list[tuple[_Place, torch.Tensor]] = []
+        with self._lock:
+            self._borrowed_bytes -= storage.nbytes
+            if storage.nbytes > self._max_bytes:
+                return
+            self._idle.append((place, storage))
+            self._idle_bytes += storage.nbytes
+            while self._idle_bytes > self._max_bytes:
+                freed.append(self._idle.pop(0))
+                self._idle_bytes -= freed[-1][1].nbytes
+        freed.clear()  # without the lock
+
+
+def _place(device: torch.device) -> _Place:
+    if device.type != "cuda":
+        return _Place(device, 0)
+    if device == torch.device("cuda"):  # without an index, which "cuda:0" is not equal to
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _Place(device, torch.cuda.current_stream(device).cuda_stream)

@@ -38,6 +38,12 @@ def test_the_center_cancels() -> None:
     a = scores(torch.arange(50), scale_base=32.0, center=0)
     b = scores(torch.arange(50), scale_base=32.0, center=25)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    # It is where the decay is 1: the factors are those of plain RoPE there, and nowhere else.
+    positions = torch.tensor([25, 26])
+    decayed = rotation_at(positions, HEAD_DIM, scale_base=32.0, center=25)
+    plain = rotation_at(positions, HEAD_DIM, scale_base=None)
+    assert torch.equal(decayed.q_cos[0], plain.q_cos[0])
+    assert not torch.equal(decayed.q_cos[1], plain.q_cos[1])
 
 
 def test_a_shard_is_rotated_as_the_whole_is() -> None:

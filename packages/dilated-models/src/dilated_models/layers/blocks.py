@@ -60,8 +60,8 @@ class SelfAttentionBlock(nn.Module):
         self.attention = DilatedSelfAttention(
             d_model,
             nhead,
-            segment_lengths,
-            dilation_rates,
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
             layer_norm_eps=layer_norm_eps,
             gamma_init=gamma_init,
             head_offsets=head_offsets,

@@ -150,6 +150,12 @@ def test_dynamic_attention_is_the_oracle(seq_len, is_causal):
     out = module(q, k, v, is_causal=is_causal)
     expected = reference_dilated_attention(q, k, v, pattern, is_causal=is_causal, scale=0.7)
     assert relative_error(out, expected) < 1e-12
+    mask = torch.arange(seq_len).expand(2, -1) >= torch.tensor([[seq_len], [(seq_len + 1) // 2]])
+    masked = module(q, k, v, is_causal=is_causal, key_padding_mask=mask)
+    exact = reference_dilated_attention(
+        q, k, v, pattern, is_causal=is_causal, scale=0.7, key_padding_mask=mask
+    )
+    assert relative_error(masked, exact) < 1e-12
     dout = torch.randn_like(out)
     for actual, exact in zip(
         torch.autograd.grad(out, (q, k, v), dout),
@@ -188,6 +194,7 @@ def test_dynamic_attention_checks_at_construction():
     for options, error, message in (
         ({"growth": 1}, ValueError, "growth is 1"),
         ({"dropout": 1.0}, ValueError, "^dropout is 1.0"),
+        ({"max_workspace_bytes": -1}, ValueError, "max_workspace_bytes is -1"),
         ({"padding": "zero"}, ValueError, "padding is 'zero'"),
         ({"memory_budget": "1GB"}, TypeError, "memory_budget is '1GB'; it must be an integer"),
         ({"memory_budget": 0}, ValueError, "memory_budget is 0; it must be at least 1"),

@@ -157,6 +157,7 @@ class DynamicDilatedAttention(nn.Module):
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
         dropout: Probability of dropping each attention probability in training mode.
+        max_workspace_bytes: Limit of temporary memory, see `dilated_attention`.
         backend: `"auto"` or the name of a backend.
 
     Raises:
@@ -182,6 +183,7 @@ class DynamicDilatedAttention(nn.Module):
         padding: Padding = "masked",
         scale: float | None = None,
         dropout: float = 0.0,
+        max_workspace_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -194,12 +196,14 @@ class DynamicDilatedAttention(nn.Module):
             padding=padding,
             scale=scale,
             dropout=dropout,
+            max_workspace_bytes=max_workspace_bytes,
             backend=backend,
         )
         self.first_segment_length, self.growth = first_segment_length, growth
         self.keep_every_position, self.memory_budget = keep_every_position, memory_budget
         self.head_offsets: HeadOffsets = config.head_offsets
         self.padding: Padding = config.padding
+        self.max_workspace_bytes = config.max_workspace_bytes
         self.scale, self.dropout, self.backend = config.scale, config.dropout, config.backend
 
     def pattern_for(self, q: torch.Tensor, k: torch.Tensor) -> DilatedPattern:
@@ -224,9 +228,19 @@ class DynamicDilatedAttention(nn.Module):
         return DilatedPattern(*segments, head_offsets=self.head_offsets, padding=self.padding)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`(B, S, H, D)` q, `(B, S, H_kv, D)` k, v -> `(B, S, H, D)`; see `dilated_attention`."""
+        """`(B, S, H, D)` q, `(B, S, H_kv, D)` k, v -> `(B, S, H, D)`; see `dilated_attention`.
+
+        There is no `cu_seqlens`: each document of a packed batch has a length of its own, and one
+        choice for all would give it another result than it has alone.
+        """
         return dilated_attention(
             q,
             k,
@@ -235,6 +249,8 @@ class DynamicDilatedAttention(nn.Module):
             is_causal=is_causal,
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
+            key_padding_mask=key_padding_mask,
+            max_workspace_bytes=self.max_workspace_bytes,
             backend=self.backend,
         )
 
@@ -243,7 +259,8 @@ class DynamicDilatedAttention(nn.Module):
         parts = [f"first_segment_length={self.first_segment_length}, growth={self.growth}"]
         defaults = {"keep_every_position": False, "memory_budget": None, "scale": None}
         defaults |= {"head_offsets": "interleaved", "padding": "masked", "dropout": 0.0}
-        for name, default in {**defaults, "backend": "auto"}.items():
+        defaults |= {"max_workspace_bytes": None, "backend": "auto"}
+        for name, default in defaults.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)

@@ -33,8 +33,9 @@ def visible_keys(
 ) -> VisibleKeys:
     """The keys that the query at `position` sees in `head`, by the definition of dilated attention.
 
-    A branch (w, r) keeps the positions of a segment whose index in it is ≡ offset(head) (mod r), and
-    kept positions see one another (arXiv 2307.02486, eq. 4–8). Costs one division per branch.
+    A branch (w, r) keeps the positions of a segment whose index in it is ≡ offset(head) (mod r),
+    and kept positions see one another (arXiv 2307.02486, eq. 2–8 for one head, section 2.3 for the
+    offsets of heads). Costs a few integer operations per branch.
 
     Args:
         pattern: The branches.

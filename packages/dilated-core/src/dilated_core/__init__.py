@@ -18,6 +18,7 @@ from dilated_core.factory import (
     create_multihead_dilated_attention,
 )
 from dilated_core.hardware import recommended_dtype
+from dilated_core.memory_profile import MemoryProfile, memory_profile
 from dilated_core.merge import merge_partials
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.output import AttentionOutput
@@ -34,6 +35,9 @@ from dilated_core.registry import (
     unregister_backend,
 )
 from dilated_core.segments import DynamicDilatedAttention, Segments, select_segments
+from dilated_core.stream_io import MappedTensor, tensor_sink, tensor_source
+from dilated_core.streaming import dilated_attention_streamed
+from dilated_core.workspace import WorkspacePool
 
 __version__ = _version("dilated-core")
 
@@ -76,4 +80,13 @@ __all__ = [
     "recommended_dtype",
     "register_backend",
     "unregister_backend",
+    # sequences larger than memory
+    "MappedTensor",
+    "dilated_attention_streamed",
+    "tensor_sink",
+    "tensor_source",
+    # memory
+    "MemoryProfile",
+    "WorkspacePool",
+    "memory_profile",
 ]

@@ -37,6 +37,7 @@ class MappedTensor:
         >>> _ = x.rows(10, 12).fill_(7)
         >>> x.rows(9, 12)[0, :, 0, 0]
         tensor([0., 7., 7.])
+        >>> folder.cleanup()
     """
 
     def __init__(

@@ -26,6 +26,16 @@ output.
 
 """
 
+STREAMING = """\
+## Sequences larger than memory
+
+`dilated_attention_streamed` with one head of 16, float32, segments of 64, 128 and 256 positions and
+dilations 1, 2 and 4, in a process of its own for each length. *Computed*: rows are made as they are
+asked for, and the results go into a checksum. *Files*: from memory-mapped files to such a file,
+with a journal. Tokens per second include making or reading the rows and adding up or writing the
+results, whose share is given; *memory* is the peak above what the process held before.
+
+"""
 
 TRAINING = """\
 ## The default training run
@@ -49,6 +59,7 @@ def page(results: Path) -> str:
             _where(result["environment"]),
             "",
         ]
+    tables += _streaming(results / "streaming.json")
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
     report = [
@@ -72,6 +83,28 @@ def page(results: Path) -> str:
         "",
     ]
     return INTRODUCTION + "\n".join(tables) + "\n" + TRAINING + "\n".join(report)
+
+
+def _streaming(path: Path) -> list[str]:
+    """The section about streaming, once there is a result."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    return [
+        STREAMING + "| positions | rows | tokens per second | source and sink | memory | process |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['seq_len']:,} | {'computed' if row['rows'] == 'generated' else 'files'} "
+            f"| {row['tokens_per_second']:,} "
+            f"| {(row['source_seconds'] + row['sink_seconds']) / row['seconds']:.0%} "
+            f"| {row['memory_above_start_bytes'] / 2**20:.0f} MiB "
+            f"| {row['peak_memory_bytes'] / 2**20:.0f} MiB |"
+            for row in result["rows"]
+        ),
+        "",
+        _where(result["environment"]),
+        "",
+    ]
 
 
 def _where(environment: dict[str, Any]) -> str:

@@ -25,6 +25,31 @@ def test_a_changed_result_is_noticed(tmp_path):
     assert "| 12345 s |" in page(results)
 
 
+def test_streaming_has_a_section_once_it_was_measured(tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(RESULTS, results)
+    (results / "streaming.json").unlink(missing_ok=True)
+    assert "Sequences larger than memory" not in page(results)
+    environment = json.loads((RESULTS / "training_run.json").read_text())["environment"]
+    row = {
+        "rows": "generated",
+        "seq_len": 10**9,
+        "seconds": 200.0,
+        "tokens_per_second": 5000000,
+        "source_seconds": 10.0,
+        "sink_seconds": 4.0,
+        "peak_memory_bytes": 700 * 2**20,
+        "memory_above_start_bytes": 12 * 2**20,
+        "checksum": 1,
+    }
+    result = {"environment": environment, "rows": [row, row | {"rows": "files"}]}
+    (results / "streaming.json").write_text(json.dumps(result))
+    text = page(results)
+    assert "| 1,000,000,000 | computed | 5,000,000 | 7% | 12 MiB | 700 MiB |" in text
+    assert "| 1,000,000,000 | files | 5,000,000 |" in text
+    assert text.index("## Sequences larger than memory") < text.index("## The default training")
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_results_are_of_committed_code(path):
     environment = json.loads(path.read_text())["environment"]

@@ -10,8 +10,8 @@ import torch
 from dilated_core import DilatedPattern, reference_dilated_attention_with_lse
 from dilated_core.decoding import DecodingCache, decode_step, decode_step_with_lse
 from dilated_core.decoding_plan import decoding_cache_nbytes, decoding_cache_rows
+from dilated_core.key_positions import visible_keys
 from dilated_core.testing import AWKWARD_CASES, random_cases
-from dilated_core.visible_keys import visible_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,12 +12,15 @@ from dilated_core.alibi import AlibiInputs, alibi_bias, alibi_slopes, with_alibi
 from dilated_core.attention import dilated_attention, dilated_attention_with_lse
 from dilated_core.backend import AttentionBackend, AttentionInputs
 from dilated_core.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.decoding import DecodingCache, decode_step, decode_step_with_lse
+from dilated_core.decoding_plan import decoding_cache_nbytes, decoding_cache_rows
 from dilated_core.factory import (
     AttentionVariant,
     create_dilated_attention,
     create_multihead_dilated_attention,
 )
 from dilated_core.hardware import recommended_dtype
+from dilated_core.key_positions import VisibleKeys, visible_keys
 from dilated_core.memory_profile import MemoryProfile, memory_profile
 from dilated_core.merge import merge_partials
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
@@ -34,6 +37,7 @@ from dilated_core.registry import (
     register_backend,
     unregister_backend,
 )
+from dilated_core.rows import AttentionRows, attention_rows
 from dilated_core.segments import DynamicDilatedAttention, Segments, select_segments
 from dilated_core.stream_io import MappedTensor, tensor_sink, tensor_source
 from dilated_core.streaming import dilated_attention_streamed
@@ -49,11 +53,21 @@ __all__ = [
     "merge_partials",
     "reference_dilated_attention",
     "reference_dilated_attention_with_lse",
+    # decoding, and rows of the attention matrix
+    "AttentionRows",
+    "DecodingCache",
+    "attention_rows",
+    "decode_step",
+    "decode_step_with_lse",
+    "decoding_cache_nbytes",
+    "decoding_cache_rows",
     # the pattern
     "Branch",
     "DilatedPattern",
     "Segments",
+    "VisibleKeys",
     "select_segments",
+    "visible_keys",
     # positions
     "AlibiInputs",
     "Rotation",

@@ -11,8 +11,8 @@ from typing import NamedTuple, cast
 import torch
 
 from dilated_core.inputs import check_key_padding_mask, check_scale
+from dilated_core.key_positions import unchecked_visible_keys
 from dilated_core.pattern import DilatedPattern
-from dilated_core.visible_keys import unchecked_visible_keys
 
 _GATHERED_ELEMENTS = 2**24
 """Elements of k that are gathered at once: 64 MiB in float32."""

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from dilated_core import DilatedPattern
+from dilated_core.key_positions import VisibleKeys, visible_keys
 from dilated_core.reference import _counts
 from dilated_core.testing import AWKWARD_CASES, Case, random_cases
-from dilated_core.visible_keys import VisibleKeys, visible_keys
 from hypothesis import given, settings
 
 PLAIN_CASES = [case for case in AWKWARD_CASES if not getattr(case, "documents", ())]

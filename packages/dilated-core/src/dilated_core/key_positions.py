@@ -55,7 +55,7 @@ def visible_keys(
     Example:
         >>> pattern = DilatedPattern([4, 8], [1, 2])
         >>> visible_keys(pattern, 13, 1, num_heads=2, seq_len=10**9, is_causal=True)
-        VisibleKeys(positions=(range(12, 14), range(9, 15, 2)), zero_keys=0)
+        VisibleKeys(positions=(range(12, 14), range(9, 14, 2)), zero_keys=0)
     """
     if not isinstance(pattern, DilatedPattern):
         raise TypeError(

@@ -270,7 +270,7 @@ def test_killed_at_each_step_it_goes_on_bit_for_bit(pattern, tmp_path, monkeypat
 def test_a_finished_journal_leaves_nothing_to_do(tmp_path):
     q, k, v = _qkv(170)
     path, sink, reports = tmp_path / "journal", ChecksumSink(), []
-    options = {"seq_len": 170, "journal": path}
+    options = {"seq_len": 170, "chunk_length": 50, "journal": path}
     dilated_attention_streamed(tensor_source(q, k, v), sink, UNEVEN, **options)
     again = ChecksumSink()
     dilated_attention_streamed(

@@ -1,8 +1,10 @@
 """A pool lends memory to one borrower at a time, and reports what it really holds."""
 
 import random
+import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -40,7 +42,9 @@ def test_two_borrowers_never_share_memory():
     assert pool.misses == 2
 
 
-def test_many_threads_never_share_memory():
+def test_many_threads_never_share_memory(request):
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # so that threads meet within a call
     pool = WorkspacePool(max_bytes=64 * KB)
     lent, lock, failures = {}, threading.Lock(), []
 
@@ -73,6 +77,39 @@ def test_many_threads_never_share_memory():
     assert 0 < pool.idle_bytes <= 64 * KB
     assert pool.hits + pool.misses == 16 * 60
     assert pool.hits > 0
+
+
+class SlowList(list):
+    """Gives every other thread time to come between finding an item and removing it."""
+
+    def pop(self, index=-1):
+        item = self[index]
+        time.sleep(0.02)
+        self.remove(item)
+        return item
+
+    def remove(self, item):
+        self[:] = [other for other in self if other is not item]
+
+
+def test_threads_that_take_at_once_get_different_buffers():
+    pool, addresses, all_borrowed = WorkspacePool(), [], threading.Barrier(4, timeout=30)
+    with _bytes(pool, KB), _bytes(pool, KB):
+        pass
+    pool._idle = SlowList(pool._idle)
+
+    def work():
+        with _bytes(pool, KB) as buffer:
+            addresses.append(buffer.data_ptr())
+            all_borrowed.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(set(addresses)) == len(addresses) == 4
+    assert (pool.idle_bytes, pool.borrowed_bytes) == (4 * KB, 0)
 
 
 def test_nobody_waits_for_a_borrower():

@@ -266,9 +266,10 @@ def stream_results(
         ends = runner.ends(stop)
         out = window.run(runner, ended, ends)
         position, ended = stop, ends
-        if out is not None and min(ends) > max(window.start, done):
-            first = max(window.start, done)
-            yield first, min(ends), out[:, first - window.start :]
+        if min(ends) > done:
+            assert out is not None
+            yield done, min(ends), out
+            done = min(ends)
         del out
         room = min(chunk_length, seq_len - position)
         window.drop(min(ends), room, keep_partial=max(ends) > min(ends))

@@ -151,11 +151,9 @@ class WorkspacePool:
                 self._borrowed_bytes += storage.nbytes
                 self._hits += 1
                 return storage
-        # A tensor made in inference mode could not be written to outside of it, later.
-        with torch.inference_mode(False):
-            storage = torch.empty(
-                nbytes, dtype=torch.uint8, device=place.device, pin_memory=self._pin_memory
-            )
+        storage = torch.empty(
+            nbytes, dtype=torch.uint8, device=place.device, pin_memory=self._pin_memory
+        )
         with self._lock:
             self._borrowed_bytes += nbytes
             self._misses += 1

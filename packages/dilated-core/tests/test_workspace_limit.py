@@ -56,6 +56,23 @@ def test_half_precision_in_pieces_is_rounded_once(dtype):
         assert relative_error(again, whole) < torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pieces_of_positions_are_as_exact(batch_size, head_offsets):
+    """Half precision is cut between segments, too; the last piece is shorter than a segment."""
+    pattern = DilatedPattern([8, 16], [1, 3], padding="attended", head_offsets=head_offsets)
+    q, k, v = torch.randn(3, batch_size, 77, 4, 16).bfloat16().unbind()
+    mask = torch.rand(batch_size, 77) < 0.3
+    shape, limit = (batch_size, 77, 4, 16), 4_000
+    pieces = plan_pieces(pattern, shape, 4, q.dtype, is_batch_dense=True, max_workspace_bytes=limit)
+    assert max(piece.positions.stop - piece.positions.start for piece in pieces) < 77
+    for options in ({}, {"is_causal": True}, {"key_padding_mask": mask}):
+        whole = dilated_attention_with_lse(q, k, v, pattern, **options)
+        again = dilated_attention_with_lse(q, k, v, pattern, **options, max_workspace_bytes=limit)
+        assert relative_error(again.out, whole.out) < torch.finfo(q.dtype).eps / 2
+        torch.testing.assert_close(again.lse, whole.lse)
+
+
 def test_pieces_cover_every_row_once():
     pattern = DilatedPattern([8, 16, 32], [1, 2, 4])
     for dtype in (torch.float32, torch.bfloat16):

@@ -174,7 +174,8 @@ def _cut(
                 num_kv_heads=num_kv_heads,
                 heads=(h * group, h_end * group),
                 clip_length=S,
-                is_batch_dense=is_batch_dense and sizes[1] == S,
+                # Positions are only cut where there is one batch row.
+                is_batch_dense=is_batch_dense,
             ),
         )
         for b, b_end in _spans(B, sizes[0])

@@ -242,8 +242,7 @@ def _add_gradient_through_lse_(
     is dlse · q. Dropout comes after the softmax, so the lse does not depend on it.
     """
     call = call._replace(dropout_p=0.0)
-    # Rows without any key have a constant lse.
-    dlse = (dlse * call.scale).masked_fill(lse.isinf(), 0).unsqueeze(-1)
+    dlse = (dlse * call.scale).unsqueeze(-1)
     dout = (dlse * q).to(q.dtype)
     zeros_q, zeros_k = torch.zeros_like(q), torch.zeros_like(k)
     for strip in piece.strips:

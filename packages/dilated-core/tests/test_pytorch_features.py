@@ -43,7 +43,7 @@ def test_without_autocast_nothing_is_cast():
     q, k, v = _tensors(1, 20, 2, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert dilated_attention(q, k, v, PATTERN).dtype == torch.float32
-    with torch.autocast("cpu"), pytest.raises(TypeError, match="dtype torch.int64; it must"):
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"dtype torch.int64; it must"):
         dilated_attention(q.long(), k.long(), v.long(), PATTERN)
 
 

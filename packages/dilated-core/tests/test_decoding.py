@@ -234,6 +234,16 @@ def test_a_copy_goes_on_by_itself(duplicate):
     torch.testing.assert_close(got, want[:, 30:], rtol=0, atol=1e-6)
 
 
+def test_a_state_is_not_changed_by_later_steps():
+    cache = small_cache()
+    state = cache.state_dict()
+    decode(*random_tokens(3), cache)
+    assert (state["keys"] == 0).all()
+    assert (state["values"] == 0).all()
+    assert state["position"] == 0
+    assert not torch.equal(cache.keys, state["keys"])
+
+
 def test_reset_forgets_everything():
     q, k, v = random_tokens(50)
     cache = small_cache()
@@ -245,17 +255,19 @@ def test_reset_forgets_everything():
 
 
 def test_inference_mode_and_no_grad_mix():
-    q, k, v = random_tokens(3)
+    q, k, v = random_tokens(4)
     with torch.inference_mode():
         cache = small_cache()
         decode_step(q[:, :1], k[:, :1], v[:, :1], cache)
-        cache.reorder([0, 1])
     decode_step(q[:, 1:2], k[:, 1:2], v[:, 1:2], cache)
+    with torch.inference_mode():
+        cache.reorder([0, 1])
+    decode_step(q[:, 2:3], k[:, 2:3], v[:, 2:3], cache)
     with torch.no_grad():
-        needs_grad = [x[:, 2:].clone().requires_grad_() for x in (q, k, v)]
+        needs_grad = [x[:, 3:].clone().requires_grad_() for x in (q, k, v)]
         out = decode_step(*needs_grad, cache)
     want, _ = decode(q, k, v, small_cache())
-    torch.testing.assert_close(out, want[:, 2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, want[:, 3:], rtol=0, atol=1e-6)
     assert not cache.keys.requires_grad
 
 

@@ -73,6 +73,17 @@ def test_what_is_missing_to_one_is_the_share_of_zero_keys():
     torch.testing.assert_close(probabilities.sum(-1), torch.tensor([[[1, 0.3], [1, 0.3]]]))
 
 
+def test_very_negative_scores_beside_zero_keys_and_alone():
+    """exp(200) is beyond float32: a row's zero keys, if it has any, have to set the shift."""
+    pattern = DilatedPattern([10], [1], padding="attended")
+    q = torch.full((1, 13, 1, 1), 100.0, requires_grad=True)
+    _, probabilities = attention_rows(q, -q.detach(), pattern, [1, 11], scale=0.02)
+    (dq,) = torch.autograd.grad(probabilities[..., 0].sum(), q)
+    torch.testing.assert_close(probabilities[0, 0, 0], torch.full((10,), 0.1))
+    assert (probabilities[0, 0, 1] == 0).all()
+    torch.testing.assert_close(dq, torch.zeros_like(dq), rtol=0, atol=1e-6)
+
+
 def test_rows_that_see_nothing_are_zero():
     pattern = DilatedPattern([8], [4])
     q, k = torch.randn(2, 1, 16, 2, 4, requires_grad=True).unbind()

@@ -38,9 +38,8 @@ def plan_blocks(
         readers: dict[tuple[int, int], list[int]] = {}
         for head in range(num_heads):
             offset = head_offset(head, r, num_heads, pattern.head_offsets)
-            if offset < w:  # else the head keeps nothing of any segment
-                kv_head = head // (num_heads // num_kv_heads)
-                readers.setdefault((offset, kv_head), []).append(head)
+            kv_head = head // (num_heads // num_kv_heads)
+            readers.setdefault((offset, kv_head), []).append(head)
         # Where r does not divide H / H_kv, heads of k and v have one reader more or less; a block
         # holds those with equally many, so that its queries make a dense matrix.
         regular: dict[tuple[int, int], list[int]] = {}

@@ -136,7 +136,9 @@ def _probabilities(
     largest = torch.where(has_zero_keys, largest.clamp(min=0), largest)
     largest = largest.masked_fill(largest == -torch.inf, 0)
     weights = counts * (scores - largest).exp()
-    total = weights.sum(-1, keepdim=True) + zero_keys_HN[..., None] * (-largest).exp()
+    # The clamp is for rows without zero keys, where 0 · exp(200) would be NaN.
+    zero_weight = zero_keys_HN[..., None] * (-largest).clamp(max=0).exp()
+    total = weights.sum(-1, keepdim=True) + zero_weight
     return weights / total.masked_fill(total == 0, 1)
 
 

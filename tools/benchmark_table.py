@@ -37,6 +37,23 @@ results, whose share is given; *memory* is the peak above what the process held 
 
 """
 
+BREAKDOWN = """\
+Where the time of a forward pass goes, in shares of the whole call: PyTorch's kernel on contiguous
+windows of the strips' shapes; what the strides of the strips add to it; the merge of the branches;
+and the rest: calls, checks, allocation. Parts are timed one by one, so a share can come out
+slightly below zero.
+
+"""
+
+SHORT = """\
+## Where it is dense
+
+One branch with r = 1 and w = S is ordinary attention. Its rate over PyTorch's own on the same
+tensors, and the difference of a call in microseconds; inference is without gradients, forward with
+inputs that require them.
+
+"""
+
 TRAINING = """\
 ## The default training run
 
@@ -59,6 +76,8 @@ def page(results: Path) -> str:
             _where(result["environment"]),
             "",
         ]
+    tables += _breakdown(results / "breakdown.json")
+    tables += _short(results / "short_sequences.json")
     tables += _streaming(results / "streaming.json")
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
@@ -83,6 +102,46 @@ def page(results: Path) -> str:
         "",
     ]
     return INTRODUCTION + "\n".join(tables) + "\n" + TRAINING + "\n".join(report)
+
+
+def _breakdown(path: Path) -> list[str]:
+    """What the forward pass consists of."""
+    result = json.loads(path.read_text())
+    return [
+        BREAKDOWN + "| S | w₀ | dtype | | windows | strides | merge | rest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['seq_len'] // 1024}k | {row['w0']} | {row['dtype']} "
+            f"| {'causal' if row['is_causal'] else 'full'} | "
+            + " | ".join(f"{share:.1%}" for share in row["share_of_call"].values())
+            + " |"
+            for row in result["rows"]
+        ),
+        "",
+        _where(result["environment"]),
+        "",
+    ]
+
+
+def _short(path: Path) -> list[str]:
+    """The section about dense calls."""
+    result = json.loads(path.read_text())
+    return [
+        SHORT + "| S | | inference | forward | forward+backward |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['seq_len']} | {'causal' if row['is_causal'] else 'full'} | "
+            + " | ".join(
+                f"{row[part]['ratio']:.2f} ({row[part]['extra_us']:+.0f} µs)"
+                for part in ("inference", "forward", "forward_backward")
+            )
+            + " |"
+            for row in result["rows"]
+        ),
+        "",
+        _where(result["environment"]),
+        "",
+    ]
 
 
 def _streaming(path: Path) -> list[str]:

@@ -16,6 +16,8 @@ def test_a_changed_result_is_noticed(tmp_path):
     for name, change in (
         ("equal_flops_float32.json", lambda row: row["forward"].update(ratio_to_windows=9.87)),
         ("training_run.json", lambda row: row.update(seconds=12345)),
+        ("breakdown.json", lambda row: row["share_of_call"].update(merge=0.4321)),
+        ("short_sequences.json", lambda row: row["forward"].update(extra_us=98765)),
     ):
         result = json.loads((results / name).read_text())
         change(result["rows"][0])
@@ -23,6 +25,8 @@ def test_a_changed_result_is_noticed(tmp_path):
         assert main(["--check", "--results", str(results)]) == 1
     assert "| 9.87 |" in page(results)
     assert "| 12345 s |" in page(results)
+    assert "| 43.2% |" in page(results)
+    assert "(+98765 µs)" in page(results)
 
 
 def test_streaming_has_a_section_once_it_was_measured(tmp_path):

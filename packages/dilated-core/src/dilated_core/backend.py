@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -13,8 +12,7 @@ CONTRACT_VERSION = 1
 """Raised when the methods below change meaning; a backend written for another one is refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionInputs:
+class AttentionInputs(NamedTuple):
     """What a backend may ask about a call before it says whether it can run it.
 
     Attributes:

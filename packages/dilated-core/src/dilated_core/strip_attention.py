@@ -150,6 +150,8 @@ def _attend_piece(
     """
     B, S, H, D = q.shape
     strips = piece.strips
+    if len(strips) == 1 and strips[0].is_everything:
+        return _attend_strip(call, index, strips[0], q, k, v)
     folded = 0
     if strips and strips[0].num_elements == B * S * H:
         # An undilated branch without a tail: its result is where all others fold into.

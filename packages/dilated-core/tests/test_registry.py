@@ -126,6 +126,20 @@ def test_whole_pattern_backends_are_given_the_whole_pattern():
         unregister_backend("whole")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_accelerators_run_eager_with_every_option(device, dtype):
+    """Devices for which PyTorch has no kernel that returns lse still have a backend."""
+    inputs = AttentionInputs(
+        torch.device(device), dtype, 8, 64, num_kv_heads=2, dropout_p=0.1,
+        has_key_padding_mask=True, is_packed=True, max_workspace_bytes=2**20,
+    )  # fmt: skip
+    assert registry.choose_backend("auto", inputs).name == "eager"
+    assert f"the device is {device}; PyTorch has kernels that return lse for" in explain_backends(
+        device=device, dtype=dtype
+    )
+
+
 def test_registration_mistakes(picky):
     with pytest.raises(ValueError, match="backend name 'picky' is taken"):
         register_backend(Picky())

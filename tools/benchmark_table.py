@@ -73,6 +73,12 @@ def page(results: Path) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *(_row(row) for row in result["rows"]),
             "",
+            *(
+                f"S = {row['seq_len'] // 1024}k, w₀ = {row['w0']}, "
+                f"{'causal' if row['is_causal'] else 'full'}: {row['note']}.\n"
+                for row in result["rows"]
+                if "note" in row
+            ),
             _where(result["environment"]),
             "",
         ]

@@ -126,6 +126,20 @@ def test_whole_pattern_backends_are_given_the_whole_pattern():
         unregister_backend("whole")
 
 
+def test_choices_are_not_remembered_beyond_the_backends_they_were_made_from():
+    inputs = AttentionInputs(torch.device("cpu"), torch.float32, 2, 3)
+    assert registry.choose_backend("auto", inputs).name == "sdpa"
+    register_backend(Picky())
+    try:
+        assert registry.choose_backend("auto", inputs).name == "picky"
+        assert registry.choose_backend("picky", inputs).name == "picky"
+    finally:
+        unregister_backend("picky")
+    assert registry.choose_backend("auto", inputs).name == "sdpa"
+    with pytest.raises(ValueError, match="backend is 'picky'; it must be 'auto' or one of"):
+        registry.choose_backend("picky", inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_other_accelerators_run_eager_with_every_option(device, dtype):

@@ -27,7 +27,8 @@ from harness import high_water_bytes, peak_memory_in_fresh_process, reset_high_w
 RESULT = Path(__file__).parent / "results" / "streaming.json"
 PATTERN = DilatedPattern([64, 128, 256], [1, 2, 4])
 HEAD_DIM = 16  # one head
-LENGTHS = (10**6, 10**7, 10**8, 10**9)
+# The second length once more at the end: what the machine's own drift does to a rate.
+LENGTHS = (10**6, 10**7, 10**8, 10**9, 10**7)
 FILE_LENGTHS = (5 * 10**7,)
 
 
@@ -43,6 +44,22 @@ class Timed:
         result = self.function(*arguments)
         self.seconds += time.perf_counter() - start
         return result
+
+
+class Tenths:
+    """Progress callback that keeps the rate of each tenth of a run."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.step = seq_len // 10
+        self.done, self.time = 0, time.perf_counter()
+        self.rates: list[int] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        """Called with positions after each range."""
+        if done - self.done >= self.step or done == total:
+            now = time.perf_counter()
+            self.rates.append(round((done - self.done) / (now - self.time)))
+            self.done, self.time = done, now
 
 
 class GeneratedRows:
@@ -100,7 +117,10 @@ def measure(kind: str, seq_len: int, folder: Path) -> dict[str, Any]:
     before = high_water_bytes()
     start = time.perf_counter()
     journal = folder / "journal" if kind == "files" else None
-    dilated_attention_streamed(source, sink, PATTERN, seq_len=seq_len, journal=journal)
+    tenths = Tenths(seq_len)
+    dilated_attention_streamed(
+        source, sink, PATTERN, seq_len=seq_len, journal=journal, progress=tenths
+    )
     seconds = time.perf_counter() - start
     peak = high_water_bytes()
     checksum = ChecksumSink()
@@ -114,6 +134,7 @@ def measure(kind: str, seq_len: int, folder: Path) -> dict[str, Any]:
         "seq_len": seq_len,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(seq_len / seconds),
+        "tokens_per_second_by_tenth": tenths.rates,
         "source_seconds": round(source.seconds, 2),
         "sink_seconds": round(sink.seconds, 2),
         "peak_memory_bytes": peak,

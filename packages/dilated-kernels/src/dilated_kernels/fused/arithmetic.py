@@ -1,0 +1,44 @@
+"""Arithmetic that all kernels share: matrix products, and dropout by position."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """`a @ b` in float32.
+
+    PRECISION is what `tl.dot` calls `input_precision` and matters for float32 operands; or
+    "upcast", which converts operands first, for the interpreter: its bfloat16 products are wrong.
+    """
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def keep_factor(seed, branch, sequence, query, key, dropout_p):
+    """1/(1 − p) where a probability is kept, and 0 where it is dropped.
+
+    A function of positions, so that tiles, launches and directions make no difference: a Philox
+    counter of four words, the positions of the key and of the query, batch · H + head, and the
+    branch (a key that two branches select has two probabilities). Seven rounds are the fewest that
+    its authors found to pass every test of randomness (Salmon et al. 2011, table 2).
+
+    Args:
+        seed: 64 bits.
+        branch: Index of the branch.
+        sequence: batch · H + head.
+        query, key: Positions, int32 of shapes that broadcast.
+        dropout_p: Probability of dropping.
+    """
+    query, key = tl.broadcast(query, key)
+    bits, _, _, _ = tl.philox(seed, key, query, query * 0 + sequence, query * 0 + branch, 7)
+    # 24 bits are what a float32 holds exactly.
+    uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)

@@ -1,0 +1,173 @@
+"""Forward kernel: one branch over all heads, segments and documents, in one launch.
+
+B batch, S sequence, H heads, D head_dim; M rows of a head in a segment; tiles of BLOCK_M queries
+and BLOCK_N keys.
+
+The online softmax of a tile does not start empty but from what earlier branches left, `partial` and
+`lse`: a normalised result is the running state with maximum lse and sum 1. So the branches need no
+merge, and after the last one the result is the softmax over the keys of all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dilated_kernels.fused.addressing import (
+    head_offset,
+    kept_rows,
+    load_rows,
+    locate_program,
+    locate_segment,
+)
+from dilated_kernels.fused.arithmetic import LN_2, LOG2_E, dot, keep_factor
+
+
+@triton.jit
+def _attend_keys(
+    acc, row_max, row_sum, q, k, v, key_mask,
+    k_stride_s, v_stride_s, mask_stride_s,
+    first_key, stop_key, num_rows, first_position, rate, row, dims,
+    scale_log2, dropout_p, seed, branch, sequence,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys from `first_key` to `stop_key` into the running softmax.
+
+    MASKED: some of them lie beyond the segment or, causal, beyond some query.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    for start in range(first_key, stop_key, BLOCK_N):
+        key = start + lane
+        position = first_position + key.to(tl.int64) * rate
+        inside = key < num_rows
+        k_tile = load_rows(k, position, k_stride_s, inside, dims, HEAD_DIM, MASKED)
+        v_tile = load_rows(v, position, v_stride_s, inside, dims, HEAD_DIM, MASKED)
+        scores = dot(q, tl.trans(k_tile), PRECISION) * scale_log2
+        if MASKED:
+            if IS_CAUSAL:
+                seen = (key[None, :] <= row[:, None]) & inside[None, :]
+            else:
+                seen = inside[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        if key_mask is not None:
+            hidden = tl.load(key_mask + position * mask_stride_s, mask=inside, other=1)
+            scores = tl.where(hidden[None, :] != 0, float("-inf"), scores)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen no key yet would compute −inf − (−inf).
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probability = tl.exp2(scores - shift[:, None])
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + tl.sum(probability, 1)
+        if HAS_DROPOUT:
+            query = (first_position + row.to(tl.int64) * rate).to(tl.int32)
+            probability *= keep_factor(
+                seed, branch, sequence, query[:, None], position.to(tl.int32)[None, :], dropout_p
+            )
+        acc = acc * correction[:, None] + dot(probability.to(v_tile.dtype), v_tile, PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, key_mask, segments, order, partial, out, lse,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
+    v_stride_b, v_stride_s, v_stride_h, mask_stride_b, mask_stride_s, mask_stride_h,
+    seq_len, num_heads, group, segment_length, rate, heads_per_offset, cells, tiles,
+    scale, dropout_p, seed, branch,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr, ATTENDED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of the queries of one tile over the keys of one branch.
+
+    Args:
+        q, k, v: `(B, S, H, D)` and `(B, S, H_kv, D)` by their strides, the last of which is 1.
+        key_mask: uint8, not 0 where a key is hidden; or None.
+        segments: See `locate_segment`; order: see `locate_program`.
+        partial: float32 `(B, S, H, D)`, contiguous: out of earlier branches; None in the first.
+        out: Contiguous `(B, S, H, D)` of any dtype; may be `partial`.
+        lse: float32 `(B, S, H)`, contiguous; read if there is `partial`, and written.
+        group: H / H_kv.
+        cells, tiles: Programs per head and batch row; tiles per segment.
+    """
+    cell, outer = locate_program(order, cells)
+    segment = cell // tiles
+    tile = cell % tiles
+    if IS_CAUSAL:
+        tile = tiles - 1 - tile  # the tiles with most keys start first
+    head = outer % num_heads
+    batch = (outer // num_heads).to(tl.int64)
+    start, length, clipped = locate_segment(segment, segments, seq_len, segment_length)
+    offset = head_offset(head, rate, heads_per_offset, BLOCKED)
+    num_rows = kept_rows(length, rate, offset).to(tl.int32)
+    first_row = tile * BLOCK_M
+    if first_row >= num_rows:
+        return
+    first_position = start + offset
+    row = first_row + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    inside = row < num_rows
+    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    position = first_position + row.to(tl.int64) * rate
+
+    q_head = q + batch * q_stride_b + head.to(tl.int64) * q_stride_h
+    q_tile = load_rows(q_head, position, q_stride_s, inside, dims, HEAD_DIM, True)
+    kv_head = (head // group).to(tl.int64)
+    k += batch * k_stride_b + kv_head * k_stride_h
+    v += batch * v_stride_b + kv_head * v_stride_h
+    if key_mask is not None:
+        key_mask += batch * mask_stride_b + kv_head * mask_stride_h
+
+    result_row = (batch * seq_len + position) * num_heads + head
+    result = result_row[:, None] * HEAD_DIM + dims[None, :]
+    if partial is not None:
+        earlier = tl.load(lse + result_row, mask=inside, other=float("-inf"))
+        touched = earlier > float("-inf")
+        row_max = earlier * LOG2_E
+        row_sum = tl.where(earlier == float("-inf"), 0.0, 1.0)
+        # What no earlier branch has written may hold anything; NaN must stay NaN.
+        touched = touched | (earlier != earlier)
+        acc = tl.load(partial + result, mask=tile_mask & touched[:, None], other=0.0)
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    scale_log2 = scale * LOG2_E
+    sequence = (outer % 2147483647).to(tl.int32)
+    if IS_CAUSAL:
+        stop_key = tl.minimum(first_row + BLOCK_M, num_rows)
+        unmasked = first_row // BLOCK_N * BLOCK_N
+    else:
+        stop_key = num_rows
+        unmasked = num_rows // BLOCK_N * BLOCK_N
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q_tile, k, v, key_mask, k_stride_s, v_stride_s, mask_stride_s,
+        0, unmasked, num_rows, first_position, rate, row, dims,
+        scale_log2, dropout_p, seed, branch, sequence,
+        HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend_keys(
+        acc, row_max, row_sum, q_tile, k, v, key_mask, k_stride_s, v_stride_s, mask_stride_s,
+        unmasked, stop_key, num_rows, first_position, rate, row, dims,
+        scale_log2, dropout_p, seed, branch, sequence,
+        HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION,
+    )  # fmt: skip
+    if ATTENDED and not IS_CAUSAL:
+        # Zero keys: their score is 0, their value 0.
+        zero_keys = ((clipped + rate - 1) // rate - num_rows).to(tl.float32)
+        new_max = tl.where(zero_keys > 0, tl.maximum(row_max, 0.0), row_max)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + zero_keys * tl.exp2(0.0 - shift)
+        acc = acc * correction[:, None]
+        row_max = new_max
+
+    is_empty = row_sum == 0.0
+    total = tl.where(is_empty, 1.0, row_sum)
+    acc = acc / total[:, None]
+    row_lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
+    tl.store(out + result, acc.to(out.dtype.element_ty), mask=tile_mask)
+    tl.store(lse + result_row, row_lse, mask=inside)

@@ -26,6 +26,7 @@ class AttentionInputs(NamedTuple):
         is_packed: Whether several documents are packed into one sequence. Only backends that do
             the whole pattern in one launch need to know; the others see one document at a time.
         max_workspace_bytes: Limit of the memory beyond inputs and results, or None. Likewise.
+        seq_len: S, or T if packed; None where the question is about no particular length.
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class AttentionInputs(NamedTuple):
     has_key_padding_mask: bool = False
     is_packed: bool = False
     max_workspace_bytes: int | None = None
+    seq_len: int | None = None
 
 
 @runtime_checkable

@@ -192,6 +192,7 @@ def _call(
         has_key_padding_mask=key_padding_mask is not None,
         is_packed=cu_seqlens is not None,
         max_workspace_bytes=max_workspace_bytes,
+        seq_len=q.shape[1],
     )
     seed = 0 if dropout_seed is None else int(dropout_seed.item())
     kernel = choose_backend(backend, inputs)

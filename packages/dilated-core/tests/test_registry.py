@@ -65,6 +65,18 @@ class WholePattern(Picky):
         return ops.attention_backward(*tensors, scale, 0.0, text, None, key_padding_mask, None)
 
 
+@pytest.fixture(autouse=True)
+def only_core(monkeypatch):
+    """Core's backends alone, whatever else is installed here."""
+    own = {name: registry._registered[name] for name in ("eager", "sdpa")}
+    monkeypatch.setattr(registry, "_registered", own)
+    monkeypatch.setattr(registry, "_broken", {})
+    monkeypatch.setattr(registry, "_entry_points_read", True)
+    registry.choose_backend.cache_clear()
+    yield
+    registry.choose_backend.cache_clear()
+
+
 @pytest.fixture
 def picky():
     register_backend(Picky())
@@ -207,11 +219,112 @@ def test_sdpa_without_a_gpu():
     assert reasons == ["the device is cuda; this PyTorch sees no CUDA device."]
 
 
+class Choosy(Picky):
+    """Ranks itself by the inputs: first for long sequences, by name alone on 13 heads."""
+
+    name = "choosy"
+
+    def why_not(self, inputs):
+        return ["The moon is not full."] if inputs.head_dim == 5 else []
+
+    def priority_for(self, inputs):
+        if inputs.num_heads == 13:
+            return -1, "13 is unlucky"
+        if inputs.seq_len is not None and inputs.seq_len >= 1000:
+            return 20, "timed on a long evening"
+        return 5, "a guess"
+
+
+@pytest.fixture
+def choosy():
+    register_backend(Choosy())
+
+
+def chosen(**changes):
+    inputs = AttentionInputs(torch.device("cpu"), torch.float32, 8, 64)._replace(**changes)
+    return registry.choose_backend("auto", inputs).name
+
+
+def test_a_backend_may_rank_itself_by_the_inputs(choosy):
+    assert [chosen(seq_len=n) for n in (None, 999, 1000)] == ["sdpa", "sdpa", "choosy"]
+    assert explain_backends(seq_len=1000).splitlines()[:4] == [
+        "for float32 on cpu, 8 heads of 64, 1000 positions:",
+        "  choosy    can run, and is what 'auto' takes (rank 20: timed on a long evening)",
+        "  sdpa      can run",
+        "  eager     can run",
+    ]
+    assert explain_backends().splitlines()[1:4] == [
+        "  sdpa      can run, and is what 'auto' takes",
+        "  choosy    can run (rank 5: a guess)",
+        "  eager     can run",
+    ]
+    # The order is that of these inputs for what cannot run, too.
+    assert explain_backends(head_dim=5, seq_len=1000).splitlines()[1] == (
+        "  choosy    cannot run: The moon is not full."
+    )
+    assert available_backends() == ("choosy", "sdpa", "eager")  # by the number for all inputs
+
+
+def test_a_call_tells_its_length(choosy):
+    seen = []
+    choosy_backend = registry.get_backend("choosy")
+    choosy_backend.why_not = lambda inputs: seen.append(inputs.seq_len) or []
+    x = torch.randn(2, 8, 2, 4)
+    dilated_attention(x, x, x, PATTERN)
+    assert seen == []  # sdpa comes first at this length
+    x = torch.randn(1, 1200, 2, 4)
+    dilated_attention(x, x, x, PATTERN)
+    packed = torch.randn(1100, 2, 4)
+    cu_seqlens = torch.tensor([0, 1000, 1100], dtype=torch.int32)
+    dilated_attention(packed, packed, packed, PATTERN, cu_seqlens=cu_seqlens)
+    assert seen == [1200, 1100]
+
+
+def test_what_ranks_below_zero_is_had_by_name_alone(choosy, monkeypatch):
+    assert chosen(num_heads=13, seq_len=1000) == "sdpa"
+    explanation = explain_backends(num_heads=13).splitlines()
+    assert explanation[1:4] == [
+        "  sdpa      can run, and is what 'auto' takes",
+        "  eager     can run",
+        "  choosy    only by name: 13 is unlucky",
+    ]
+    inputs = AttentionInputs(torch.device("cpu"), torch.float32, 13, 64)
+    assert registry.choose_backend("choosy", inputs).name == "choosy"
+    # Not even when nothing else runs.
+    for other in (EagerBackend, SdpaBackend):
+        monkeypatch.setattr(other, "why_not", lambda self, inputs: ["The sea is rough."])
+    with pytest.raises(ValueError, match=r"(?s)no backend can run.*only by name: 13 is unlucky"):
+        registry.choose_backend("auto", inputs._replace(seq_len=7))
+    # A constant priority below zero means the same.
+    monkeypatch.setattr(Choosy, "priority", -3)
+    monkeypatch.delattr(Choosy, "priority_for")
+    assert "choosy    only by name: its priority is -3" in explain_backends()
+
+
+def test_a_ranking_overrules_all_backends_until_it_is_taken_back(choosy):
+    def ranking(name, inputs):
+        if inputs.num_heads == 8 and name != "sdpa":
+            return {"eager": 40, "choosy": 30}[name], "timed here"
+        return None
+
+    assert chosen(seq_len=1000) == "choosy"
+    registry.use_ranking(ranking)
+    try:
+        assert chosen(seq_len=1000) == "eager"
+        assert chosen(seq_len=1000, num_heads=4) == "choosy"  # about which it knows nothing
+        assert explain_backends().splitlines()[1:4] == [
+            "  eager     can run, and is what 'auto' takes (rank 40: timed here)",
+            "  choosy    can run (rank 30: timed here)",
+            "  sdpa      can run",
+        ]
+    finally:
+        registry.use_ranking(None)
+    assert chosen(seq_len=1000) == "choosy"
+
+
 @pytest.fixture
 def unread_registry(monkeypatch):
     """A registry that has not looked for installed packages yet."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(registry, "_broken", {})
     monkeypatch.setattr(registry, "_entry_points_read", False)
 
 
@@ -237,6 +350,34 @@ def test_entry_points_are_loaded_once_and_may_be_broken(monkeypatch, unread_regi
     assert "half      cannot be loaded: TypeError: 3 is no attention backend" in text
     with pytest.raises(ValueError, match="'triton' is installed but cannot be loaded: ModuleNot"):
         registry.get_backend("triton")
+
+
+def test_one_package_may_bring_many_backends(monkeypatch, unread_registry):
+    """Each entry stands for itself: those that load are there, whatever became of the others."""
+
+    class Many:
+        choosy = Choosy()
+        picky = Picky()
+
+    monkeypatch.setitem(sys.modules, "many_backends", Many)
+    points = [
+        EntryPoint(name, f"many_backends:{name}", "dilated.backends")
+        for name in ("choosy", "cudnn", "picky", "efficient")
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    assert set(available_backends()) == {"choosy", "picky", "sdpa", "eager"}
+    text = explain_backends()
+    assert "cudnn     cannot be loaded: AttributeError" in text
+    assert "efficient cannot be loaded: AttributeError" in text
+    assert "flash4    not installed: comes with the package dilated-kernels" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["triton", "flash4", "flash3", "flash2", "cudnn", "xformers", "efficient", "flex"]
+)
+def test_backends_of_the_family_say_what_to_install(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not installed; .* package dilated-kernels"):
+        registry.get_backend(name)
 
 
 def test_other_packages_provide_attention_by_name(monkeypatch):

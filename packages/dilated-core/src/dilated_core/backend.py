@@ -58,9 +58,17 @@ class AttentionBackend(Protocol):
     on whole tensors (`dlse` may be None, as may `key_padding_mask` `(B, S)` and `cu_seqlens`, whose
     tensors are `(1, T, H, D)`); then these are used instead of the strips.
 
+    And it may rank itself by the inputs instead of by one number, with
+
+        priority_for(inputs) -> (rank, where the rank comes from)
+
+    whose second part is a phrase that `explain_backends` shows. Reasons not to run belong in
+    `why_not`; a negative rank is for what runs but should only be had by name.
+
     Attributes:
         name: What `backend=` says, such as "sdpa".
-        priority: `backend="auto"` takes the highest that can run. eager is 0, sdpa is 10.
+        priority: `backend="auto"` takes the highest that can run, and a negative one never. eager
+            is 0, sdpa is 10.
         contract: The `CONTRACT_VERSION` the backend was written for.
     """
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,12 +17,17 @@ ENTRY_POINT_GROUP = "dilated.backends"
 
 # Names of the family, so that asking for one that is not installed can say what to install.
 _PROVIDERS = dict.fromkeys(
-    ("triton", "flash2", "flash3", "flash4", "xformers", "flex"), "dilated-kernels"
+    ("triton", "flash4", "flash3", "flash2", "cudnn", "xformers", "efficient", "flex"),
+    "dilated-kernels",
 )
+
+Ranking = Callable[[str, AttentionInputs], tuple[int, str] | None]
+"""From a backend's name and the inputs to its rank and where that comes from, None if unknown."""
 
 _registered: dict[str, AttentionBackend] = {}
 _broken: dict[str, str] = {}
 _entry_points_read = False
+_ranking: Ranking | None = None
 
 
 def register_backend(backend: AttentionBackend) -> None:
@@ -62,6 +68,17 @@ def unregister_backend(name: str) -> None:
     choose_backend.cache_clear()
 
 
+def use_ranking(ranking: Ranking | None) -> None:
+    """Rank backends by `ranking`, such as one that was measured on this machine; undo with None.
+
+    It changes which backend `"auto"` tries first, not which ones can run. Where it returns None,
+    the backend's own rank holds.
+    """
+    global _ranking
+    _ranking = ranking
+    choose_backend.cache_clear()
+
+
 def get_backend(name: str) -> AttentionBackend:
     """The backend registered as `name`.
 
@@ -87,11 +104,13 @@ def get_backend(name: str) -> AttentionBackend:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the installed backends, the one that `"auto"` tries first coming first.
+    """Names of the installed backends, the one of highest priority coming first.
+
+    For particular inputs `"auto"` may try them in another order, which `explain_backends` shows.
 
     Example:
-        >>> available_backends()[-1]  # runs on every device and dtype
-        'eager'
+        >>> "eager" in available_backends()  # it runs on every device, in every dtype
+        True
     """
     _read_entry_points()
     return tuple(sorted(_registered, key=lambda name: -_registered[name].priority))
@@ -113,9 +132,9 @@ def choose_backend(name: str, inputs: AttentionInputs) -> AttentionBackend:
                 f"Use backend='auto' to take one that can."
             )
         return backend
-    for candidate in available_backends():
-        if not _registered[candidate].why_not(inputs):
-            return _registered[candidate]
+    for candidate in _in_order(inputs):
+        if candidate.rank >= 0 and not candidate.backend.why_not(inputs):
+            return candidate.backend
     raise ValueError(f"no backend can run these inputs.\n{_explain(inputs)}")
 
 
@@ -129,22 +148,25 @@ def explain_backends(
 ) -> str:
     """Which backend `"auto"` takes for such inputs, and why not the others: one line each.
 
+    The lines are in the order in which `"auto"` tries the backends for these inputs. A backend that
+    ranks itself by the inputs has its rank and where that comes from behind its line.
+
     Args:
         device: Where q, k and v would be.
         dtype: Their dtype.
         num_heads: H.
         head_dim: D.
-        **options: Other attributes of `AttentionInputs`, such as `dropout_p` and
+        **options: Other attributes of `AttentionInputs`, such as `seq_len`, `dropout_p` and
             `has_key_padding_mask`.
 
     Raises:
         TypeError: If an option is unknown.
 
     Example:
-        >>> print(explain_backends(dtype=torch.int64))
-        for int64 on cpu, 8 heads of 64:
+        >>> print(explain_backends(dtype=torch.int64))  # doctest: +ELLIPSIS
+        for int64 on cpu, 8 heads of 64:...
           sdpa      cannot run: the dtype is int64; it takes float64, float32, bfloat16, float16.
-          eager     cannot run: the dtype is int64; it takes any floating dtype.
+          eager     cannot run: the dtype is int64; it takes any floating dtype...
     """
     return _explain(AttentionInputs(torch.device(device), dtype, num_heads, head_dim, **options))
 
@@ -154,17 +176,43 @@ def _describe(inputs: AttentionInputs) -> str:
     return f"{dtype} on {inputs.device}, {inputs.num_heads} heads of {inputs.head_dim}"
 
 
+class _Candidate(NamedTuple):
+    rank: int
+    origin: str
+    backend: AttentionBackend
+
+
+def _in_order(inputs: AttentionInputs) -> list[_Candidate]:
+    """Every installed backend, in the order in which `"auto"` tries them."""
+    _read_entry_points()
+    candidates = [_Candidate(*_rank(b, inputs), b) for b in _registered.values()]
+    return sorted(candidates, key=lambda candidate: -candidate.rank)
+
+
+def _rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
+    if _ranking is not None and (ranked := _ranking(backend.name, inputs)) is not None:
+        return ranked
+    own: Callable[[AttentionInputs], tuple[int, str]] | None = getattr(
+        backend, "priority_for", None
+    )
+    return (backend.priority, "") if own is None else own(inputs)
+
+
 def _explain(inputs: AttentionInputs) -> str:
-    lines = [f"for {_describe(inputs)}:"]
+    length = "" if inputs.seq_len is None else f", {inputs.seq_len} positions"
+    lines = [f"for {_describe(inputs)}{length}:"]
     chosen = False
-    for name in available_backends():
-        if reasons := _registered[name].why_not(inputs):
+    for rank, origin, backend in _in_order(inputs):
+        because = f" (rank {rank}: {origin})" if origin else ""
+        if reasons := backend.why_not(inputs):
             verdict = f"cannot run: {' '.join(reasons)}"
+        elif rank < 0:
+            verdict = f"only by name: {origin or f'its priority is {rank}'}"
         elif chosen:
-            verdict = "can run"
+            verdict = f"can run{because}"
         else:
-            verdict, chosen = "can run, and is what 'auto' takes", True
-        lines.append(f"  {name:<9} {verdict}")
+            verdict, chosen = f"can run, and is what 'auto' takes{because}", True
+        lines.append(f"  {backend.name:<9} {verdict}")
     lines += [f"  {name:<9} cannot be loaded: {reason}" for name, reason in sorted(_broken.items())]
     lines += [
         f"  {name:<9} not installed: comes with the package {provider}"

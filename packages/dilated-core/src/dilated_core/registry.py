@@ -79,6 +79,14 @@ def use_ranking(ranking: Ranking | None) -> None:
     choose_backend.cache_clear()
 
 
+def own_rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
+    """How `backend` ranks itself for these inputs, and where that comes from ("" if constant)."""
+    priority_for: Callable[[AttentionInputs], tuple[int, str]] | None = getattr(
+        backend, "priority_for", None
+    )
+    return (backend.priority, "") if priority_for is None else priority_for(inputs)
+
+
 def get_backend(name: str) -> AttentionBackend:
     """The backend registered as `name`.
 
@@ -192,10 +200,7 @@ def _in_order(inputs: AttentionInputs) -> list[_Candidate]:
 def _rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
     if _ranking is not None and (ranked := _ranking(backend.name, inputs)) is not None:
         return ranked
-    own: Callable[[AttentionInputs], tuple[int, str]] | None = getattr(
-        backend, "priority_for", None
-    )
-    return (backend.priority, "") if own is None else own(inputs)
+    return own_rank(backend, inputs)
 
 
 def _explain(inputs: AttentionInputs) -> str:

@@ -1,0 +1,131 @@
+"""Which backend comes first for which inputs: a table, and where each of its lines came from.
+
+A backend of this package ranks itself by it:
+
+    def priority_for(self, inputs: AttentionInputs) -> Rank:
+        return rank(self.name, inputs)
+
+`sdpa` and `eager` are dilated_core's own, at 10 and 0. What is measured on a machine overrules the
+table there: see measured_choice.py. Whether a backend can run at all is for its `why_not` to say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from dilated_core import AttentionInputs
+
+from dilated_kernels.availability import HALF_DTYPES, Capability, cuda_capability
+
+
+class Rank(NamedTuple):
+    """How a backend ranks for some inputs.
+
+    Attributes:
+        value: `backend="auto"` takes the highest that can run; below 0, only a name takes it.
+        origin: Where the value comes from, as a phrase.
+    """
+
+    value: int
+    origin: str
+
+
+class Entry(NamedTuple):
+    """A line of the table: the inputs it is for, and the rank of a backend there.
+
+    Attributes:
+        backend: Name of the backend.
+        value: As in `Rank`.
+        origin: As in `Rank`.
+        device: Type of the device, such as "cuda"; any if None.
+        from_capability: CUDA compute capability of the oldest GPUs meant; any device if None.
+        below_capability: CUDA compute capability of the first newer GPUs not meant; likewise.
+        dtypes: Any if empty.
+        head_dims: Any if None.
+        seq_lens: Any if None; otherwise the line is not for inputs of unknown length.
+    """
+
+    backend: str
+    value: int
+    origin: str
+    device: str | None = None
+    from_capability: Capability | None = None
+    below_capability: Capability | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    head_dims: range | None = None
+    seq_lens: range | None = None
+
+
+_UNMEASURED = "by design, not yet measured on a GPU"
+
+# The first line that fits holds, so those with conditions come before the one without.
+TABLE = (
+    Entry(
+        *("triton", -1),
+        "on a CPU its kernels run in Triton's interpreter, which is for tests",
+        device="cpu",
+    ),
+    # triton-lang/triton#5066; that Triton 3.9 compiles a matrix product for 7.5 to plain
+    # multiply-adds was read off its PTX.
+    Entry(
+        *("triton", -1),
+        "Triton supports GPUs from compute capability 8.0 on, and does without the tensor cores of "
+        "older ones",
+        below_capability=(8, 0),
+    ),
+    Entry("triton", 50, _UNMEASURED),
+    Entry("flash4", 44, _UNMEASURED),
+    Entry("flash3", 43, _UNMEASURED),
+    Entry("flash2", 42, _UNMEASURED),
+    Entry("cudnn", 30, _UNMEASURED),
+    Entry("xformers", 20, _UNMEASURED),
+    Entry(
+        *("efficient", 5),
+        f"sdpa is PyTorch's flash attention here; {_UNMEASURED}",
+        from_capability=(8, 0),
+        dtypes=HALF_DTYPES,
+        head_dims=range(257),
+    ),
+    Entry("efficient", 15, _UNMEASURED),
+    Entry("flex", -1, "it has to be compiled for each pattern and shape"),
+)
+
+
+def rank(name: str, inputs: AttentionInputs) -> Rank:
+    """The rank of the backend `name` for `inputs`, from the table.
+
+    Raises:
+        ValueError: If the table has no backend of that name.
+    """
+    for entry in _ENTRIES.get(name, ()):
+        if fits(entry, inputs):
+            return Rank(entry.value, entry.origin)
+    raise ValueError(f"no line of the table ranks {name!r}; it has {', '.join(_ENTRIES)}.")
+
+
+def fits(entry: Entry, inputs: AttentionInputs) -> bool:
+    """Whether a line of the table is for these inputs; its backend's name is not looked at."""
+    if entry.device is not None and inputs.device.type != entry.device:
+        return False
+    if entry.dtypes and inputs.dtype not in entry.dtypes:
+        return False
+    if entry.head_dims is not None and inputs.head_dim not in entry.head_dims:
+        return False
+    if entry.seq_lens is not None and (
+        inputs.seq_len is None or inputs.seq_len not in entry.seq_lens
+    ):
+        return False
+    oldest, newer = entry.from_capability, entry.below_capability
+    if oldest is None and newer is None:
+        return True
+    # Nothing is known of a GPU that is not there, such as when a machine without one explains it.
+    if inputs.device.type != "cuda" or (capability := cuda_capability(inputs.device)) is None:
+        return False
+    return (oldest is None or capability >= oldest) and (newer is None or capability < newer)
+
+
+_ENTRIES: dict[str, tuple[Entry, ...]] = {
+    name: tuple(entry for entry in TABLE if entry.backend == name)
+    for name in dict.fromkeys(entry.backend for entry in TABLE)
+}

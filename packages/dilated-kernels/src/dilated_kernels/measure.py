@@ -77,15 +77,17 @@ def measure_backends(
         For `use_measured_choice`.
 
     Raises:
-        ValueError: If a size is not above 0 or given twice, if a backend does not exist, or if the
-            device is not there.
+        ValueError: If a list of sizes is empty, a size is not above 0 or given twice, a backend
+            does not exist, or the device is not there.
     """
-    device = torch.device(device)
     preferred = recommended_dtype(device)  # which checks that the device is there
+    device = torch.device(device)
     usual = _usual_sizes(device, preferred)
     sizes = _Sizes(
-        *(tuple(dtypes or usual.dtypes), tuple(head_dims or usual.head_dims)),
-        *(tuple(seq_lens or usual.seq_lens), num_heads or usual.num_heads),
+        usual.dtypes if dtypes is None else tuple(dtypes),
+        usual.head_dims if head_dims is None else tuple(head_dims),
+        usual.seq_lens if seq_lens is None else tuple(seq_lens),
+        usual.num_heads if num_heads is None else num_heads,
     )
     _check(sizes, batch_size)
     cases: list[Case] = []
@@ -130,8 +132,8 @@ def _check(sizes: _Sizes, batch_size: int) -> None:
             raise ValueError(f"{name} is {values}; sizes must be above 0.")
     lists = {"dtypes": sizes.dtypes, "head_dims": sizes.head_dims, "seq_lens": sizes.seq_lens}
     for name, values in lists.items():
-        if len(set(values)) != len(values):
-            raise ValueError(f"{name} is {values}; give each value once.")
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} is {values}; give at least one value, and each once.")
 
 
 def _candidates(inputs: AttentionInputs, names: Sequence[str] | None) -> list[str]:

@@ -58,6 +58,15 @@ class AttentionBackend(Protocol):
     on whole tensors (`dlse` may be None, as may `key_padding_mask` `(B, S)` and `cu_seqlens`, whose
     tensors are `(1, T, H, D)`); then these are used instead of the strips.
 
+    It may offer decoding, a token at a time, with
+
+        decode_forward(q, k, v, keys, values, layout, *, position, scale) -> AttentionOutput
+
+    which writes k and v `(B, 1, H_kv, D)` of the token at `position` to its rows of the cache, keys
+    and values `(B, rows, D)`, and returns what q `(B, 1, H, D)` sees of the cache then. The layout
+    is a `dilated_core.cache_rows.CacheLayout`. No other row may be written, and no row read that
+    the token does not see.
+
     And it may rank itself by the inputs instead of by one number, with
 
         priority_for(inputs) -> (rank, where the rank comes from)

@@ -14,43 +14,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
+from dilated_core.backend import AttentionInputs
+from dilated_core.cache_rows import append_tokens, index_blocks
 from dilated_core.decoding_plan import (
-    Block,
     check_float_dtype,
     check_integer,
     check_sizes,
     plan_blocks,
 )
 from dilated_core.inputs import check_scale
-from dilated_core.merge import fold_lse_
 from dilated_core.output import AttentionOutput
-from dilated_core.pattern import DilatedPattern, kept_rows
-
-
-class _IndexedBlock:
-    """A block of the plan with its heads as index tensors on the device of the cache.
-
-    `shape` is (heads of k and v, heads of q that read each of them).
-    """
-
-    def __init__(self, block: Block, device: torch.device) -> None:
-        self.offset = block.offset
-        self.kv_heads = torch.tensor(block.kv_heads, device=device)
-        # Those of one head of k and v are neighbours.
-        self.q_heads = torch.tensor(block.q_heads, device=device).flatten()
-        self._first_row = block.first_row
-        self._num_rows = block.num_rows
-        self.shape = (len(block.kv_heads), len(block.q_heads[0]))
-
-    def view(self, cached: torch.Tensor) -> torch.Tensor:
-        """Its part of the keys or values: `(B, heads of k and v, rows, D)`."""
-        B, _, D = cached.shape
-        G, M = self.shape[0], self._num_rows
-        return cached[:, self._first_row : self._first_row + G * M].view(B, G, M, D)
+from dilated_core.pattern import DilatedPattern
+from dilated_core.registry import choose_backend
 
 
 class DecodingCache:
@@ -119,9 +98,7 @@ class DecodingCache:
             # Zeros, not what was in memory: unread rows of it may be saved.
             self.keys = torch.zeros(batch_size, rows, head_dim, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
-            self._branches = [
-                [_IndexedBlock(block, self.keys.device) for block in branch] for branch in blocks
-            ]
+            self._layout = index_blocks(pattern, blocks, num_heads, max_seq_len, self.keys.device)
 
     @property
     def batch_size(self) -> int:
@@ -162,7 +139,8 @@ class DecodingCache:
         self._check_room(n)
         if n:
             with torch.no_grad():
-                self._append(k, v)
+                append_tokens(k, v, self.keys, self.values, self._layout, self.position)
+                self.position += n
 
     def reorder(self, batch_indices: torch.Tensor | Sequence[int]) -> None:
         """Let batch row i go on from what batch row `batch_indices[i]` was, as in beam search.
@@ -230,50 +208,14 @@ class DecodingCache:
         # Two caches that write to the same memory would spoil each other.
         return copy.deepcopy(self)
 
-    def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store what the segments of the last of these tokens keep of them, and move on."""
-        start, stop = self.position, self.position + k.shape[1]
-        for (w, r), branch in zip(self.pattern.branches, self._branches, strict=True):
-            segment = (stop - 1) // w * w
-            oldest = max(start, segment)
-            for block in branch:
-                row = kept_rows(oldest - segment, r, block.offset)  # the first one not yet stored
-                first = segment + block.offset + row * r
-                if first >= stop:
-                    continue
-                last_row = row + kept_rows(stop - first, r, 0)
-                for cached, new in ((self.keys, k), (self.values, v)):
-                    kept = new[:, first - start : stop - start : r].index_select(2, block.kv_heads)
-                    block.view(cached)[:, :, row:last_row] = kept.transpose(1, 2)
-        self.position = stop
-
-    def _attend(self, q: torch.Tensor, scale: float) -> AttentionOutput:
-        """Attention of the newest token, which is in the cache already."""
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q_BHD = q[:, 0].to(dtype) * scale
-        out = torch.zeros_like(q_BHD)
-        lse = q_BHD.new_full(q_BHD.shape[:2], -torch.inf)
-        for (w, r), branch in zip(self.pattern.branches, self._branches, strict=True):
-            row, offset = divmod((self.position - 1) % w, r)
-            for block in branch:
-                if block.offset != offset:
-                    continue
-                # (B, heads of k and v, rows, D), and heads of q in the place of rows.
-                keys, values = (
-                    block.view(cached)[:, :, : row + 1].to(dtype)
-                    for cached in (self.keys, self.values)
-                )
-                queries = q_BHD.index_select(1, block.q_heads)
-                scores = queries.view(len(q), *block.shape, self.head_dim) @ keys.mT
-                new_lse = scores.logsumexp(-1, keepdim=True)
-                new_out = ((scores - new_lse).exp() @ values).flatten(1, 2)
-                # A head may see other branches: fold this one into what they gave.
-                block_lse = lse.index_select(1, block.q_heads)
-                weight = fold_lse_(block_lse, new_lse.flatten(1))
-                block_out = out.index_select(1, block.q_heads)
-                lse.index_copy_(1, block.q_heads, block_lse)
-                out.index_copy_(1, block.q_heads, block_out.lerp(new_out, weight[..., None]))
-        return AttentionOutput(out.to(q.dtype)[:, None], lse[:, None])
+    def _decode(
+        self, kernel: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> AttentionOutput:
+        """Append one token and attend from it, by a backend that can."""
+        memory = (self.keys, self.values, self._layout)
+        result = kernel.decode_forward(q, k, v, *memory, position=self.position, scale=scale)
+        self.position += 1
+        return result
 
     def _check(self, name: str, x: torch.Tensor, n: int, heads: int) -> None:
         """Check one tensor of a step or of a prompt."""
@@ -316,6 +258,7 @@ def decode_step_with_lse(
     cache: DecodingCache,
     *,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> AttentionOutput:
     """`decode_step` that also returns the log of the softmax denominators.
 
@@ -332,10 +275,13 @@ def decode_step_with_lse(
     cache._check("v", v, 1, cache.num_kv_heads)  # pyright: ignore[reportPrivateUsage]
     scale = check_scale(scale, cache.head_dim)
     cache._check_room(1)  # pyright: ignore[reportPrivateUsage]
+    inputs = AttentionInputs(
+        q.device, q.dtype, cache.num_heads, cache.head_dim, num_kv_heads=cache.num_kv_heads
+    )
+    kernel: Any = choose_backend(backend, inputs, for_decoding=True)
     # Autocast would compute the scores in half precision.
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        cache._append(k, v)  # pyright: ignore[reportPrivateUsage]
-        return cache._attend(q, scale)  # pyright: ignore[reportPrivateUsage]
+        return cache._decode(kernel, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
 
 
 def decode_step(
@@ -345,6 +291,7 @@ def decode_step(
     cache: DecodingCache,
     *,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Append one token to the cache and attend from it: one row of causal dilated attention.
 
@@ -357,6 +304,8 @@ def decode_step(
         k, v: `(B, 1, H_kv, D)`, of the same token.
         cache: What the tokens before left; it is changed in place, unless an error is raised.
         scale: Factor of the scores; 1/√D if None. The same at every step.
+        backend: Name of a backend that can decode, such as "eager" or "triton", or "auto" for the
+            best that can run here. A named backend is never replaced by another one.
 
     Returns:
         `(B, 1, H, D)` in the dtype of q; 0 where no branch selects the token.
@@ -364,7 +313,8 @@ def decode_step(
     Raises:
         TypeError: If an argument has the wrong type or another dtype than the cache.
         ValueError: If shapes or devices do not fit, the cache would exceed its `max_seq_len`, the
-            scale is not finite, or q, k or v requires a gradient while gradients are enabled.
+            scale is not finite, q, k or v requires a gradient while gradients are enabled, or the
+            named backend does not exist or cannot decode these.
 
     Example:
         >>> pattern = DilatedPattern([4, 16], [1, 2])
@@ -374,4 +324,4 @@ def decode_step(
         >>> whole = dilated_attention(q, k, v, pattern, is_causal=True)
         >>> torch.testing.assert_close(torch.cat(outs, 1), whole)
     """
-    return decode_step_with_lse(q, k, v, cache, scale=scale).out
+    return decode_step_with_lse(q, k, v, cache, scale=scale, backend=backend).out

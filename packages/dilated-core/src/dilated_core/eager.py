@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dilated_core.backend import CONTRACT_VERSION, AttentionInputs
+from dilated_core.cache_rows import CacheLayout, append_tokens, attend_newest
 from dilated_core.output import AttentionOutput
 
 # Scores held at once. 2^24 float32 are 64 MiB: large enough for full-speed products, small beside
@@ -100,6 +101,22 @@ class EagerBackend:
             dk.flatten(1, 2).transpose(1, 2).to(k.dtype),
             dv.flatten(1, 2).transpose(1, 2).to(v.dtype),
         )
+
+    def decode_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: CacheLayout,
+        *,
+        position: int,
+        scale: float,
+    ) -> AttentionOutput:
+        """See `AttentionBackend`."""
+        append_tokens(k, v, keys, values, layout, position)
+        return attend_newest(q, keys, values, layout, position=position, scale=scale)
 
 
 def _grouped(x: torch.Tensor, group: int) -> torch.Tensor:

@@ -125,8 +125,12 @@ def available_backends() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)  # a training step asks the same thing for each layer
-def choose_backend(name: str, inputs: AttentionInputs) -> AttentionBackend:
+def choose_backend(
+    name: str, inputs: AttentionInputs, *, for_decoding: bool = False
+) -> AttentionBackend:
     """The backend for these inputs: the named one, or for `"auto"` the best that can run.
+
+    `for_decoding`: among those with `decode_forward`.
 
     Raises:
         ValueError: If the named backend does not exist or cannot run, with all its reasons. A named
@@ -134,14 +138,14 @@ def choose_backend(name: str, inputs: AttentionInputs) -> AttentionBackend:
     """
     if name != "auto":
         backend = get_backend(name)
-        if reasons := backend.why_not(inputs):
+        if reasons := _why_not(backend, inputs, for_decoding):
             raise ValueError(
                 f"backend {name!r} cannot run {_describe(inputs)}: {' '.join(reasons)} "
                 f"Use backend='auto' to take one that can."
             )
         return backend
     for candidate in _in_order(inputs):
-        if candidate.rank >= 0 and not candidate.backend.why_not(inputs):
+        if candidate.rank >= 0 and not _why_not(candidate.backend, inputs, for_decoding):
             return candidate.backend
     raise ValueError(f"no backend can run these inputs.\n{_explain(inputs)}")
 
@@ -177,6 +181,13 @@ def explain_backends(
           eager     cannot run: the dtype is int64; it takes any floating dtype...
     """
     return _explain(AttentionInputs(torch.device(device), dtype, num_heads, head_dim, **options))
+
+
+def _why_not(backend: AttentionBackend, inputs: AttentionInputs, for_decoding: bool) -> list[str]:
+    reasons = backend.why_not(inputs)
+    if for_decoding and not hasattr(backend, "decode_forward"):
+        return [*reasons, "it has no decode kernel."]
+    return reasons
 
 
 def _describe(inputs: AttentionInputs) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,8 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:  # machines that are lent for a measurement may lack it
+        return ""
     run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return run.stdout.strip()
 

@@ -1,0 +1,226 @@
+"""Every backend on a GPU against float64, on shapes larger than the tests can afford.
+
+- whole: all results of a sequence of 16k against core's eager backend in float64, which the tests
+  hold to the oracle;
+- drawn: sequences of up to four million positions, more than 2³¹ elements, against the definition
+  at randomly drawn positions (gpu_oracle.py).
+
+Errors may be twice those of PyTorch's own attention in the same dtype. The fused kernels must also
+give the same bits twice and in either order of tiles: an error that moves is a race. Uninitialised
+memory is filled with NaN.
+
+Run `python benchmarks/gpu_accuracy.py --json FILE`; --tiny is for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dilated_core import DilatedPattern, dilated_attention_with_lse
+from dilated_core.testing.error_budget import pytorch_errors, relative_error
+from gpu_contenders import FUSED, HILBERT, register_tile_orders, runnable_backends
+from gpu_oracle import Call, sampled_errors
+from gpu_timing import write_json
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+Results = dict[str, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """One shape in one dtype; `how` is "whole" or "drawn"."""
+
+    name: str
+    how: str
+    seq_len: int
+    pattern: DilatedPattern
+    dtype: torch.dtype = torch.bfloat16
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_dim: int = 64
+    is_causal: bool = False
+    fused_only: bool = False
+
+
+def geometric(w0: int, count: int, **options: Any) -> DilatedPattern:
+    return DilatedPattern(
+        [w0 * 2**i for i in range(count)], [2**i for i in range(count)], **options
+    )
+
+
+def gpu_cases() -> list[Case]:
+    five, K = geometric(2048, 5), 2**10
+    paper = DilatedPattern([2048 * 2**i for i in range(5)], [1, 2, 4, 6, 12])
+    official = DilatedPattern(
+        [2048 * 2**i for i in range(5)],
+        [1, 2, 4, 6, 12],
+        head_offsets="blocked",
+        padding="attended",
+    )
+    cases = []
+    for c in (False, True):
+        tag = " causal" if c else ""
+        cases += [
+            Case(f"16k bf16 64{tag}", "whole", 16 * K, five, is_causal=c),
+            Case(f"16k bf16 128{tag}", "whole", 16 * K, five, head_dim=128, is_causal=c),
+            Case(f"16k fp16 64{tag}", "whole", 16 * K, five, torch.float16, is_causal=c),
+            Case(f"16k fp32 64{tag}", "whole", 16 * K, five, torch.float32, 8, is_causal=c),
+            Case(
+                f"16k+37 paper, grouped{tag}", "whole", 16 * K + 37, paper,
+                num_heads=16, num_kv_heads=4, is_causal=c,
+            ),
+            Case(f"16k+37 official{tag}", "whole", 16 * K + 37, official, is_causal=c),
+        ]  # fmt: skip
+    many = geometric(2048, 10)
+    cases += [
+        Case("1M", "drawn", 2**20 + 5, many, is_causal=True),
+        Case("4M", "drawn", 2**22, geometric(2048, 12), fused_only=True),
+        Case("4M causal", "drawn", 2**22 - 3, many, is_causal=True, fused_only=True),
+    ]
+    return cases
+
+
+def small_cases(dtype: torch.dtype) -> list[Case]:
+    """A few small ones that use most of the kernels' code."""
+    grouped = DilatedPattern([16, 21], [1, 3], head_offsets="blocked", padding="attended")
+    return [
+        Case("grouped, attended", "whole", 21, grouped, dtype, 2, 1, 16),
+        Case("causal", "drawn", 24, geometric(16, 2), dtype, 2, None, 16, is_causal=True),
+    ]
+
+
+def run_backend(name: str, case: Case, inputs: list[torch.Tensor]) -> Results:
+    """out, lse, dq, dk, dv of a backend."""
+    *leaves, dout = inputs
+    out, lse = dilated_attention_with_lse(
+        *leaves, case.pattern, is_causal=case.is_causal, backend=name
+    )
+    grads = torch.autograd.grad(out, leaves, dout)
+    return dict(zip(NAMES, (out.detach(), lse.detach(), *grads), strict=True))
+
+
+def check(case: Case, device: torch.device) -> list[dict[str, Any]]:
+    """One row per backend, with the errors, what is allowed, and what is wrong."""
+    H, D = case.num_heads, case.head_dim
+    generator = torch.Generator(device).manual_seed(1)
+
+    def random(heads: int, requires_grad: bool) -> torch.Tensor:
+        x = torch.randn(
+            (1, case.seq_len, heads, D), device=device, dtype=case.dtype, generator=generator
+        )
+        return x.requires_grad_(requires_grad)
+
+    K = case.num_kv_heads or H
+    inputs = [random(H, True), random(K, True), random(K, True), random(H, False)]
+    budget = _budget(case, inputs)
+    exact = None
+    if case.how == "whole":
+        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+        exact = run_backend("eager", case, wide)
+    names, _ = runnable_backends(device, case.dtype, case.seq_len, H, D)
+    if case.fused_only:
+        names = [name for name in names if name == FUSED]
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"case": case.name, "backend": name}
+        try:
+            row |= _judge(name, case, inputs, exact, budget)
+        except torch.OutOfMemoryError:
+            row |= {"not_checked": "out of memory"}
+        except (RuntimeError, ValueError, TypeError) as error:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises again if the device itself is lost
+            row |= {"problems": [f"{type(error).__name__}: {str(error).splitlines()[0]}"]}
+        rows.append(row)
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _judge(
+    name: str,
+    case: Case,
+    inputs: list[torch.Tensor],
+    exact: Results | None,
+    budget: dict[str, float],
+) -> dict[str, Any]:
+    results = run_backend(name, case, inputs)
+    if exact is None:
+        call = Call(*inputs, *(results[key] for key in NAMES))
+        errors = sampled_errors(call, case.pattern, is_causal=case.is_causal, num_positions=24)
+    else:
+        errors = {}
+        for key in NAMES:
+            # A query without keys has lse −inf in both; the difference would be NaN.
+            both_empty = (results[key] == -torch.inf) & (exact[key] == -torch.inf)
+            pair = (x[key].masked_fill(both_empty, 0) for x in (results, exact))
+            errors[key] = relative_error(*pair)
+    problems = [
+        f"{key}: relative error {error:.2e}, allowed {budget[key]:.2e}"
+        for key, error in errors.items()
+        if not error <= budget[key]
+    ]
+    if name == FUSED:
+        again = run_backend(name, case, inputs)
+        problems += [f"{key} differs when run twice" for key in _different(results, again)]
+    if name == HILBERT:
+        problems += [
+            f"{key} differs between tile orders"
+            for key in _different(results, run_backend(FUSED, case, inputs))
+        ]
+    return {
+        "errors": {key: float(f"{error:.3g}") for key, error in errors.items()},
+        "allowed": {key: float(f"{budget[key]:.3g}") for key in errors},
+        "problems": problems,
+    }
+
+
+def _different(a: Results, b: Results) -> list[str]:
+    return [key for key in NAMES if not torch.equal(a[key], b[key])]
+
+
+def _budget(case: Case, inputs: list[torch.Tensor]) -> dict[str, float]:
+    """Twice PyTorch's own errors on the first segment, and one rounding; lse in float32."""
+    length = min(case.seq_len, case.pattern.segment_lengths[0])
+    q, k, v, dout = (x.detach()[:, :length] for x in inputs)
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    errors = pytorch_errors(q, k, v, dout, is_causal=case.is_causal)
+    eps = torch.finfo(case.dtype).eps
+    budget = dict(zip(("out", "dq", "dk", "dv"), (2 * e + eps for e in errors), strict=True))
+    # lse is a float32 sum of float32 products of exact inputs, whatever their dtype; its relative
+    # error is that of scores, which tf32 and bf16 units still add up in float32.
+    return budget | {"lse": 2e-5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--quick", action="store_true", help="only sequences of 16k in bf16")
+    parser.add_argument("--tiny", action="store_true", help="only small shapes")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu" or options.tiny:
+        cases = small_cases(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    else:
+        cases = [case for case in gpu_cases() if not options.quick or "16k bf16" in case.name]
+    register_tile_orders()
+    warnings.simplefilter("ignore")  # some of PyTorch's operators are not deterministic, and say so
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    result: dict[str, Any] = {"rows": [], "cases": len(cases)}
+    for case in cases:
+        for row in check(case, device):
+            result["rows"].append(row)
+            verdict = row.get("not_checked") or "; ".join(row["problems"]) or "ok"
+            print(f"{case.name:<28} {row['backend']:<15} {verdict}", flush=True)
+        write_json(options.json, result)
+    write_json(options.json, {**result, "complete": True})
+
+
+if __name__ == "__main__":
+    main()

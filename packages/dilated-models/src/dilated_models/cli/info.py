@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dilated_models.cli.errors import user_errors
+from dilated_models.cli.options import integers
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     "dilated-models",
@@ -15,6 +23,8 @@ _PACKAGES = (
     "dilated-sparse",
     "torch",
     "triton",
+    "flash-attn",
+    "xformers",
     "numpy",
     "safetensors",
     "tokenizers",
@@ -22,10 +32,57 @@ _PACKAGES = (
 )
 
 
-def info() -> None:
+def info(
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Say it of this device only: auto (a CUDA device, else the CPU), cpu, cuda:0, mps."
+        ),
+    ] = None,
+    benchmark: Annotated[
+        bool,
+        typer.Option("--benchmark", help="Measure the backends on one device, here and now."),
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the measurement as JSON, to choose backends by."),
+    ] = None,
+    seq_lens: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Positions to measure at; usual ones if left out."),
+    ] = None,
+    head_dims: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Head dimensions to measure; usual ones if left out."),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Heads to measure with; a usual number if left out.")
+    ] = None,
+) -> None:
     """Versions, devices, and which attention backends run here, with reasons for the others."""
+    with user_errors():
+        given = {"--save": save, "--seq-lens": seq_lens, "--head-dims": head_dims, "--heads": heads}
+        for option, value in given.items():
+            if value is not None and not benchmark:
+                raise ValueError(f"{option} is about a measurement; add --benchmark.")
+        lengths = integers("--seq-lens", seq_lens)
+        dims = integers("--head-dims", head_dims)
+        from dilated_models.training.devices import choose_device
+
+        chosen = choose_device("auto" if device is None else device)
+    present = _describe_machine()
+    typer.echo()
+    if benchmark:
+        from dilated_models.cli.benchmark import benchmark as measure
+
+        measure(chosen, head_dims=dims, seq_lens=lengths, num_heads=heads, save=save)
+    else:
+        typer.echo("\n\n".join(_explanations(present if device is None else [chosen])))
+
+
+def _describe_machine() -> list[torch.device]:
+    """Print versions and devices; return the devices."""
     import torch
-    from dilated_core import explain_backends
 
     typer.echo(f"{'python':<16}{platform.python_version()} on {platform.platform()}")
     for package in _PACKAGES:
@@ -47,10 +104,18 @@ def info() -> None:
     if torch.backends.mps.is_available():
         typer.echo("mps: available")
         devices.append(torch.device("mps"))
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16):
-            typer.echo()
-            typer.echo(explain_backends(device=device, dtype=dtype))
+    return devices
+
+
+def _explanations(devices: list[torch.device]) -> list[str]:
+    import torch
+    from dilated_core import explain_backends
+
+    return [
+        explain_backends(device=device, dtype=dtype)
+        for device in devices
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
 def _version(package: str) -> str:

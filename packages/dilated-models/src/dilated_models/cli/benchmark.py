@@ -1,0 +1,130 @@
+"""`dilated info --benchmark`: how fast each backend is here, and what that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from dilated_models.cli.errors import fail, user_errors
+
+if TYPE_CHECKING:
+    import torch
+    from dilated_kernels.choice_file import Case, MeasuredChoice
+
+
+def benchmark(
+    device: torch.device,
+    *,
+    head_dims: Sequence[int] | None,
+    seq_lens: Sequence[int] | None,
+    num_heads: int | None,
+    save: Path | None,
+) -> None:
+    """Measure, print a table, and save the measurement if asked to."""
+    try:
+        from dilated_kernels.measure import measure_backends
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "dilated_kernels":
+            raise
+        raise fail(
+            "dilated-kernels is not installed, and it is what measures backends: "
+            "pip install 'dilated-models[kernels]'"
+        ) from error
+    with user_errors():
+        if save is not None:
+            _check_writable(save)
+        measured = measure_backends(
+            device,
+            head_dims=head_dims,
+            seq_lens=seq_lens,
+            num_heads=num_heads,
+            on_case=lambda case: typer.echo(f"measured {_size(case)}", err=True),
+        )
+        if save is not None:
+            measured.save(save)
+    typer.echo(_table(measured))
+    typer.echo()
+    typer.echo("\n".join(_choices(measured, device)))
+    if save is not None:
+        typer.echo()
+        typer.echo(
+            f"saved; for backend='auto' to follow it in a program:\n"
+            f"from dilated_kernels.measured_choice import use_measured_choice\n"
+            f"use_measured_choice({str(save)!r})"
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Before the minutes that a measurement takes, not after.
+
+    Raises:
+        ValueError: If `path` is a folder, or in one that does not exist.
+    """
+    if path.is_dir():
+        raise ValueError(f"--save takes the name of a file; {str(path)!r} is a folder.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--save {str(path)!r}: there is no folder {str(path.parent)!r}.")
+
+
+def _table(measured: MeasuredChoice) -> str:
+    lengths = ",".join(map(str, measured.pattern.segment_lengths))
+    rates = ",".join(map(str, measured.pattern.dilation_rates))
+    lines = [
+        f"{measured.device_name}: {measured.num_heads} heads, "
+        f"{'causal' if measured.is_causal else 'not causal'}, segments {lengths}, rates {rates}",
+        f"{'dtype':<9}{'head_dim':>9}{'positions':>10}  {'backend':<10}"
+        f"{'forward':>24}{'forward and backward':>24}",
+    ]
+    for case in measured.cases:
+        for timing in case.timings:
+            size = f"{case.dtype:<9}{case.head_dim:>9}{case.seq_len:>10}  {timing.backend:<10}"
+            if timing.forward_s is None or timing.forward_backward_s is None:
+                lines.append(f"{size}  refused: {timing.refused}")
+                continue
+            forward = _rate(timing.forward_s, measured.flops(case, by="forward"))
+            both = _rate(timing.forward_backward_s, measured.flops(case, by="forward_backward"))
+            lines.append(f"{size}{forward}{both}")
+    return "\n".join(lines)
+
+
+def _rate(seconds: float, flops: int) -> str:
+    return f"{seconds * 1e3:>9.2f} ms{flops / seconds / 1e9:>7.0f} GF/s"
+
+
+def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
+    """What "auto" takes in each case, by itself and by the measurement."""
+    import torch
+    from dilated_core import AttentionInputs
+    from dilated_core.registry import choose_backend
+    from dilated_kernels.measured_choice import use_measured_choice
+
+    inputs = [
+        AttentionInputs(
+            device,
+            getattr(torch, case.dtype),
+            measured.num_heads,
+            case.head_dim,
+            seq_len=case.seq_len,
+        )
+        for case in measured.cases
+    ]
+    before = [choose_backend("auto", asked).name for asked in inputs]
+    use_measured_choice(measured)
+    try:
+        after = [choose_backend("auto", asked).name for asked in inputs]
+    finally:
+        use_measured_choice(None)
+    return [
+        "what 'auto' takes, and what it takes when it follows this measurement:",
+        *(
+            f"  {_size(case):<42}{old:<10}{new}"
+            for case, old, new in zip(measured.cases, before, after, strict=True)
+        ),
+    ]
+
+
+def _size(case: Case) -> str:
+    return f"{case.dtype}, heads of {case.head_dim}, {case.seq_len} positions"

@@ -3,7 +3,8 @@
 A branch cuts the sequence into segments of w positions; in each, a head with offset o keeps the
 positions o, o + r, o + 2r, …: its rows, counted j = 0, 1, …. A tile is a block of neighbouring rows
 of one head in one segment. Nothing is gathered: row j of a segment that starts at position s is
-read at position s + o + r·j through the strides of the tensor, in 64-bit arithmetic.
+the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Offsets are
+64-bit.
 """
 
 from __future__ import annotations
@@ -75,23 +76,30 @@ def heads_of_slot(kv_head, slot, rate, group, heads_per_offset, BLOCKED: tl.cons
 
 
 @triton.jit
-def load_rows(
-    base, position, stride_s, inside, dims, HEAD_DIM: tl.constexpr, ROWS_MASKED: tl.constexpr
-):
-    """Rows of one head: `(rows, BLOCK_D)`, zero beyond HEAD_DIM and, ROWS_MASKED, not `inside`.
+def row_pointers(base, row, row_stride, dims):
+    """Pointers `(rows, BLOCK_D)` to rows of one head, `row_stride` (int64) elements apart."""
+    return base + row.to(tl.int64)[:, None] * row_stride + dims[None, :]
+
+
+@triton.jit
+def load_rows(base, row, row_stride, inside, dims, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of one head: `(rows, BLOCK_D)`, zero beyond HEAD_DIM and, MASKED, where not `inside`.
 
     Args:
-        base: Pointer to position 0 of the head.
-        position: int64 positions of the rows.
-        stride_s: Elements from one position to the next.
+        base: Pointer to row 0.
+        row: Numbers of the rows, int32.
+        row_stride: int64.
         inside: Which of the rows exist.
         dims: `tl.arange(0, BLOCK_D)`.
     """
-    pointers = base + position[:, None] * stride_s + dims[None, :]
-    if ROWS_MASKED:
+    pointers = row_pointers(base, row, row_stride, dims)
+    if MASKED:
         if dims.shape[0] == HEAD_DIM:
             return tl.load(pointers, mask=inside[:, None], other=0.0)
-        return tl.load(pointers, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    if dims.shape[0] == HEAD_DIM:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        if dims.shape[0] == HEAD_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)

@@ -22,7 +22,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_factor(seed, branch, sequence, query, key, dropout_p):
+def keep_factor(seed, branch, sequence, first_position, rate, query, key, dropout_p):
     """1/(1 − p) where a probability is kept, and 0 where it is dropped.
 
     A function of positions, so that tiles, launches and directions make no difference: a Philox
@@ -34,10 +34,14 @@ def keep_factor(seed, branch, sequence, query, key, dropout_p):
         seed: 64 bits.
         branch: Index of the branch.
         sequence: batch · H + head.
-        query, key: Positions, int32 of shapes that broadcast.
+        first_position, rate: Position of row 0, and positions from one row to the next.
+        query, key: Rows, int32 of shapes that broadcast.
         dropout_p: Probability of dropping.
     """
     query, key = tl.broadcast(query, key)
+    first = first_position.to(tl.int32)
+    query = first + query * rate
+    key = first + key * rate
     bits, _, _, _ = tl.philox(seed, key, query, query * 0 + sequence, query * 0 + branch, 7)
     # 24 bits are what a float32 holds exactly.
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)

@@ -19,6 +19,7 @@ from dilated_kernels.fused.addressing import (
     load_rows,
     locate_program,
     locate_segment,
+    row_pointers,
 )
 from dilated_kernels.fused.arithmetic import LOG2_E, dot, keep_factor
 
@@ -29,7 +30,7 @@ def delta_kernel(
     dout_stride_b, dout_stride_s, dout_stride_h, num_rows, seq_len, num_heads,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Delta = rowsum(dout · out) − dlse, float32 `(B, S, H)`.
+    """Row sums delta = rowsum(dout · out) − dlse, float32 `(B, S, H)`.
 
     A gradient of lse enters as ds = p · (dout·v − delta + dlse), hence the difference.
 
@@ -59,10 +60,9 @@ def delta_kernel(
 
 @triton.jit
 def _sum_over_keys(
-    dq, q, dout, lse_log2, delta, k, v, key_mask,
-    k_stride_s, v_stride_s, mask_stride_s,
-    first_key, stop_key, num_rows, first_position, rate, row, dims,
-    scale_log2, dropout_p, seed, branch, sequence,
+    dq, q, dout, lse_log2, delta, k, v, key_mask, k_row_stride, v_row_stride, mask_row_stride,
+    first_key, stop_key, num_rows, row, dims,
+    first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,17 +70,15 @@ def _sum_over_keys(
     lane = tl.arange(0, BLOCK_N)
     for start in range(first_key, stop_key, BLOCK_N):
         key = start + lane
-        position = first_position + key.to(tl.int64) * rate
         inside = key < num_rows
-        k_tile = load_rows(k, position, k_stride_s, inside, dims, HEAD_DIM, MASKED)
-        v_tile = load_rows(v, position, v_stride_s, inside, dims, HEAD_DIM, MASKED)
+        k_tile = load_rows(k, key, k_row_stride, inside, dims, HEAD_DIM, MASKED)
+        v_tile = load_rows(v, key, v_row_stride, inside, dims, HEAD_DIM, MASKED)
         scores = dot(q, tl.trans(k_tile), PRECISION) * scale_log2
         probability = tl.exp2(scores - lse_log2[:, None])
         dp = dot(dout, tl.trans(v_tile), PRECISION)
         if HAS_DROPOUT:
-            query = (first_position + row.to(tl.int64) * rate).to(tl.int32)
             dp *= keep_factor(
-                seed, branch, sequence, query[:, None], position.to(tl.int32)[None, :], dropout_p
+                seed, branch, sequence, first_position, rate, row[:, None], key[None, :], dropout_p
             )
         ds = probability * (dp - delta[:, None])
         if MASKED:
@@ -90,7 +88,7 @@ def _sum_over_keys(
                 seen = inside[None, :]
             ds = tl.where(seen, ds, 0.0)
         if key_mask is not None:
-            hidden = tl.load(key_mask + position * mask_stride_s, mask=inside, other=1)
+            hidden = tl.load(key_mask + key.to(tl.int64) * mask_row_stride, mask=inside, other=1)
             ds = tl.where(hidden[None, :] != 0, 0.0, ds)
         dq += dot(ds.to(k_tile.dtype), k_tile, PRECISION)
     return dq
@@ -108,7 +106,7 @@ def dq_kernel(
     IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Dq of one tile of queries from the keys of one branch.
+    """Gradient dq of one tile of queries from the keys of one branch.
 
     Args: As for `forward_kernel`, and
         dout: By its strides.
@@ -134,24 +132,26 @@ def dq_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
-    position = first_position + row.to(tl.int64) * rate
 
     wide_head = head.to(tl.int64)
     kv_head = (head // group).to(tl.int64)
-    q += batch * q_stride_b + wide_head * q_stride_h
-    dout += batch * dout_stride_b + wide_head * dout_stride_h
-    k += batch * k_stride_b + kv_head * k_stride_h
-    v += batch * v_stride_b + kv_head * v_stride_h
+    q += batch * q_stride_b + wide_head * q_stride_h + first_position * q_stride_s
+    dout += batch * dout_stride_b + wide_head * dout_stride_h + first_position * dout_stride_s
+    k += batch * k_stride_b + kv_head * k_stride_h + first_position * k_stride_s
+    v += batch * v_stride_b + kv_head * v_stride_h + first_position * v_stride_s
     if key_mask is not None:
-        key_mask += batch * mask_stride_b + kv_head * mask_stride_h
-    q_tile = load_rows(q, position, q_stride_s, inside, dims, HEAD_DIM, True)
-    dout_tile = load_rows(dout, position, dout_stride_s, inside, dims, HEAD_DIM, True)
+        key_mask += batch * mask_stride_b + kv_head * mask_stride_h + first_position * mask_stride_s
+    row_stride = tl.cast(rate, tl.int64)
+    q_tile = load_rows(q, row, row_stride * q_stride_s, inside, dims, HEAD_DIM, True)
+    dout_tile = load_rows(dout, row, row_stride * dout_stride_s, inside, dims, HEAD_DIM, True)
 
-    result_row = (batch * seq_len + position) * num_heads + head
-    row_lse = tl.load(lse + result_row, mask=inside, other=float("inf"))
+    first_result = (batch * seq_len + first_position) * num_heads + head
+    result_stride = row_stride * num_heads
+    in_lse = first_result + row.to(tl.int64) * result_stride
+    row_lse = tl.load(lse + in_lse, mask=inside, other=float("inf"))
     # A row without keys has lse −∞ and probabilities 0, as one with lse +∞.
     lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-    row_delta = tl.load(delta + result_row, mask=inside, other=0.0)
+    row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
 
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
@@ -164,73 +164,62 @@ def dq_kernel(
         unmasked = num_rows // BLOCK_N * BLOCK_N
     total = _sum_over_keys(
         total, q_tile, dout_tile, lse_log2, row_delta, k, v, key_mask,
-        k_stride_s, v_stride_s, mask_stride_s,
-        0, unmasked, num_rows, first_position, rate, row, dims,
-        scale_log2, dropout_p, seed, branch, sequence,
+        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+        0, unmasked, num_rows, row, dims,
+        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
         HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     total = _sum_over_keys(
         total, q_tile, dout_tile, lse_log2, row_delta, k, v, key_mask,
-        k_stride_s, v_stride_s, mask_stride_s,
-        unmasked, stop_key, num_rows, first_position, rate, row, dims,
-        scale_log2, dropout_p, seed, branch, sequence,
+        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+        unmasked, stop_key, num_rows, row, dims,
+        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
         HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     total *= scale
-    result = result_row[:, None] * HEAD_DIM + dims[None, :]
-    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    result_stride *= HEAD_DIM
     if partial is not None:
-        total += tl.load(partial + result, mask=tile_mask, other=0.0)
-    tl.store(dq + result, total.to(dq.dtype.element_ty), mask=tile_mask)
+        partial += first_result * HEAD_DIM
+        total += load_rows(partial, row, result_stride, inside, dims, HEAD_DIM, True)
+    pointers = row_pointers(dq + first_result * HEAD_DIM, row, result_stride, dims)
+    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, total.to(dq.dtype.element_ty), mask=tile_mask)
 
 
 @triton.jit
-def _sum_over_queries(
-    dk, dv, k, v, hidden, q, dout, lse, delta,
-    q_stride_s, dout_stride_s, row_stride_s,
-    first_query, stop_query, num_rows, first_position, rate, row, dims,
-    scale_log2, dropout_p, seed, branch, sequence,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+def _add_queries(
+    dk, dv, k, v, hidden, q, dout, lse, delta, q_row_stride, dout_row_stride, lse_row_stride,
+    query, num_rows, row, dims,
+    first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+    HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dsᵀ·q and pᵀ·dout over the queries from `first_query` to `stop_query`.
-
-    Tiles are keys × queries. MASKED: some queries lie beyond the segment or, causal, before a key.
-    """
-    lane = tl.arange(0, BLOCK_M)
-    for start in range(first_query, stop_query, BLOCK_M):
-        query = start + lane
-        position = first_position + query.to(tl.int64) * rate
-        inside = query < num_rows
-        q_tile = load_rows(q, position, q_stride_s, inside, dims, HEAD_DIM, MASKED)
-        dout_tile = load_rows(dout, position, dout_stride_s, inside, dims, HEAD_DIM, MASKED)
-        if MASKED:
-            # Rows beyond the segment get lse +∞, hence probability 0.
-            row_lse = tl.load(lse + position * row_stride_s, mask=inside, other=float("inf"))
-            row_delta = tl.load(delta + position * row_stride_s, mask=inside, other=0.0)
-        else:
-            row_lse = tl.load(lse + position * row_stride_s)
-            row_delta = tl.load(delta + position * row_stride_s)
-        lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-        scores = dot(k, tl.trans(q_tile), PRECISION) * scale_log2
-        probability = tl.exp2(scores - lse_log2[None, :])
-        if MASKED and IS_CAUSAL:
-            probability = tl.where(query[None, :] >= row[:, None], probability, 0.0)
-        if HAS_MASK:
-            probability = tl.where(hidden[:, None] != 0, 0.0, probability)
-        dp = dot(v, tl.trans(dout_tile), PRECISION)
-        if HAS_DROPOUT:
-            key_position = (first_position + row.to(tl.int64) * rate).to(tl.int32)
-            keep = keep_factor(
-                *(seed, branch, sequence),
-                *(position.to(tl.int32)[None, :], key_position[:, None], dropout_p),
-            )
-            dp *= keep
-            dv += dot((probability * keep).to(dout_tile.dtype), dout_tile, PRECISION)
-        else:
-            dv += dot(probability.to(dout_tile.dtype), dout_tile, PRECISION)
-        ds = probability * (dp - row_delta[None, :])
-        dk += dot(ds.to(q_tile.dtype), q_tile, PRECISION)
+    """Add dsᵀ·q and pᵀ·dout of one tile of queries. Tiles are keys × queries."""
+    inside = query < num_rows
+    q_tile = load_rows(q, query, q_row_stride, inside, dims, HEAD_DIM, True)
+    dout_tile = load_rows(dout, query, dout_row_stride, inside, dims, HEAD_DIM, True)
+    in_lse = query.to(tl.int64) * lse_row_stride
+    # Rows beyond the segment get lse +∞, hence probability 0.
+    row_lse = tl.load(lse + in_lse, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
+    lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    scores = dot(k, tl.trans(q_tile), PRECISION) * scale_log2
+    probability = tl.exp2(scores - lse_log2[None, :])
+    if IS_CAUSAL:
+        probability = tl.where(query[None, :] >= row[:, None], probability, 0.0)
+    if HAS_MASK:
+        probability = tl.where(hidden[:, None] != 0, 0.0, probability)
+    dp = dot(v, tl.trans(dout_tile), PRECISION)
+    if HAS_DROPOUT:
+        keep = keep_factor(
+            seed, branch, sequence, first_position, rate, query[None, :], row[:, None], dropout_p
+        )
+        dp *= keep
+        dv += dot((probability * keep).to(dout_tile.dtype), dout_tile, PRECISION)
+    else:
+        dv += dot(probability.to(dout_tile.dtype), dout_tile, PRECISION)
+    ds = probability * (dp - row_delta[None, :])
+    dk += dot(ds.to(q_tile.dtype), q_tile, PRECISION)
     return dk, dv
 
 
@@ -246,7 +235,7 @@ def dk_dv_kernel(
     IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Dk and dv of one tile of keys from the queries of one branch.
+    """Gradients dk and dv of one tile of keys from the queries of one branch.
 
     A program serves one slot (see `heads_of_slot`) of one head of k and v: all heads of q that read
     these rows.
@@ -278,66 +267,56 @@ def dk_dv_kernel(
     row = first_row + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
-    position = first_position + row.to(tl.int64) * rate
 
     wide_kv_head = kv_head.to(tl.int64)
-    k += batch * k_stride_b + wide_kv_head * k_stride_h
-    v += batch * v_stride_b + wide_kv_head * v_stride_h
-    k_tile = load_rows(k, position, k_stride_s, inside, dims, HEAD_DIM, True)
-    v_tile = load_rows(v, position, v_stride_s, inside, dims, HEAD_DIM, True)
+    k += batch * k_stride_b + wide_kv_head * k_stride_h + first_position * k_stride_s
+    v += batch * v_stride_b + wide_kv_head * v_stride_h + first_position * v_stride_s
+    row_stride = tl.cast(rate, tl.int64)
+    k_tile = load_rows(k, row, row_stride * k_stride_s, inside, dims, HEAD_DIM, True)
+    v_tile = load_rows(v, row, row_stride * v_stride_s, inside, dims, HEAD_DIM, True)
     hidden = row
     if key_mask is not None:
         key_mask += batch * mask_stride_b + wide_kv_head * mask_stride_h
-        hidden = tl.load(key_mask + position * mask_stride_s, mask=inside, other=1)
+        key_mask += first_position * mask_stride_s
+        in_mask = row.to(tl.int64) * row_stride * mask_stride_s
+        hidden = tl.load(key_mask + in_mask, mask=inside, other=1)
 
     dk_total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
-    if IS_CAUSAL:
-        # Queries before the tile see none of its keys; those in it or astride its end, some.
-        first_query = first_row // BLOCK_M * BLOCK_M
-        diagonal = tl.minimum((first_row + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M, num_rows)
-    else:
-        first_query = 0
-        diagonal = 0
-    unmasked = tl.maximum(num_rows // BLOCK_M * BLOCK_M, diagonal)
-    for i in range(num_heads_here):
-        head = first_head + i * head_step
-        wide_head = head.to(tl.int64)
-        q_head = q + batch * q_stride_b + wide_head * q_stride_h
-        dout_head = dout + batch * dout_stride_b + wide_head * dout_stride_h
-        lse_head = lse + batch * seq_len * num_heads + head
-        delta_head = delta + batch * seq_len * num_heads + head
-        sequence = ((batch * num_heads + head) % 2147483647).to(tl.int32)
-        if IS_CAUSAL:
-            dk_total, dv_total = _sum_over_queries(
-                dk_total, dv_total, k_tile, v_tile, hidden, q_head, dout_head, lse_head, delta_head,
-                q_stride_s, dout_stride_s, num_heads,
-                first_query, diagonal, num_rows, first_position, rate, row, dims,
-                scale_log2, dropout_p, seed, branch, sequence,
-                HEAD_DIM, BLOCK_M, True, True, key_mask is not None, HAS_DROPOUT, PRECISION,
-            )  # fmt: skip
-        dk_total, dv_total = _sum_over_queries(
-            dk_total, dv_total, k_tile, v_tile, hidden, q_head, dout_head, lse_head, delta_head,
-            q_stride_s, dout_stride_s, num_heads,
-            diagonal, unmasked, num_rows, first_position, rate, row, dims,
-            scale_log2, dropout_p, seed, branch, sequence,
-            HEAD_DIM, BLOCK_M, False, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
-        dk_total, dv_total = _sum_over_queries(
-            dk_total, dv_total, k_tile, v_tile, hidden, q_head, dout_head, lse_head, delta_head,
-            q_stride_s, dout_stride_s, num_heads,
-            unmasked, num_rows, num_rows, first_position, rate, row, dims,
-            scale_log2, dropout_p, seed, branch, sequence,
-            HEAD_DIM, BLOCK_M, True, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION,
+    # Queries before the tile see none of its keys if causal.
+    first_query = first_row // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    q += batch * q_stride_b + first_position * q_stride_s
+    dout += batch * dout_stride_b + first_position * dout_stride_s
+    first_lse = (batch * seq_len + first_position) * num_heads
+    # One loop over the heads and their tiles, with masks throughout: nested or split loops keep so
+    # many addresses in registers that they spill.
+    lane = tl.arange(0, BLOCK_M)
+    steps = (num_rows - first_query + BLOCK_M - 1) // BLOCK_M
+    for step in range(num_heads_here * steps):
+        head = (first_head + step // steps * head_step).to(tl.int64)
+        query = first_query + step % steps * BLOCK_M + lane
+        dk_total, dv_total = _add_queries(
+            dk_total, dv_total, k_tile, v_tile, hidden,
+            q + head * q_stride_h, dout + head * dout_stride_h,
+            lse + first_lse + head, delta + first_lse + head,
+            row_stride * q_stride_s, row_stride * dout_stride_s, row_stride * num_heads,
+            query, num_rows, row, dims,
+            first_position, rate, scale_log2, dropout_p, seed, branch,
+            ((batch * num_heads + head) % 2147483647).to(tl.int32),
+            HEAD_DIM, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     dk_total *= scale
 
-    result_row = (batch * seq_len + position) * num_kv_heads + kv_head
-    result = result_row[:, None] * HEAD_DIM + dims[None, :]
-    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    first_result = ((batch * seq_len + first_position) * num_kv_heads + kv_head) * HEAD_DIM
+    result_stride = row_stride * num_kv_heads * HEAD_DIM
     if dk_partial is not None:
-        dk_total += tl.load(dk_partial + result, mask=tile_mask, other=0.0)
-        dv_total += tl.load(dv_partial + result, mask=tile_mask, other=0.0)
-    tl.store(dk + result, dk_total.to(dk.dtype.element_ty), mask=tile_mask)
-    tl.store(dv + result, dv_total.to(dv.dtype.element_ty), mask=tile_mask)
+        dk_partial += first_result
+        dv_partial += first_result
+        dk_total += load_rows(dk_partial, row, result_stride, inside, dims, HEAD_DIM, True)
+        dv_total += load_rows(dv_partial, row, result_stride, inside, dims, HEAD_DIM, True)
+    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    dk_pointers = row_pointers(dk + first_result, row, result_stride, dims)
+    dv_pointers = row_pointers(dv + first_result, row, result_stride, dims)
+    tl.store(dk_pointers, dk_total.to(dk.dtype.element_ty), mask=tile_mask)
+    tl.store(dv_pointers, dv_total.to(dv.dtype.element_ty), mask=tile_mask)

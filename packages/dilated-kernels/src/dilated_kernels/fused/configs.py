@@ -26,6 +26,18 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def block_d(head_dim: int) -> int:
+    """head_dim rounded up to what a tile can have."""
+    # 16 is the least that a matrix product takes.
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tabled_config(
+    kind: Kind, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], precision: str
+) -> Config:
+    return Config(64, 64, 4, 2)
+
+
 def choose_config(
     kind: Kind, dtype: torch.dtype, head_dim: int, device: torch.device, max_rows: int
 ) -> Config:

@@ -19,16 +19,16 @@ from dilated_kernels.fused.addressing import (
     load_rows,
     locate_program,
     locate_segment,
+    row_pointers,
 )
 from dilated_kernels.fused.arithmetic import LN_2, LOG2_E, dot, keep_factor
 
 
 @triton.jit
 def _attend_keys(
-    acc, row_max, row_sum, q, k, v, key_mask,
-    k_stride_s, v_stride_s, mask_stride_s,
-    first_key, stop_key, num_rows, first_position, rate, row, dims,
-    scale_log2, dropout_p, seed, branch, sequence,
+    acc, row_max, row_sum, q, k, v, key_mask, k_row_stride, v_row_stride, mask_row_stride,
+    first_key, stop_key, num_rows, row, dims,
+    first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,10 +39,9 @@ def _attend_keys(
     lane = tl.arange(0, BLOCK_N)
     for start in range(first_key, stop_key, BLOCK_N):
         key = start + lane
-        position = first_position + key.to(tl.int64) * rate
         inside = key < num_rows
-        k_tile = load_rows(k, position, k_stride_s, inside, dims, HEAD_DIM, MASKED)
-        v_tile = load_rows(v, position, v_stride_s, inside, dims, HEAD_DIM, MASKED)
+        k_tile = load_rows(k, key, k_row_stride, inside, dims, HEAD_DIM, MASKED)
+        v_tile = load_rows(v, key, v_row_stride, inside, dims, HEAD_DIM, MASKED)
         scores = dot(q, tl.trans(k_tile), PRECISION) * scale_log2
         if MASKED:
             if IS_CAUSAL:
@@ -51,7 +50,7 @@ def _attend_keys(
                 seen = inside[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         if key_mask is not None:
-            hidden = tl.load(key_mask + position * mask_stride_s, mask=inside, other=1)
+            hidden = tl.load(key_mask + key.to(tl.int64) * mask_row_stride, mask=inside, other=1)
             scores = tl.where(hidden[None, :] != 0, float("-inf"), scores)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # A row that has seen no key yet would compute −inf − (−inf).
@@ -60,9 +59,8 @@ def _attend_keys(
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(probability, 1)
         if HAS_DROPOUT:
-            query = (first_position + row.to(tl.int64) * rate).to(tl.int32)
             probability *= keep_factor(
-                seed, branch, sequence, query[:, None], position.to(tl.int32)[None, :], dropout_p
+                seed, branch, sequence, first_position, rate, row[:, None], key[None, :], dropout_p
             )
         acc = acc * correction[:, None] + dot(probability.to(v_tile.dtype), v_tile, PRECISION)
         row_max = new_max
@@ -109,27 +107,28 @@ def forward_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
-    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    position = first_position + row.to(tl.int64) * rate
 
-    q_head = q + batch * q_stride_b + head.to(tl.int64) * q_stride_h
-    q_tile = load_rows(q_head, position, q_stride_s, inside, dims, HEAD_DIM, True)
+    wide_head = head.to(tl.int64)
     kv_head = (head // group).to(tl.int64)
-    k += batch * k_stride_b + kv_head * k_stride_h
-    v += batch * v_stride_b + kv_head * v_stride_h
+    q += batch * q_stride_b + wide_head * q_stride_h + first_position * q_stride_s
+    k += batch * k_stride_b + kv_head * k_stride_h + first_position * k_stride_s
+    v += batch * v_stride_b + kv_head * v_stride_h + first_position * v_stride_s
     if key_mask is not None:
-        key_mask += batch * mask_stride_b + kv_head * mask_stride_h
+        key_mask += batch * mask_stride_b + kv_head * mask_stride_h + first_position * mask_stride_s
+    row_stride = tl.cast(rate, tl.int64)
+    q_tile = load_rows(q, row, row_stride * q_stride_s, inside, dims, HEAD_DIM, True)
 
-    result_row = (batch * seq_len + position) * num_heads + head
-    result = result_row[:, None] * HEAD_DIM + dims[None, :]
+    first_result = (batch * seq_len + first_position) * num_heads + head
+    result_stride = row_stride * num_heads
+    lse_pointers = lse + first_result + row.to(tl.int64) * result_stride
     if partial is not None:
-        earlier = tl.load(lse + result_row, mask=inside, other=float("-inf"))
-        touched = earlier > float("-inf")
+        earlier = tl.load(lse_pointers, mask=inside, other=float("-inf"))
+        # What no earlier branch has written may hold anything.
+        touched = earlier != float("-inf")
         row_max = earlier * LOG2_E
-        row_sum = tl.where(earlier == float("-inf"), 0.0, 1.0)
-        # What no earlier branch has written may hold anything; NaN must stay NaN.
-        touched = touched | (earlier != earlier)
-        acc = tl.load(partial + result, mask=tile_mask & touched[:, None], other=0.0)
+        row_sum = tl.where(touched, 1.0, 0.0)
+        partial += first_result * HEAD_DIM
+        acc = load_rows(partial, row, result_stride * HEAD_DIM, touched, dims, HEAD_DIM, True)
     else:
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -144,15 +143,17 @@ def forward_kernel(
         stop_key = num_rows
         unmasked = num_rows // BLOCK_N * BLOCK_N
     acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q_tile, k, v, key_mask, k_stride_s, v_stride_s, mask_stride_s,
-        0, unmasked, num_rows, first_position, rate, row, dims,
-        scale_log2, dropout_p, seed, branch, sequence,
+        acc, row_max, row_sum, q_tile, k, v, key_mask,
+        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+        0, unmasked, num_rows, row, dims,
+        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
         HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q_tile, k, v, key_mask, k_stride_s, v_stride_s, mask_stride_s,
-        unmasked, stop_key, num_rows, first_position, rate, row, dims,
-        scale_log2, dropout_p, seed, branch, sequence,
+        acc, row_max, row_sum, q_tile, k, v, key_mask,
+        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+        unmasked, stop_key, num_rows, row, dims,
+        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
         HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     if ATTENDED and not IS_CAUSAL:
@@ -169,5 +170,7 @@ def forward_kernel(
     total = tl.where(is_empty, 1.0, row_sum)
     acc = acc / total[:, None]
     row_lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
-    tl.store(out + result, acc.to(out.dtype.element_ty), mask=tile_mask)
-    tl.store(lse + result_row, row_lse, mask=inside)
+    pointers = row_pointers(out + first_result * HEAD_DIM, row, result_stride * HEAD_DIM, dims)
+    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=tile_mask)
+    tl.store(lse_pointers, row_lse, mask=inside)

@@ -18,7 +18,7 @@ from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.inputs import document_bounds
 
 from dilated_kernels.fused.backward import delta_kernel, dk_dv_kernel, dq_kernel
-from dilated_kernels.fused.configs import Config, choose_config
+from dilated_kernels.fused.configs import Config, block_d, choose_config
 from dilated_kernels.fused.forward import forward_kernel
 from dilated_kernels.fused.tile_order import TileOrder, order_table
 
@@ -183,14 +183,14 @@ def _delta(
 ) -> torch.Tensor:
     delta = torch.empty_like(lse)
     head_dim = out.shape[3]
-    block_d = _block_d(head_dim)
-    block_m = max(16, 8192 // block_d)
+    width = block_d(head_dim)
+    block_m = max(16, 8192 // width)
     delta_kernel[(-(-delta.numel() // block_m),)](
         *(dout, out, None if dlse is None else dlse.contiguous(), delta),
         *(*dout.stride()[:3], delta.numel(), out.shape[1], out.shape[2]),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
-        BLOCK_D=block_d,
+        BLOCK_D=width,
         num_warps=8,
     )
     return delta
@@ -295,7 +295,7 @@ def _flags(
 ) -> dict[str, Any]:
     return {
         "HEAD_DIM": q.shape[3],
-        "BLOCK_D": _block_d(q.shape[3]),
+        "BLOCK_D": block_d(q.shape[3]),
         "IS_CAUSAL": options.is_causal,
         "BLOCKED": pattern.head_offsets == "blocked",
         "HAS_DROPOUT": options.dropout_p > 0,
@@ -325,11 +325,6 @@ def _mask_strides(options: Options) -> tuple[int, int, int]:
 
 def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _block_d(head_dim: int) -> int:
-    # 16 is the least that a matrix product takes.
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _on_device(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -1,15 +1,38 @@
-"""The order in which the programs of a launch start: row by row, or along a Hilbert curve."""
+"""The order in which the tiles of a launch start: segment by segment, or along a Hilbert curve.
+
+Tiles that run at one time share the second-level cache. Segment by segment they share keys already,
+since all tiles of a segment read the same ones; along the curve a group of them covers fewer
+segments when a segment has more tiles than run at one time. Which is better is a matter of
+measurement (docs/kernels.md); the results are the same to the bit, since no tile knows of another.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
+from dilated_core.hilbert import hilbert_order
 
 TileOrder = Literal["row_major", "hilbert"]
 
 
+def check_tile_order(tile_order: str) -> None:
+    """Refuse what is no order.
+
+    Raises:
+        ValueError: Naming those that there are.
+    """
+    if tile_order not in get_args(TileOrder):
+        names = ", ".join(map(repr, get_args(TileOrder)))
+        raise ValueError(f"tile_order is {tile_order!r}; it must be one of {names}.")
+
+
+@lru_cache(maxsize=64)
 def order_table(
     tile_order: TileOrder, num_segments: int, tiles: int, device: torch.device
 ) -> torch.Tensor | None:
-    return None
+    """The cells segment · tiles + tile in the order to start them, int32; None if as they are."""
+    if tile_order == "row_major" or num_segments == 1 or tiles == 1:
+        return None
+    return hilbert_order(num_segments, tiles).to(device, torch.int32)

@@ -1,0 +1,55 @@
+"""Cells of a grid in the order of a Hilbert curve: neighbours in time are neighbours in space."""
+
+from __future__ import annotations
+
+import torch
+
+
+def hilbert_order(height: int, width: int) -> torch.Tensor:
+    """All cells of a grid along a Hilbert curve.
+
+    The longer side is cut into squares whose side is the next power of two of the shorter one. Each
+    square has a curve of its own that ends beside the start of the next; where a square overhangs
+    the grid, the curve jumps over the cells that do not exist.
+
+    Args:
+        height, width: Rows and columns of the grid, any numbers.
+
+    Returns:
+        int64 `(height · width,)`: numbers row · width + column, each once.
+
+    Raises:
+        ValueError: If a side is negative.
+
+    Example:
+        >>> hilbert_order(2, 4)
+        tensor([0, 4, 5, 1, 2, 6, 7, 3])
+    """
+    if height < 0 or width < 0:
+        raise ValueError(f"the grid is {height} × {width}; its sides must be at least 0.")
+    short, long = sorted((height, width))
+    if short == 0:
+        return torch.empty(0, dtype=torch.int64)
+    side = 1 << (short - 1).bit_length()
+    along, across = _square(side)
+    along = (torch.arange(0, long, side)[:, None] + along).flatten()
+    across = across.repeat(-(-long // side))
+    exists = (along < long) & (across < short)
+    along, across = along[exists], across[exists]
+    return across * width + along if width >= height else along * width + across
+
+
+def _square(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The curve through a square from (0, 0) to (side − 1, 0): both coordinates of each step.
+
+    Four curves of half the size make the next one: the first and the last mirrored.
+    """
+    x = y = torch.zeros(1, dtype=torch.int64)
+    size = 1
+    while size < side:
+        x, y = (
+            torch.cat([y, x, x + size, 2 * size - 1 - y]),
+            torch.cat([x, y + size, y + size, size - 1 - x]),
+        )
+        size *= 2
+    return x, y

@@ -39,6 +39,8 @@ from tools.gpu_summary import summary_lines  # noqa: E402
 FORMAT = 1
 # How the phases share the time that is left when they start.
 WEIGHTS = {"environment": 1.5, "tests": 5.0, "accuracy": 2.0, "sanitizer": 3.0, "benchmark": 4.0}
+# Loading PyTorch from a cold disk takes long, and without this phase there is no other.
+MIN_ENVIRONMENT_S = 30.0
 # A benchmark row that has started may end: so much before its limit none is started.
 LAST_ROW_S = 20.0
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_attention.json"
@@ -196,6 +198,8 @@ def run_phases(run: Run) -> int:
     for i, name in enumerate(wanted):
         left = options.seconds - run.elapsed()
         seconds = left * WEIGHTS[name] / sum(WEIGHTS[other] for other in wanted[i:])
+        if name == "environment":
+            seconds = max(seconds, MIN_ENVIRONMENT_S)
         phase: Phase = {"limit_s": round(seconds, 1), "problems": []}
         phases[name] = phase
         run.show(f"--- {name}, at most {seconds:.0f} s")

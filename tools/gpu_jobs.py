@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 KEPT_LINES = 30
-TICK_S = 0.5
+TICK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +110,19 @@ def run_jobs(
             if running:
                 time.sleep(TICK_S)
     finally:
-        for process, _, _ in running:
+        for process, thread, _ in running:
             _kill(process)
+            thread.join(timeout=2)
     each_tick()
     return outcomes
 
 
 def _follow(process: subprocess.Popen[str], outcome: Outcome, show: Callable[[str], None]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        outcome.tail.append(line.rstrip())
-        show(f"{outcome.name} | {line.rstrip()}")
+    with process.stdout as lines:
+        for line in lines:
+            outcome.tail.append(line.rstrip())
+            show(f"{outcome.name} | {line.rstrip()}")
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -32,7 +32,7 @@ from gpu_contenders import (
 from gpu_goals import format_row, goals, ratios
 from gpu_machine import describe
 from gpu_oracle import Call, sampled_errors
-from gpu_timing import peak_bytes_above, time_in_rounds, write_json
+from gpu_timing import describe_failure, peak_bytes_above, time_in_rounds, write_json
 
 # A wrong result is off by its own size; rounding in half precision stays far below this, also that
 # of paths which round more often. The budgets of accuracy are tested elsewhere.
@@ -46,6 +46,8 @@ MAX_OWN_INPUT_BYTES = 8 * 2**30
 AUTO_UP_TO = 2**14
 # For that estimate, and for nothing that is reported.
 EXPECTED_FLOPS_PER_S = 4e14
+# Contenders whose kernels, compiled anew for each shape, would take the time of all others.
+SLOW_TO_COMPILE = (HILBERT, "flex")
 PARTS = {"forward": 1.0, "forward_backward": 3.5}
 
 
@@ -59,8 +61,7 @@ class Case(NamedTuple):
         head_dim: D.
         is_causal: As usual.
         is_paper: The paper's rates 1, 2, 4, 6, 12 instead of powers of two.
-        has_tile_orders: Whether the fused kernels also run with their tiles in Hilbert order, which
-            compiles them once more.
+        extras: Those of `SLOW_TO_COMPILE` that run in this row.
     """
 
     seq_len: int
@@ -69,7 +70,7 @@ class Case(NamedTuple):
     head_dim: int = 64
     is_causal: bool = False
     is_paper: bool = False
-    has_tile_orders: bool = False
+    extras: tuple[str, ...] = ()
 
     def pattern(self) -> DilatedPattern:
         """As many branches as the sequence has room for; at most five with the paper's rates."""
@@ -83,17 +84,21 @@ K, M = 2**10, 2**20
 # The most telling first: whoever runs out of time keeps those.
 CASES = [
     *(Case(64 * K, head_dim=D, is_causal=c) for D in (64, 128) for c in (False, True)),
+    Case(16 * K, extras=SLOW_TO_COMPILE),
     *(Case(S, is_causal=True) for S in (8 * K, 128 * K, 2 * K)),
-    Case(4 * M, is_causal=True, has_tile_orders=True),
+    Case(4 * M, is_causal=True, extras=(HILBERT,)),
     *(Case(S, num_heads=16, head_dim=128, is_causal=True) for S in (16 * K, M)),
     *(Case(64 * K, w0=w0, is_causal=c) for w0 in (512, 128) for c in (False, True)),
     *(Case(S, is_causal=True) for S in (32 * K, 256 * K, 512 * K, M, 2 * M, 4 * K)),
     Case(64 * K, is_paper=True, is_causal=True),
-    *(Case(S, has_tile_orders=S == 256 * K) for S in (8 * K, 256 * K, 32 * K, 4 * M)),
-    *(Case(S, num_heads=16, head_dim=128, has_tile_orders=S > M) for S in (8 * K, 256 * K, 2 * M)),
+    *(Case(S, extras=SLOW_TO_COMPILE[: S == 256 * K]) for S in (8 * K, 256 * K, 32 * K, 4 * M)),
+    *(
+        Case(S, num_heads=16, head_dim=128, extras=SLOW_TO_COMPILE[: S > M])
+        for S in (8 * K, 256 * K, 2 * M)
+    ),
 ]
 QUICK_CASES = CASES[:6]
-CPU_CASES = [Case(32, w0=16, num_heads=2, head_dim=16, is_causal=True, has_tile_orders=True)]
+CPU_CASES = [Case(32, w0=16, num_heads=2, head_dim=16, is_causal=True, extras=(HILBERT,))]
 
 
 def measure(
@@ -133,10 +138,8 @@ def measure(
                 calls[name] = timed
         except torch.OutOfMemoryError:
             result[name] = {"not_timed": "out of memory"}
-        except (RuntimeError, ValueError, TypeError) as error:
-            if device.type == "cuda":
-                torch.cuda.synchronize()  # raises again if the device itself is lost
-            result[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        except Exception as error:  # a compiler fails in many ways; no other row must suffer
+            result[name] = {"failed": describe_failure(error, name, device)}
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -163,8 +166,7 @@ def _contenders(
     names, notes = runnable_backends(device, dtype, S, H, D)
     if S <= AUTO_UP_TO:
         names.append("auto")
-    if not case.has_tile_orders:
-        names = [name for name in names if name != HILBERT]
+    names = [name for name in names if name not in SLOW_TO_COMPILE or name in case.extras]
     found = {name: pattern_contender(name, pattern, case.is_causal, flops) for name in names}
     found |= dense_contenders(device, (1, S, H, D), case.w0, case.is_causal, flops)
     gather, why_not = gather_contenders(device, pattern, S, case.is_causal, flops)

@@ -63,11 +63,7 @@ def register_tile_orders() -> str | None:
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
     if HILBERT not in available_backends():
-        backend = TritonBackend(tile_order="hilbert")
-        # Below zero, so that "auto" never takes it.
-        backend.name, backend.priority = HILBERT, -1
-        backend.priority_for = lambda _: (-1, "only measured")
-        register_backend(backend)
+        register_backend(TritonBackend(tile_order="hilbert", name=HILBERT))
     return None
 
 
@@ -111,6 +107,7 @@ def dense_contenders(
 
     windows = max(1, round(flops / (per_pair * pairs(w0))))
     square = math.isqrt(round(flops / per_pair * (2 if is_causal else 1)))
+    square = max(square, 128) // 128 * 128 if device.type == "cuda" else square  # whole tiles
     found = {}
     for kernel, backend in DENSE_KERNELS[device.type].items():
         attend = _dense(backend, is_causal)

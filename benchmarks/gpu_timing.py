@@ -77,6 +77,21 @@ def peak_bytes_above(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def describe_failure(error: Exception, name: str, device: torch.device) -> str:
+    """What went wrong with `name`, in one line.
+
+    Raises:
+        RuntimeError: If the device is lost, so that nothing else can run in this process.
+    """
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            raise RuntimeError(f"{name} lost the device: {line}") from lost
+    return line
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Replace the file in one step, so that whoever is stopped meanwhile leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from dilated_core.registry import get_backend
 from dilated_core.testing.error_budget import relative_error
 from dilated_kernels.fused.configs import Config
 from gpu_contenders import FUSED
-from gpu_timing import time_in_rounds, write_json
+from gpu_timing import describe_failure, time_in_rounds, write_json
 
 KINDS = ("forward", "dq", "dk_dv")
 # Two ways of adding up the same bf16 products; a miscompiled kernel is off by far more.
@@ -203,9 +203,7 @@ def tune(
         try:
             row |= compare(problem, kind, config, inputs)
         except Exception as error:  # compilers fail in many ways, and each is a result here
-            if problem.device == "cuda":
-                torch.cuda.synchronize()  # raises again if the device itself is lost
-            row["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            row["failed"] = describe_failure(error, str(config), torch.device(problem.device))
         rows.append(row)
         yield
 

@@ -120,7 +120,11 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, values, attributes),
         target=target,
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+        },
     )
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return Resources(registers, stack, compiled.metadata.shared)

@@ -1,37 +1,92 @@
-"""Backend `triton`: the whole pattern by fused kernels, on strips too."""
+"""Backend `triton`: the whole pattern by fused kernels, on strips too.
+
+Triton is imported when a call needs it, so that a machine without a GPU never loads it.
+"""
 
 from __future__ import annotations
 
-import torch
-from dilated_core import AttentionOutput, DilatedPattern
-from dilated_core.backend import CONTRACT_VERSION, AttentionInputs
+import os
+from typing import Any
 
-from dilated_kernels.fused.launch import Options, dilated_backward, dilated_forward, is_interpreted
-from dilated_kernels.fused.tile_order import TileOrder
+import torch
+from dilated_core import AttentionInputs, AttentionOutput, DilatedPattern
+from dilated_core.backend import CONTRACT_VERSION
+from dilated_core.cache_rows import CacheLayout
+
+from dilated_kernels.availability import (
+    HALF_DTYPES,
+    cuda_reasons,
+    import_problem,
+    imported,
+    input_reasons,
+)
+from dilated_kernels.choice import Rank, rank
+from dilated_kernels.fused.tile_order import TileOrder, check_tile_order
 
 MAX_HEAD_DIM = 256
 
 
 class TritonBackend:
-    """Fused dilated attention in Triton.
+    """Fused dilated attention in Triton, forward, backward and decoding.
+
+    float32 products are true float32 unless `torch.set_float32_matmul_precision` says "high" or
+    "medium"; then they are TF32.
 
     Args:
-        tile_order: In which order the tiles of a launch start; results are the same to the bit.
+        tile_order: In which order the tiles of a launch start, "row_major" or "hilbert"; results
+            are the same to the bit.
+        name: Under which to register it, beside the one that is registered already.
+
+    Raises:
+        ValueError: If there is no such order.
+
+    Example:
+        >>> from dilated_core import register_backend, unregister_backend
+        >>> register_backend(TritonBackend(tile_order="hilbert", name="triton-hilbert"))
+        >>> unregister_backend("triton-hilbert")
     """
 
-    name = "triton"
     priority = 50
     contract = CONTRACT_VERSION
 
-    def __init__(self, *, tile_order: TileOrder = "row_major") -> None:
+    def __init__(self, *, tile_order: TileOrder = "row_major", name: str = "triton") -> None:
+        check_tile_order(tile_order)
         self.tile_order: TileOrder = tile_order
+        self.name = name
+
+    def priority_for(self, inputs: AttentionInputs) -> Rank:
+        """See `AttentionBackend`; only the backend called "triton" is taken by "auto"."""
+        if self.name != "triton":
+            return Rank(-1, "registered beside triton, by its own name")
+        return rank(self.name, inputs)
 
     def why_not(self, inputs: AttentionInputs) -> list[str]:
         """See `AttentionBackend.why_not`."""
         reasons: list[str] = []
         if inputs.device.type == "cpu":
-            if not is_interpreted():
-                reasons.append("no")
+            # Only a process that was started for it has an interpreter, and only it need look.
+            if "TRITON_INTERPRET" not in os.environ or not _is_interpreted():
+                reasons.append(
+                    "the device is cpu; it runs on CUDA devices, and on a CPU in Triton's "
+                    "interpreter, which TRITON_INTERPRET=1 turns on."
+                )
+        else:
+            reasons += cuda_reasons(inputs, minimum=(7, 0))
+            if not reasons and (problem := import_problem("triton")):
+                reasons.append(
+                    f"Triton cannot be imported ({problem}); pip install 'dilated-kernels[triton]'."
+                )
+        reasons += input_reasons(
+            inputs._replace(dropout_p=0.0, has_key_padding_mask=False),
+            dtypes=(torch.float32, *HALF_DTYPES),
+            head_dim_multiple=1,
+            max_head_dim=MAX_HEAD_DIM,
+        )
+        if inputs.max_workspace_bytes is not None:
+            reasons.append(
+                f"max_workspace_bytes is {inputs.max_workspace_bytes}; it accumulates in a float32 "
+                f"copy of the output, which it cannot divide."
+            )
         return reasons
 
     def dilated_forward(
@@ -52,7 +107,7 @@ class TritonBackend:
         options = self._options(
             is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
         )
-        return dilated_forward(q, k, v, pattern, options)
+        return _launch().dilated_forward(q, k, v, pattern, options)
 
     def dilated_backward(
         self,
@@ -76,7 +131,7 @@ class TritonBackend:
         options = self._options(
             is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
         )
-        return dilated_backward(dout, dlse, q, k, v, out, lse, pattern, options)
+        return _launch().dilated_backward(dout, dlse, q, k, v, out, lse, pattern, options)
 
     def forward(
         self,
@@ -92,7 +147,7 @@ class TritonBackend:
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`: dense attention is a pattern of one branch."""
         options = self._options(is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None)
-        return dilated_forward(q, k, v, _dense(q), options)
+        return _launch().dilated_forward(q, k, v, _dense(q), options)
 
     def backward(
         self,
@@ -111,7 +166,24 @@ class TritonBackend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend.backward`."""
         options = self._options(is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None)
-        return dilated_backward(dout, None, q, k, v, out, lse, _dense(q), options)
+        return _launch().dilated_backward(dout, None, q, k, v, out, lse, _dense(q), options)
+
+    def decode_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: CacheLayout,
+        *,
+        position: int,
+        scale: float,
+    ) -> AttentionOutput:
+        """See `AttentionBackend`."""
+        return imported("dilated_kernels.fused.decode_launch").decode_forward(
+            q, k, v, keys, values, layout, position=position, scale=scale
+        )
 
     def _options(
         self,
@@ -121,15 +193,23 @@ class TritonBackend:
         dropout_seed: int,
         key_padding_mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> Options:
+    ) -> Any:
         mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-        return Options(
+        return _launch().Options(
             *(is_causal, scale, dropout_p, dropout_seed, mask, cu_seqlens, self.tile_order)
         )
 
 
 def _dense(q: torch.Tensor) -> DilatedPattern:
     return DilatedPattern([max(1, q.shape[1])], [1])
+
+
+def _launch() -> Any:
+    return imported("dilated_kernels.fused.launch")
+
+
+def _is_interpreted() -> bool:
+    return not import_problem("triton") and _launch().is_interpreted()
 
 
 backend = TritonBackend()

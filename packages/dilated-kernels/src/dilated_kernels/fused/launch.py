@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,15 @@ import triton
 from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.inputs import document_bounds
 
-from dilated_kernels.fused.backward import delta_kernel, dk_dv_kernel, dq_kernel
+from dilated_kernels.fused import backward, forward
 from dilated_kernels.fused.configs import Config, block_d, choose_config
-from dilated_kernels.fused.forward import forward_kernel
 from dilated_kernels.fused.tile_order import TileOrder, order_table
+
+# To a type checker a kernel is a Python function, whose launch options it does not know.
+_forward_kernel: Any = forward.forward_kernel
+_delta_kernel: Any = backward.delta_kernel
+_dq_kernel: Any = backward.dq_kernel
+_dk_dv_kernel: Any = backward.dk_dv_kernel
 
 
 class Options(NamedTuple):
@@ -57,7 +63,7 @@ class Launch(NamedTuple):
 
 def is_interpreted() -> bool:
     """Whether Triton interprets the kernels on the CPU, as `TRITON_INTERPRET=1` makes it."""
-    return not isinstance(forward_kernel, triton.JITFunction)
+    return not isinstance(_forward_kernel, triton.JITFunction)
 
 
 def plan_launches(
@@ -73,7 +79,7 @@ def plan_launches(
             continue
         rows = [
             (start, min(w, stop - start), min(w, last - first))
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in pairwise(bounds)
             for start, stop in ((s, last) for s in range(first, last, w))
         ]
         longest = max((length for _, length, _ in rows), default=1)
@@ -135,18 +141,14 @@ def dilated_forward(
             tiles = -(-launch.max_rows // config.block_m)
             cells = tiles * launch.num_segments
             partial, destination = out.buffers(i)
-            forward_kernel[(cells * q.shape[0] * q.shape[2],)](
+            _forward_kernel[(cells * q.shape[0] * q.shape[2],)](
                 *(q, k, v, options.key_mask, launch.segments),
                 *(_order(options, launch, tiles, q), partial, destination, lse),
                 *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(options)),
                 *_geometry(q, k, pattern, launch, cells, tiles),
                 *_numbers(options, launch),
                 **_flags(q, pattern, options, config),
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
                 ATTENDED=pattern.padding == "attended",
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
             )
     return AttentionOutput(out.finish(), lse)
 
@@ -185,13 +187,14 @@ def _delta(
     head_dim = out.shape[3]
     width = block_d(head_dim)
     block_m = max(16, 8192 // width)
-    delta_kernel[(-(-delta.numel() // block_m),)](
+    _delta_kernel[(-(-delta.numel() // block_m),)](
         *(dout, out, None if dlse is None else dlse.contiguous(), delta),
         *(*dout.stride()[:3], delta.numel(), out.shape[1], out.shape[2]),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_D=width,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return delta
 
@@ -210,7 +213,7 @@ def _dq(
         config = choose_config("dq", q.dtype, q.shape[3], q.device, launch.max_rows)
         tiles = -(-launch.max_rows // config.block_m)
         cells = tiles * launch.num_segments
-        dq_kernel[(cells * q.shape[0] * q.shape[2],)](
+        _dq_kernel[(cells * q.shape[0] * q.shape[2],)](
             *(q, k, v, options.key_mask, launch.segments),
             *(_order(options, launch, tiles, q), *shared, *dq.buffers(i)),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(options)),
@@ -218,10 +221,6 @@ def _dq(
             *_geometry(q, k, pattern, launch, cells, tiles),
             *_numbers(options, launch),
             **_flags(q, pattern, options, config),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
     return dq.finish()
 
@@ -243,7 +242,7 @@ def _dk_dv(
         slots = count_slots(q.shape[2], k.shape[2], launch.rate, pattern)
         dk_partial, dk_destination = dk.buffers(i)
         dv_partial, dv_destination = dv.buffers(i)
-        dk_dv_kernel[(cells * k.shape[0] * k.shape[2] * slots,)](
+        _dk_dv_kernel[(cells * k.shape[0] * k.shape[2] * slots,)](
             *(q, k, v, options.key_mask, launch.segments, _order(options, launch, tiles, q)),
             *(*shared, dk_partial, dv_partial, dk_destination, dv_destination),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_mask_strides(options)),
@@ -252,10 +251,6 @@ def _dk_dv(
             slots,
             *_numbers(options, launch),
             **_flags(q, pattern, options, config),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
     return dk.finish(), dv.finish()
 
@@ -300,6 +295,12 @@ def _flags(
         "BLOCKED": pattern.head_offsets == "blocked",
         "HAS_DROPOUT": options.dropout_p > 0,
         "PRECISION": dot_precision(q.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # Triton 3.9 warns unless it is told; multiply-adds are what the accuracy was checked with.
+        "enable_fp_fusion": True,
     }
 
 

@@ -149,9 +149,22 @@ def test_right_results_are_right_in_every_dtype(dtype):
     assert [timing.refused is None for timing in case.timings] == [True, False, True]
 
 
-def test_a_device_that_fails_altogether_is_no_result(monkeypatch):
-    monkeypatch.setattr(EagerBackend, "forward", Failing.backward)
-    with pytest.raises(NotImplementedError, match="no backward here"):
+@pytest.mark.parametrize("when", ["before", "by another backend"])
+def test_a_device_that_fails_altogether_is_no_result(monkeypatch, when):
+    """As after an illegal access to memory: then every backend would look wrong."""
+
+    def broken(*args, **options):
+        raise RuntimeError("the device is gone")
+
+    def breaking(*args, **options):
+        monkeypatch.setattr(EagerBackend, "forward", broken)
+        broken()
+
+    if when == "before":
+        monkeypatch.setattr(EagerBackend, "forward", broken)
+    else:
+        monkeypatch.setattr(SdpaBackend, "forward", breaking)
+    with pytest.raises(RuntimeError, match="the device is gone"):
         measure_backends(**SMALL)
 
 

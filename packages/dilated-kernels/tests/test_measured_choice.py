@@ -219,6 +219,7 @@ DELETE = object()
         (["cases", 0, "timings", 0, "forward_s"], 0, "the timing of 'sdpa' is (0, 3.0) with"),
         (["cases", 0, "timings", 0, "forward_s"], None, "it must have two times above 0, or none"),
         (["cases", 0, "timings", 0, "forward_s"], float("nan"), "it must have two times above 0"),
+        (["cases", 0, "timings", 0, "forward_s"], float("inf"), "it must have two times above 0"),
         (["cases", 0, "timings", 0, "forward_s"], "1", "forward_s is '1', which is not of the"),
         (["cases", 0, "timings", 0, "refused"], "no", "it must have two times above 0, or none"),
         (["cases", 0, "timings", 0, "refused"], DELETE, "a timing has no refused."),

@@ -112,9 +112,7 @@ def fits(entry: Entry, inputs: AttentionInputs) -> bool:
         return False
     if entry.head_dims is not None and inputs.head_dim not in entry.head_dims:
         return False
-    if entry.seq_lens is not None and (
-        inputs.seq_len is None or inputs.seq_len not in entry.seq_lens
-    ):
+    if entry.seq_lens is not None and inputs.seq_len not in entry.seq_lens:  # nor is None
         return False
     oldest, newer = entry.from_capability, entry.below_capability
     if oldest is None and newer is None:

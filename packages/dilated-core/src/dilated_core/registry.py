@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ _PROVIDERS = dict.fromkeys(
     "dilated-kernels",
 )
 
-Ranking = Callable[[str, AttentionInputs], tuple[int, str] | None]
-"""From a backend's name and the inputs to its rank and where that comes from, None if unknown."""
+Ranking = Callable[[AttentionInputs], Mapping[str, tuple[int, str]]]
+"""From inputs to ranks, each with where it comes from, of the backends it knows of, by name."""
 
 _registered: dict[str, AttentionBackend] = {}
 _broken: dict[str, str] = {}
@@ -71,8 +71,8 @@ def unregister_backend(name: str) -> None:
 def use_ranking(ranking: Ranking | None) -> None:
     """Rank backends by `ranking`, such as one that was measured on this machine; undo with None.
 
-    It changes which backend `"auto"` tries first, not which ones can run. Where it returns None,
-    the backend's own rank holds.
+    It changes which backend `"auto"` tries first, not which ones can run. For a backend that it
+    leaves out, the backend's own rank holds.
     """
     global _ranking
     _ranking = ranking
@@ -204,14 +204,12 @@ class _Candidate(NamedTuple):
 def _in_order(inputs: AttentionInputs) -> list[_Candidate]:
     """Every installed backend, in the order in which `"auto"` tries them."""
     _read_entry_points()
-    candidates = [_Candidate(*_rank(b, inputs), b) for b in _registered.values()]
+    overruling: Mapping[str, tuple[int, str]] = {} if _ranking is None else _ranking(inputs)
+    candidates: list[_Candidate] = []
+    for name, backend in _registered.items():
+        rank, origin = overruling.get(name) or own_rank(backend, inputs)
+        candidates.append(_Candidate(rank, origin, backend))
     return sorted(candidates, key=lambda candidate: -candidate.rank)
-
-
-def _rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
-    if _ranking is not None and (ranked := _ranking(backend.name, inputs)) is not None:
-        return ranked
-    return own_rank(backend, inputs)
 
 
 def _explain(inputs: AttentionInputs) -> str:

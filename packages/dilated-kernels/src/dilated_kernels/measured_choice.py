@@ -63,10 +63,11 @@ def use_measured_choice(
     devices = _devices_named(choice)
     ranks = _ranks(choice, by)
 
-    def ranking(name: str, inputs: AttentionInputs) -> Rank | None:
-        if (lengths := ranks.get((inputs.dtype, inputs.head_dim))) is None:
-            return None
-        return _nearest(lengths, inputs.seq_len).get(name) if on_device(inputs.device) else None
+    def ranking(inputs: AttentionInputs) -> dict[str, Rank]:
+        lengths = ranks.get((inputs.dtype, inputs.head_dim))
+        if lengths is None or not on_device(inputs.device):
+            return {}
+        return _nearest(lengths, inputs.seq_len)
 
     def on_device(device: torch.device) -> bool:
         if device.type != choice.device_type:

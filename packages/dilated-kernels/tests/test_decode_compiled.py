@@ -1,0 +1,48 @@
+"""What the compiler makes of the decode kernels, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_decode.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_register_spills(found):
+    assert len(found["resources"]) == 12
+    # The 64-bit divisions before the loop are subroutines, which may keep a register or two there.
+    assert [row for row in found["resources"] if row["stack"] > 16] == []
+
+
+def test_shared_memory_and_registers_leave_room_for_two_programs(found):
+    """So that one can load while the other computes; consumer GPUs have 99 KiB per program."""
+    for row in found["resources"]:
+        assert row["shared"] <= 99 * 2**10, row
+        assert row["registers"] * (8 if row["dtype"] == "torch.float32" else 4) * 32 <= 2**15, row
+
+
+def test_keys_and_values_are_loaded_sixteen_bytes_at_a_time(found):
+    """Neighbouring channels are neighbours in memory, and the compiler must see it."""
+    for row in found["resources"]:
+        assert row["wide_loads"] >= row["wide_loads_of_a_tile"] >= 2, row
+
+
+def test_no_step_needs_another_compilation(found):
+    """Two kinds: few keys, whose result is final, and many, which are split."""
+    calls, kinds = found["specialisations"]["decode_kernel"]
+    assert (calls, kinds) == (306, 2)
+    calls, kinds = found["specialisations"]["merge_kernel"]
+    assert calls > 100
+    assert kinds == 1

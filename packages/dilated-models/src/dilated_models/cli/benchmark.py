@@ -91,7 +91,8 @@ def _table(measured: MeasuredChoice) -> str:
 
 
 def _rate(seconds: float, flops: int) -> str:
-    return f"{seconds * 1e3:>9.2f} ms{flops / seconds / 1e9:>7.0f} GF/s"
+    rate = flops / seconds / 1e9
+    return f"{seconds * 1e3:>9.2f} ms{f'{rate:.3g}' if rate < 100 else f'{rate:.0f}':>7} GF/s"
 
 
 def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:

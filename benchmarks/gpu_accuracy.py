@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ Results = dict[str, torch.Tensor]
 class Case(NamedTuple):
     """One shape in one dtype; `how` is "whole" or "drawn".
 
-    `without` names backends that are left out: flex compiles for minutes where there are many
-    shapes, and the longest sequences are there for the 64-bit offsets of the fused kernels.
+    `without` names backends that are left out: flex and the other tile order take long to compile,
+    and the longest sequences are there for the 64-bit offsets of the fused kernels.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     num_kv_heads: int | None = None
     head_dim: int = 64
     is_causal: bool = False
-    without: tuple[str, ...] = ("flex",)
+    without: tuple[str, ...] = ("flex", HILBERT)
 
 
 def geometric(w0: int, count: int, **options: Any) -> DilatedPattern:
@@ -57,45 +58,60 @@ def geometric(w0: int, count: int, **options: Any) -> DilatedPattern:
 
 
 def gpu_cases() -> list[Case]:
-    five, K = geometric(2048, 5), 2**10
-    paper = DilatedPattern([2048 * 2**i for i in range(5)], [1, 2, 4, 6, 12])
-    official = DilatedPattern(
-        [2048 * 2**i for i in range(5)],
-        [1, 2, 4, 6, 12],
-        head_offsets="blocked",
-        padding="attended",
-    )
-    cases = []
-    for c in (False, True):
-        tag = " causal" if c else ""
-        cases += [
-            Case(f"16k bf16 64{tag}", "whole", 16 * K, five, is_causal=c, without=()),
-            Case(f"16k bf16 128{tag}", "whole", 16 * K, five, head_dim=128, is_causal=c),
-            Case(f"16k fp16 64{tag}", "whole", 16 * K, five, torch.float16, is_causal=c),
-            Case(f"16k fp32 64{tag}", "whole", 16 * K, five, torch.float32, 8, is_causal=c),
-            Case(
-                f"16k+37 paper, grouped{tag}", "whole", 16 * K + 37, paper,
-                num_heads=16, num_kv_heads=4, is_causal=c,
-            ),
-            Case(f"16k+37 official{tag}", "whole", 16 * K + 37, official, is_causal=c),
-        ]  # fmt: skip
-    many = geometric(2048, 10)
+    """The whole sequences, and after them the drawn ones, which need most of the memory.
+
+    Every combination of dtype, head_dim and options is compiled anew, so each is there once.
+    """
+    five, many, K = geometric(2048, 5), geometric(2048, 10), 2**10
+    rates = [1, 2, 4, 6, 12]
+    paper = DilatedPattern([2048 * 2**i for i in range(5)], rates)
+    official = replace(paper, head_offsets="blocked", padding="attended")
+    grouped = {"num_heads": 16, "num_kv_heads": 4}
     all_but_fused = tuple(name for name in available_backends() if name != FUSED)
-    cases += [
-        Case("1M", "drawn", 2**20 + 5, many, is_causal=True),
-        Case("4M", "drawn", 2**22, geometric(2048, 12), without=all_but_fused),
-        Case("4M causal", "drawn", 2**22 - 3, many, is_causal=True, without=all_but_fused),
-    ]
-    return cases
+    return [
+        Case("bf16 64", "whole", 16 * K, five, without=()),
+        Case("bf16 64 causal", "whole", 16 * K, five, is_causal=True, without=("flex",)),
+        Case("bf16 128 causal", "whole", 16 * K, five, head_dim=128, is_causal=True),
+        Case("bf16 128", "whole", 16 * K, five, head_dim=128),
+        Case("fp16 64 causal", "whole", 16 * K, five, torch.float16, is_causal=True),
+        Case("fp32 64", "whole", 16 * K, five, torch.float32, 8),
+        Case("paper, grouped", "whole", 16 * K + 37, paper, **grouped),
+        Case("paper, grouped, causal", "whole", 16 * K + 37, paper, **grouped, is_causal=True),
+        Case("official", "whole", 16 * K + 37, official),
+        Case("1M causal", "drawn", 2**20 + 5, many, is_causal=True),
+        # Nine heads are the fewest whose elements a 32-bit offset cannot count.
+        Case("4M", "drawn", 2**22, geometric(2048, 12), num_heads=9, without=all_but_fused),
+        Case(
+            "4M causal", "drawn", 2**22 - 3, many,
+            num_heads=9, is_causal=True, without=all_but_fused,
+        ),
+    ]  # fmt: skip
 
 
 def small_cases(dtype: torch.dtype) -> list[Case]:
     """A few small ones that use most of the kernels' code."""
     grouped = DilatedPattern([16, 21], [1, 3], head_offsets="blocked", padding="attended")
-    return [
-        Case("grouped, attended", "whole", 21, grouped, dtype, 2, 1, 16),
-        Case("causal", "drawn", 24, geometric(16, 2), dtype, 2, None, 16, is_causal=True),
-    ]
+    without = ("flex",)
+    cases = [
+        Case("grouped, attended", "whole", 21, grouped, dtype, 2, 1, 16, without=without),
+        Case(
+            "causal", "drawn", 24, geometric(16, 2), dtype, 2, None, 16,
+            is_causal=True, without=without,
+        ),
+    ]  # fmt: skip
+    if dtype == torch.bfloat16:  # on a GPU: tiles and pipelines as on real shapes
+        cases.append(Case("64", "drawn", 300, geometric(64, 3), dtype, 4, without=without))
+    return cases
+
+
+def my_share(cases: list[Case], share: str) -> list[Case]:
+    """Of N processes, the first takes the drawn cases and the others share the whole ones."""
+    index, count = map(int, share.split("/"))
+    if count == 1:
+        return cases
+    if index == 0:
+        return [case for case in cases if case.how == "drawn"]
+    return [case for case in cases if case.how == "whole"][index - 1 :: count - 1]
 
 
 def run_backend(name: str, case: Case, inputs: list[torch.Tensor]) -> Results:
@@ -203,15 +219,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
-    parser.add_argument("--quick", action="store_true", help="only sequences of 16k in bf16")
+    parser.add_argument("--quick", action="store_true", help="only bf16, and no sequence above 16k")
     parser.add_argument("--tiny", action="store_true", help="only small shapes")
+    parser.add_argument("--share", default="0/1", help="I/N: the I-th part of N")
     options = parser.parse_args()
+    register_tile_orders()
     device = torch.device(options.device)
     if device.type == "cpu" or options.tiny:
         cases = small_cases(torch.float32 if device.type == "cpu" else torch.bfloat16)
     else:
-        cases = [case for case in gpu_cases() if not options.quick or "16k bf16" in case.name]
-    register_tile_orders()
+        cases = [case for case in gpu_cases() if not options.quick or "bf16" in case.name]
+    cases = my_share(cases, options.share)
     warnings.simplefilter("ignore")  # some of PyTorch's operators are not deterministic, and say so
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     result: dict[str, Any] = {"rows": [], "cases": len(cases)}

@@ -91,19 +91,32 @@ class Run:
         return run_jobs(jobs, seconds=seconds, show=self.show, each_tick=each_tick)
 
 
-def run_script(run: Run, phase: Phase, name: str, seconds: float, *arguments: str) -> None:
-    """A phase that is one script: its rows come into the report as they are written."""
-    part = run.scratch / f"{name}.json"
+def run_script(
+    run: Run, phase: Phase, name: str, seconds: float, *arguments: str, processes: int = 1
+) -> None:
+    """A phase that is one script: its rows come into the report as they are written.
+
+    With several processes each is told `--share=I/N`.
+    """
+    parts = [run.scratch / f"{name}.{i}.json" for i in range(processes)]
+    jobs = [
+        run.script(name, part, *arguments, *([f"--share={i}/{processes}"] * (processes > 1)))
+        for i, part in enumerate(parts)
+    ]
 
     def progress() -> None:
-        if part.exists():
-            phase.update(json.loads(part.read_text(encoding="utf-8")))
+        results = [json.loads(part.read_text(encoding="utf-8")) for part in parts if part.exists()]
+        rows = [row for result in results for row in result.get("rows", [])]
+        for result in results:
+            phase.update(result)
+        phase["rows"] = rows
+        phase["complete"] = sum(result.get("complete", False) for result in results) == processes
 
-    (outcome,) = run.run([run.script(name, part, *arguments)], seconds, progress)
-    if problem := outcome.problem:
-        phase["problems"].append(problem)
-        phase["tail"] = list(outcome.tail)
-    elif not phase.pop("complete", False):
+    for outcome in run.run(jobs, seconds, progress):
+        if problem := outcome.problem:
+            phase["problems"].append(problem)
+            phase["tail"] = list(outcome.tail)
+    if not phase.pop("complete") and not phase["problems"]:
         phase["problems"].append(f"{name} ended before its work was done")
 
 
@@ -116,7 +129,7 @@ def check_environment(run: Run, phase: Phase, seconds: float) -> None:
 
 def check_tests(run: Run, phase: Phase, seconds: float) -> None:
     """Every package's tests marked `gpu`."""
-    jobs = gpu_tests.test_jobs(ROOT, run.scratch, run.environment, processes=run.options.processes)
+    jobs = gpu_tests.make_jobs(ROOT, run.scratch, run.environment, processes=run.options.processes)
 
     def progress() -> None:
         phase["packages"] = gpu_tests.summarize(ROOT, run.scratch)
@@ -131,11 +144,13 @@ def check_tests(run: Run, phase: Phase, seconds: float) -> None:
 def check_accuracy(run: Run, phase: Phase, seconds: float) -> None:
     """Every backend on long sequences."""
     quick = ["--quick"] if run.options.quick else []
-    run_script(run, phase, "gpu_accuracy.py", seconds, *quick)
-    for row in phase.get("rows", []):
+    # Compiling takes the time; one share is for the sequences that need most of the memory.
+    count = run.options.processes or max(1, min(6, (os.cpu_count() or 1) // 2))
+    run_script(run, phase, "gpu_accuracy.py", seconds, *quick, processes=count)
+    for row in phase["rows"]:
         for problem in row.get("problems", []):
             phase["problems"].append(f"backend {row['backend']!r}, {row['case']}: {problem}")
-    if not any("errors" in row for row in phase.get("rows", [])):
+    if not any("errors" in row for row in phase["rows"]):
         phase["problems"].append("no backend was compared with anything")
 
 
@@ -163,12 +178,12 @@ def run_benchmark(run: Run, phase: Phase, seconds: float) -> None:
     arguments += ["--quick"] if run.options.quick else []
     arguments += [f"--commit={run.options.commit}"] if run.options.commit else []
     run_script(run, phase, "gpu_attention.py", seconds, *arguments)
-    for row in phase.get("rows", []):
+    for row in phase["rows"]:
         for name, contender in row["contenders"].items():
             if "failed" in contender and not name.startswith(PEERS):
                 where = f"S={row['seq_len']} w0={row['w0']}"
                 phase["problems"].append(f"backend {name!r}, {where}: {contender['failed']}")
-    part = run.scratch / "gpu_attention.py.json"
+    part = run.scratch / "gpu_attention.py.0.json"
     if run.options.out is not None and part.exists():
         _write(run.options.out, json.loads(part.read_text(encoding="utf-8")))
 
@@ -247,10 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", help="what to record where there is no git repository")
     parser.add_argument(
-        "--processes",
-        type=int,
-        default=max(1, (os.cpu_count() or 1) // 4),
-        help="processes for the tests of each package",
+        "--processes", type=int, help="for the tests of each package, and for accuracy"
     )
     parser.add_argument(
         "--tune", nargs=argparse.REMAINDER, help="only search tile sizes; what follows is for that"
@@ -280,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_metadata(ROOT, scratch / "metadata")
         environment = bare_environment(ROOT, scratch / "metadata")
         environment["PYTHONUNBUFFERED"] = "1"
+        environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(scratch / "hypothesis")
         if options.device == "cpu":
             # The kernels are interpreted; nothing must find a GPU that happens to be there.
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

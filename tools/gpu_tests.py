@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,36 +16,45 @@ from tools.gpu_jobs import Job, Outcome
 _MISSING = re.compile(r"No module named '([A-Za-z0-9_]+)")
 
 
-def test_jobs(
-    root: Path, scratch: Path, environment: Mapping[str, str], *, processes: int
+def make_jobs(
+    root: Path, scratch: Path, environment: Mapping[str, str], *, processes: int | None
 ) -> list[Job]:
-    """Processes for all packages that have tests marked `gpu`; `processes` for each of them.
+    """Processes for all packages that have tests marked `gpu`.
 
     Only files that speak of a GPU are collected: others may need what this machine lacks.
+
+    Args:
+        root: The tree.
+        scratch: Folder for the outcomes.
+        environment: Of the processes.
+        processes: For each package; if None, one for each core between them, because it is
+            compiling kernels that takes the time.
     """
+    files = {package.name: _files(root, package) for package in package_folders(root)}
+    files = {name: found for name, found in files.items() if found}
+    count = processes or max(1, (os.cpu_count() or 1) // max(1, len(files)))
     jobs: list[Job] = []
-    for package in package_folders(root):
-        files = [
-            str(path.relative_to(root))
-            for path in sorted((package / "tests").rglob("test_*.py"))
-            if re.search(r"\bgpu\b", path.read_text(encoding="utf-8"))
-        ]
-        for share in range(processes if files else 0):
+    for package, paths in files.items():
+        for share in range(count):
             command = [
-                *(sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q", "-rN", "--no-header"),
+                *(sys.executable, "-m", "pytest", *paths, "-m", "gpu", "-q", "-rN", "--no-header"),
                 *("-p", "no:cacheprovider", "-p", "tools.pytest_record"),
-                f"--record={record_path(scratch, package.name, share)}",
-                *(f"--share={share}/{processes}", "--continue-on-collection-errors"),
+                f"--record={record_path(scratch, package, share)}",
+                *(f"--share={share}/{count}", "--continue-on-collection-errors"),
                 # Warnings are errors where versions are pinned. Here PyTorch is whatever there is,
                 # and what it deprecates is reported and no failure.
                 *("--override-ini=filterwarnings=default", "--disable-warnings", "--tb=line"),
             ]
-            name = f"{package.name} {share + 1}/{processes}"
-            jobs.append(Job(name, command, environment, root))
+            jobs.append(Job(f"{package} {share + 1}/{count}", command, environment, root))
     return jobs
 
 
-test_jobs.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  # pytest: no test
+def _files(root: Path, package: Path) -> list[str]:
+    return [
+        str(path.relative_to(root))
+        for path in sorted((package / "tests").rglob("test_*.py"))
+        if re.search(r"\bgpu\b", path.read_text(encoding="utf-8"))
+    ]
 
 
 def record_path(scratch: Path, package: str, share: int) -> Path:
@@ -89,12 +99,8 @@ def problems(packages: dict[str, dict[str, Any]], outcomes: Sequence[Outcome]) -
 def _summary(records: list[dict[str, Any]], own: set[str]) -> dict[str, Any]:
     selected = sum(r["count"] for r in records if r["event"] == "selected")
     outcomes = {r["test"]: r for r in records if r["event"] == "outcome"}
-    # What fails while tearing down comes after having passed, and is what counts.
-    failed = {
-        r["test"]: r["message"]
-        for r in records
-        if r["event"] == "outcome" and r["outcome"] == "failed"
-    }
+    # The last outcome counts: what fails while tearing down has passed before.
+    failed = {test: r["message"] for test, r in outcomes.items() if r["outcome"] == "failed"}
     started = {r["test"] for r in records if r["event"] == "started"}
     cut_off = dict.fromkeys(sorted(started - set(outcomes)), "was running at the end")
     missing: dict[str, str] = {}
@@ -106,16 +112,14 @@ def _summary(records: list[dict[str, Any]], own: set[str]) -> dict[str, Any]:
             (missing if absent else not_collected)[record["test"]] = record["message"]
     slowest = sorted(outcomes.values(), key=lambda r: -r["seconds"])[:5]
     return {
-        "passed": sum(r["outcome"] == "passed" and t not in failed for t, r in outcomes.items()),
+        "passed": sum(r["outcome"] == "passed" for r in outcomes.values()),
         "skipped": sum(r["outcome"] == "skipped" for r in outcomes.values()),
         "failed": failed,
         "cut_off": cut_off,
         "not_reached": selected - len(started | set(outcomes)),
         "not_collected": not_collected,
         "missing": missing,
-        "details": {
-            r["test"]: r["detail"] for r in records if r["event"] == "outcome" and r["detail"]
-        },
+        "details": {test: r["detail"] for test, r in outcomes.items() if r["detail"]},
         "slowest_s": {r["test"]: r["seconds"] for r in slowest},
         "warnings": sorted({r["message"] for r in records if r["event"] == "warning"}),
     }

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 from pathlib import Path
 
@@ -123,6 +124,10 @@ def test_everything_runs_from_a_bare_tree_and_wrong_backends_are_named(tmp_path)
         assert max(contenders[name]["errors"].values()) < 1e-5
         assert set(contenders[name]["errors"]) == {"out", "lse", "dq", "dk", "dv"}
     assert contenders["gather_flash"]["errors"]["out"] < 1e-5
+    for part, factor in (("forward", 1.0), ("forward_backward", 3.5)):
+        spread = contenders["sdpa"][part]
+        rate = factor * row["forward_flops"] / (spread["median_ms"] * 1e9)
+        assert spread["tflops"] == pytest.approx(rate, rel=2e-3)
     ratio = row["ratios"]["forward"]["sdpa"]["speed"]
     both = contenders["sdpa"]["forward"], contenders["triton"]["forward"]
     assert ratio == pytest.approx(both[0]["median_ms"] / both[1]["median_ms"], rel=0.01, abs=1e-3)
@@ -167,6 +172,39 @@ def test_drawn_positions_agree_with_the_oracle(benchmarks, is_causal, num_kv_hea
         sampled_errors(call, DilatedPattern([8], [1], padding="attended"), is_causal=is_causal)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_peers_get_the_flops_of_the_pattern(benchmarks, is_causal):
+    from gpu_contenders import dense_contenders
+
+    pattern = DilatedPattern([256, 512, 1024], [1, 2, 4])
+    shape = (1, 4096, 4, 64)
+    flops = pattern.flops(4096, 4, 64, is_causal=is_causal)
+    found = dense_contenders(torch.device("cuda"), shape, 256, is_causal, flops)
+    assert len(found) == 6
+    for name, contender in found.items():
+        B, S, H, D = contender.shape or shape
+        dense = DilatedPattern([S], [1]).flops(S, H, D, batch_size=B, is_causal=is_causal)
+        assert contender.flops == dense
+        if not name.startswith("dense"):
+            assert contender.flops == pytest.approx(flops, rel=0.15)
+        if name.startswith("square"):
+            assert S % 128 == 0
+
+
+def test_times_are_those_of_one_call(benchmarks):
+    from gpu_timing import time_in_rounds
+
+    calls = {"short": lambda _: time.sleep(4e-4), "long": lambda _: time.sleep(8e-3)}
+    spreads = time_in_rounds(calls, torch.device("cpu"), seconds=0.2)
+    assert spreads["short"]["calls_per_round"] > 1
+    assert spreads["long"]["calls_per_round"] == 1
+    assert spreads["short"]["rounds"] == spreads["long"]["rounds"] >= 3
+    assert 0.4 <= spreads["short"]["low_ms"] <= spreads["short"]["high_ms"]
+    assert 8.0 <= spreads["long"]["low_ms"] < 40.0
+    # Other programs make sleep longer, hardly five times as long in the quietest round.
+    assert spreads["short"]["low_ms"] < 2.0
+
+
 def test_cases_of_the_benchmark(benchmarks):
     from gpu_attention import CASES, QUICK_CASES
 
@@ -181,6 +219,23 @@ def test_cases_of_the_benchmark(benchmarks):
         assert max(pattern.segment_lengths) <= case.seq_len
         if not case.is_paper:
             assert 2 * max(pattern.segment_lengths) > case.seq_len
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_processes_share_the_cases_of_accuracy(benchmarks, count):
+    from gpu_accuracy import gpu_cases, my_share
+
+    cases = gpu_cases()
+    shares = [my_share(cases, f"{i}/{count}") for i in range(count)]
+    assert sorted(case.name for share in shares for case in share) == sorted(
+        case.name for case in cases
+    )
+    if count > 1:  # the longest sequences take turns with the memory
+        assert {case.how for case in shares[0]} == {"drawn"}
+        assert {case.how for share in shares[1:] for case in share} == {"whole"}
+    assert any(case.seq_len * case.num_heads * case.head_dim > 2**31 for case in cases)
+    assert any(case.pattern.padding == "attended" for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
 
 
 def row(seq_len, *, w0=2048, ms=1.0, peak=100, **others):

@@ -233,6 +233,18 @@ def test_shares_of_the_tests_add_up(tree):
     assert list(tests["failed"]) == ["packages/dilated-one/tests/test_many.py::test_many[5]"]
 
 
+def test_rows_of_several_processes_come_together(tree):
+    script = """share = sys.argv[1]
+row = {"case": share, "backend": "good", "errors": {}, "problems": []}
+write(rows=[row], complete=share != "--share=1/3")
+"""
+    replace(tree, "gpu_accuracy", script)
+    code, report, _ = check(tree, "--only", "accuracy", "--processes", "3")
+    rows = report["phases"]["accuracy"]["rows"]
+    assert [row["case"] for row in rows] == [f"--share={i}/3" for i in range(3)]
+    assert (code, problems(report)) == (1, ["gpu_accuracy.py ended before its work was done"])
+
+
 def test_without_a_gpu_one_line_and_exit_code_2(tree):
     replace(tree, "gpu_machine", "write(environment=None, complete=True)")
     code, report, output = check(tree)

@@ -115,7 +115,7 @@ def test_any_pattern_after_any_prefill_in_any_splits(
 def test_all_steps_of_a_short_context(head_offsets, num_heads, num_kv_heads, keys_per_split):
     """From the first token on, over the ends of segments; more than 16 heads take two programs."""
     keys_per_split(5)
-    pattern = DilatedPattern([4, 12], [1, 3], head_offsets=head_offsets)
+    pattern = DilatedPattern([4, 12, 15], [1, 3, 5], head_offsets=head_offsets)
     check(random_tokens(14, num_heads=num_heads, num_kv_heads=num_kv_heads), pattern, 0)
 
 

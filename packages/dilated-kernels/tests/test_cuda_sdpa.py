@@ -97,3 +97,25 @@ def test_one_key_never_reaches_cudnn(monkeypatch, is_causal):
     got = cuda_sdpa.cudnn.backward(dout, q, k, v, out, lse, **options)
     want = EagerBackend().backward(dout, q, k, v, out, lse, **options)
     torch.testing.assert_close(got, want)
+
+
+def test_cudnn_gets_out_and_dout_in_one_layout(monkeypatch):
+    """PyTorch would run the plan that it made for other strides; see the adapter."""
+    given = []
+
+    class Aten:
+        @staticmethod
+        def _scaled_dot_product_cudnn_attention_backward(dout, q, k, v, out, lse, *rest, scale):
+            given.extend((dout, out, *rest))
+            return q, k, v
+
+    monkeypatch.setattr(cuda_sdpa, "_aten", Aten)
+    q, dout, out = (torch.randn(3, 8, 4, 16, dtype=torch.bfloat16)[:, ::2] for _ in range(3))
+    k = torch.randn(3, 6, 4, 16, dtype=torch.bfloat16)
+    lse = torch.randn(3, 4, 4)
+    cuda_sdpa.cudnn.backward(dout, q, k, k, out, lse, is_causal=False, **OPTIONS)
+    for got, wanted in zip(given, (dout, out), strict=False):
+        assert got.transpose(1, 2).is_contiguous()
+        assert torch.equal(got.transpose(1, 2), wanted)
+    max_q_and_k = given[7:9]
+    assert max_q_and_k == [4, 6]

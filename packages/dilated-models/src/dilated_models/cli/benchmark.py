@@ -76,7 +76,7 @@ def _table(measured: MeasuredChoice) -> str:
         f"{measured.device_name}: {measured.num_heads} heads, "
         f"{'causal' if measured.is_causal else 'not causal'}, segments {lengths}, rates {rates}",
         f"{'dtype':<9}{'head_dim':>9}{'positions':>10}  {'backend':<10}"
-        f"{'forward':>24}{'forward and backward':>24}",
+        f"{'forward':>27}{'forward and backward':>27}",
     ]
     for case in measured.cases:
         for timing in case.timings:
@@ -92,7 +92,8 @@ def _table(measured: MeasuredChoice) -> str:
 
 def _rate(seconds: float, flops: int) -> str:
     rate = flops / seconds / 1e9
-    return f"{seconds * 1e3:>9.2f} ms{f'{rate:.3g}' if rate < 100 else f'{rate:.0f}':>7} GF/s"
+    digits = f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+    return f"{seconds * 1e3:>10.2f} ms {digits:>8} GF/s"
 
 
 def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:

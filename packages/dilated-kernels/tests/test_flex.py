@@ -156,9 +156,6 @@ def test_strips(stand_in, is_causal, num_kv_heads, masked):
     k, v = (randn(2, 9, num_kv_heads, 8) for _ in range(2))
     mask = torch.rand(2, 9, num_kv_heads, generator=generator) < 0.6 if masked else None
     options = {**OPTIONS, "is_causal": is_causal, "key_padding_mask": mask}
-    if masked:
-        # With several heads to a kv head, core's masks are equal over the kv heads of a strip.
-        options["key_padding_mask"] = mask[:, :, :1].expand_as(mask)
     eager = EagerBackend()
     got, want = flex.forward(q, k, v, **options), eager.forward(q, k, v, **options)
     torch.testing.assert_close(got, want)
@@ -222,6 +219,38 @@ def test_huge_numbers_in_a_pattern():
     compare_forward(Case(seq_len=20, num_heads=5, pattern=pattern))
     blocked = DilatedPattern([2**40, 6], [2**33, 4], head_offsets="blocked", padding="masked")
     compare_forward(Case(seq_len=20, num_heads=5, pattern=blocked))
+
+
+def test_no_number_exceeds_the_indices():
+    pattern = DilatedPattern([2**40, 6, 6], [3, 2**50, 2])
+    assert flex_mask._clipped(pattern, 20, 5) == [(20, 3), (6, 20), (6, 2)]
+    assert flex_mask._clipped(pattern, 4, 50) == [(4, 3), (4, 50), (4, 2)]
+
+
+@pytest.mark.parametrize("documents", [(20, 1, 7), (3, 40), (28,)])
+def test_zero_keys_of_documents(stand_in, documents):
+    pattern = DilatedPattern([8, 32], [3, 4], padding="attended")
+    case = Case(seq_len=sum(documents), documents=documents, num_heads=5, pattern=pattern)
+    Suite()._compare_with_oracle(case, torch.float64, EXACT)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_are_those_in_which_a_key_is_seen(masked):
+    """On CPU PyTorch ignores them; on a GPU nothing else is computed."""
+    pattern = DilatedPattern([300, 5], [127, 90])
+    x = torch.zeros(2, 300, 4, 8)
+    hidden = torch.zeros(2, 300, dtype=torch.bool)
+    hidden[1, 128:256] = True
+    mask = flex_mask.pattern_mask(
+        pattern, x, is_causal=True, documents=None, key_padding_mask=hidden if masked else None
+    )
+    seen = pattern.materialize(300, 4, is_causal=True) > 0
+    seen = seen.expand(2, -1, -1, -1) & ~(hidden[:, None, None] & masked)
+    padded = torch.nn.functional.pad(seen, (0, 84, 0, 84)).view(2, 4, 3, 128, 3, 128)
+    blocks = mask.block_mask.to_dense() > 0
+    assert torch.equal(blocks.expand(2, 4, -1, -1), padded.any(-1).any(3))
+    heads_differ = padded.any(-1).any(3)[:, :1] != padded.any(-1).any(3)
+    assert heads_differ.any()
 
 
 def test_one_mask_for_one_pattern_and_size():

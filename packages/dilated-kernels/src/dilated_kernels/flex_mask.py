@@ -134,7 +134,8 @@ def zero_keys(
         rows_of_segment = w.minimum(length - (position - index))
         offset = _offset(pattern, head, rate, H)
         kept = (index % rate)[:, None] == offset
-        present = (rows_of_segment[:, None] - offset + rate - 1).clamp(min=0) // rate
+        # Offsets are below the rate, so this is never negative.
+        present = (rows_of_segment[:, None] - offset + rate - 1) // rate
         total += kept * (((w + rate - 1) // rate)[:, None] - present)
     return total
 

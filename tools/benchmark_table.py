@@ -34,8 +34,9 @@ dilations 1, 2 and 4, in a process of its own for each length. *Computed*: rows 
 asked for, and the results go into a checksum. *Files*: from memory-mapped files to such a file,
 with a journal. Tokens per second include making or reading the rows and adding up or writing the
 results, whose share is given; *by tenth* are the lowest and the highest rate among the tenths of
-one run; *memory* is the peak above what the process held before. A length that is listed twice was
-run twice, the second time after the longer ones: it says how far the machine itself drifts.
+one run; *memory* is the peak above what the process held before, *all* with that. A length that is
+listed twice was run twice, the second time after the longer ones: it says how far the machine
+itself drifts.
 
 """
 
@@ -159,14 +160,14 @@ def _streaming(path: Path) -> list[str]:
     result = json.loads(path.read_text())
     return [
         STREAMING
-        + "| positions | rows | tokens per second | by tenth | source and sink | memory | process |",
+        + "| positions | rows | tokens per second | by tenth | source and sink | memory | all |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {row['seq_len']:,} | {'computed' if row['rows'] == 'generated' else 'files'} "
             f"| {row['tokens_per_second']:,} "
             f"| {min(tenths := row['tokens_per_second_by_tenth']):,} to {max(tenths):,} "
             f"| {(row['source_seconds'] + row['sink_seconds']) / row['seconds']:.0%} "
-            f"| {row['memory_above_start_bytes'] / 2**20:.0f} MiB "
+            f"| {max(0, row['memory_above_start_bytes']) / 2**20:.0f} MiB "
             f"| {row['peak_memory_bytes'] / 2**20:.0f} MiB |"
             for row in result["rows"]
         ),

@@ -15,6 +15,8 @@ import torch
 from dilated_core import AttentionOutput
 from dilated_core.backend import CONTRACT_VERSION, AttentionInputs
 
+from dilated_kernels.choice import Rank, rank
+
 # The second and third dimension of a CUDA grid end here, and kernels put the batch into one of
 # them. A strip's batch counts segments: 65 536 segments of 2048 are 134 million positions.
 _MAX_BATCH = 65535
@@ -50,6 +52,10 @@ class VendorBackend:
     attend: Attend
     differentiate: Differentiate
     contract: int = CONTRACT_VERSION
+
+    def priority_for(self, inputs: AttentionInputs) -> Rank:
+        """See `AttentionBackend`."""
+        return rank(self.name, inputs)
 
     def why_not(self, inputs: AttentionInputs) -> list[str]:
         """See `AttentionBackend.why_not`."""

@@ -19,6 +19,7 @@ from dilated_core import AttentionOutput, DilatedPattern, merge_partials
 from dilated_core.backend import CONTRACT_VERSION, AttentionInputs
 
 from dilated_kernels import availability
+from dilated_kernels.choice import Rank, rank
 from dilated_kernels.flex_mask import (
     Mask,
     documents_of,
@@ -44,6 +45,10 @@ class FlexBackend:
     name = "flex"
     priority = -1  # only by name
     contract = CONTRACT_VERSION
+
+    def priority_for(self, inputs: AttentionInputs) -> Rank:
+        """See `AttentionBackend`."""
+        return rank(self.name, inputs)
 
     def why_not(self, inputs: AttentionInputs) -> list[str]:
         """See `AttentionBackend.why_not`."""

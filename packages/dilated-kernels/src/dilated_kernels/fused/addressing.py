@@ -3,14 +3,21 @@
 A branch cuts the sequence into segments of w positions; in each, a head with offset o keeps the
 positions o, o + r, o + 2r, …: its rows, counted j = 0, 1, …. A tile is a block of neighbouring rows
 of one head in one segment. Nothing is gathered: row j of a segment that starts at position s is
-the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Offsets are
-64-bit.
+the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Offsets
+have 64 bits.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Triton compiles a kernel anew for integers that are 1 or divisible by 16. These change from call
+# to call and would gain nothing.
+NOT_SPECIALIZED = (
+    *("seq_len", "num_heads", "segment_length", "heads_per_offset", "cells", "tiles", "slots"),
+    *("seed", "branch", "num_rows"),
+)
 
 
 @triton.jit
@@ -93,6 +100,7 @@ def load_rows(base, row, row_stride, inside, dims, HEAD_DIM: tl.constexpr, MASKE
         dims: `tl.arange(0, BLOCK_D)`.
     """
     pointers = row_pointers(base, row, row_stride, dims)
+    # Every branch ends in a return, because what follows one would be compiled as well.
     if MASKED:
         if dims.shape[0] == HEAD_DIM:
             return tl.load(pointers, mask=inside[:, None], other=0.0)

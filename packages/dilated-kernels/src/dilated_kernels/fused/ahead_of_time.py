@@ -10,18 +10,21 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dilated_kernels.fused.backward import dk_dv_kernel, dq_kernel
+from dilated_kernels.fused import backward, forward
 from dilated_kernels.fused.configs import Config, Kind, block_d, tabled_config
-from dilated_kernels.fused.forward import forward_kernel
 
-KERNELS: dict[Kind, Any] = {"forward": forward_kernel, "dq": dq_kernel, "dk_dv": dk_dv_kernel}
+KERNELS: dict[Kind, Any] = {
+    "forward": cast(Any, forward.forward_kernel),
+    "dq": cast(Any, backward.dq_kernel),
+    "dk_dv": cast(Any, backward.dk_dv_kernel),
+}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -78,8 +81,8 @@ def compile_kernel(
     Raises:
         RuntimeError: If Triton runs as an interpreter, or has no disassembler to ask.
     """
-    kernel = KERNELS[kind]
-    if not isinstance(kernel, triton.JITFunction):
+    kernel: Any = KERNELS[kind]
+    if not hasattr(kernel, "cache_key"):
         raise RuntimeError("Triton runs as an interpreter; unset TRITON_INTERPRET to compile.")
     config = config or tabled_config(kind, dtype, head_dim, capability, precision)
     constants: dict[str, Any] = {
@@ -117,8 +120,8 @@ def compile_kernel(
             if "_stride_" in name and not name.startswith("mask"):
                 attributes[i,] = divisible
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, values, attributes),
+    compiled = cast(Any, triton.compile)(
+        cast(Any, ASTSource)(kernel, signature, values, attributes),
         target=target,
         options={
             "num_warps": config.num_warps,

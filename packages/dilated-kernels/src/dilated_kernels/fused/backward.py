@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dilated_kernels.fused.addressing import (
+    NOT_SPECIALIZED,
     head_offset,
     heads_of_slot,
     kept_rows,
@@ -24,7 +25,7 @@ from dilated_kernels.fused.addressing import (
 from dilated_kernels.fused.arithmetic import LOG2_E, dot, keep_factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def delta_kernel(
     dout, out, dlse, delta,
     dout_stride_b, dout_stride_s, dout_stride_h, num_rows, seq_len, num_heads,
@@ -94,7 +95,7 @@ def _sum_over_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dq_kernel(
     q, k, v, key_mask, segments, order, dout, lse, delta, partial, dq,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
@@ -223,7 +224,7 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dk_dv_kernel(
     q, k, v, key_mask, segments, order, dout, lse, delta, dk_partial, dv_partial, dk, dv,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,

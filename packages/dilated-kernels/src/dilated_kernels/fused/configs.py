@@ -1,13 +1,30 @@
-"""Tile sizes, warps and pipeline stages of each kernel."""
+"""Tile sizes, warps and pipeline stages of each kernel, by GPU generation.
+
+Each line of the table is the first of a list of candidates, largest tiles first, that the compiler
+fits into the registers and the shared memory of such a GPU without spilling, causal or not, with
+grouped queries or without; `tools/kernel_resources.py` compiles them and records what they use
+(docs/kernels.md). None has been timed on a GPU yet.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 import triton
 
 Kind = Literal["forward", "dq", "dk_dv"]
+Arithmetic = Literal["half", "tf32", "ieee"]
+Generation = Literal["ampere", "hopper", "blackwell"]
+
+SHARED_BYTES: dict[Generation, int] = {
+    # Of a GeForce, which also takes these; an A100 has 166912.
+    "ampere": 101376,
+    "hopper": 232448,
+    "blackwell": 232448,
+}
+"""Shared memory that a program may use."""
 
 
 class Config(NamedTuple):
@@ -26,23 +43,159 @@ class Config(NamedTuple):
     num_stages: int
 
 
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""What head_dim is rounded up to; the columns of the table."""
+
+
+def _row(*columns: tuple[int, int, int, int]) -> tuple[Config, ...]:
+    return tuple(Config(*column) for column in columns)
+
+
+# fmt: off
+TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
+    ("ampere", "half", "forward"): _row(
+        (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2),
+    ),
+    ("ampere", "half", "dq"): _row(
+        (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 4, 2),
+    ),
+    ("ampere", "half", "dk_dv"): _row(
+        (64, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2),
+    ),
+    ("ampere", "tf32", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("ampere", "tf32", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("ampere", "tf32", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("ampere", "ieee", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("ampere", "ieee", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("ampere", "ieee", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "half", "forward"): _row(
+        (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2),
+    ),
+    ("hopper", "half", "dq"): _row(
+        (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2),
+    ),
+    ("hopper", "half", "dk_dv"): _row(
+        (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2),
+    ),
+    ("hopper", "tf32", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "tf32", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "tf32", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "ieee", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "ieee", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("hopper", "ieee", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "half", "forward"): _row(
+        (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2),
+    ),
+    ("blackwell", "half", "dq"): _row(
+        (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2),
+    ),
+    ("blackwell", "half", "dk_dv"): _row(
+        (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (32, 32, 8, 2),
+    ),
+    ("blackwell", "tf32", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "tf32", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "tf32", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "ieee", "forward"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "ieee", "dq"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+    ("blackwell", "ieee", "dk_dv"): _row(
+        (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1),
+    ),
+}
+# fmt: on
+
+
 def block_d(head_dim: int) -> int:
     """head_dim rounded up to what a tile can have."""
-    # 16 is the least that a matrix product takes.
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(HEAD_DIMS[0], triton.next_power_of_2(head_dim))
+
+
+def generation(capability: tuple[int, int]) -> Generation:
+    """The part of the table for a compute capability.
+
+    9.x multiplies by warp groups; 10.x and 11.x have tensor memory; all others, which includes the
+    consumer GPUs of 12.x, multiply by warps as 8.x does.
+    """
+    if capability[0] == 9:
+        return "hopper"
+    return "blackwell" if capability[0] in (10, 11) else "ampere"
 
 
 def tabled_config(
     kind: Kind, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], precision: str
 ) -> Config:
-    return Config(64, 64, 4, 2)
+    """The line of the table for a kernel.
+
+    Args:
+        kind: Which kernel.
+        dtype: Of q, k and v.
+        head_dim: D, at most 256.
+        capability: CUDA compute capability.
+        precision: Of float32 products, "tf32" or else; no matter for other dtypes.
+    """
+    if dtype != torch.float32:
+        arithmetic: Arithmetic = "half"
+    else:
+        arithmetic = "tf32" if precision == "tf32" else "ieee"
+    column = HEAD_DIMS.index(block_d(head_dim))
+    return TABLE[generation(capability), arithmetic, kind][column]
 
 
 def choose_config(
-    kind: Kind, dtype: torch.dtype, head_dim: int, device: torch.device, max_rows: int
+    kind: Kind,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    max_rows: int,
+    precision: str,
 ) -> Config:
-    config = Config(64, 64, 4, 2)
+    """The configuration for a launch: that of the table, with tiles no larger than a segment.
+
+    Args:
+        kind, dtype, head_dim, precision: As for `tabled_config`.
+        device: Where it runs; a CPU is treated as a GPU of compute capability 8.0.
+        max_rows: The most rows of a head in a segment.
+    """
+    config = tabled_config(kind, dtype, head_dim, _capability(device), precision)
     longest = max(16, triton.next_power_of_2(max_rows))
     return config._replace(
         block_m=min(config.block_m, longest), block_n=min(config.block_n, longest)
     )
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)

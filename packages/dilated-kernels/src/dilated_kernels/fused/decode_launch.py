@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from dilated_core import AttentionOutput
 from dilated_core.cache_rows import CacheLayout
 
-from dilated_kernels.fused.decode import decode_kernel, merge_kernel
+from dilated_kernels.fused import decode
 from dilated_kernels.fused.launch import dot_precision
+
+# To a type checker a kernel is a Python function, whose launch options it does not know.
+decode_kernel = cast(Any, decode.decode_kernel)
+merge_kernel = cast(Any, decode.merge_kernel)
 
 # A program reads about 64 KiB of half-precision keys and values: enough to make up for its partial
 # result of D float32, few enough that one sequence of 12 heads occupies a GPU.
@@ -120,6 +124,7 @@ def decode_forward(
             HEAD_DIM=D,
             **blocks._asdict(),
             PRECISION=dot_precision(q.dtype),
+            enable_fp_fusion=True,
         )
         if partial is not None:
             merge_kernel[(B * H,)](
@@ -129,5 +134,6 @@ def decode_forward(
                 BLOCK_D=blocks.BLOCK_D,
                 MAX_SPLITS=MAX_SPLITS,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return AttentionOutput(out, lse)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dilated_kernels.fused.addressing import (
+    NOT_SPECIALIZED,
     head_offset,
     kept_rows,
     load_rows,
@@ -67,7 +68,7 @@ def _attend_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     q, k, v, key_mask, segments, order, partial, out, lse,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,

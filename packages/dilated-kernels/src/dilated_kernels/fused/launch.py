@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -23,10 +23,10 @@ from dilated_kernels.fused.configs import Config, block_d, choose_config
 from dilated_kernels.fused.tile_order import TileOrder, order_table
 
 # To a type checker a kernel is a Python function, whose launch options it does not know.
-_forward_kernel: Any = forward.forward_kernel
-_delta_kernel: Any = backward.delta_kernel
-_dq_kernel: Any = backward.dq_kernel
-_dk_dv_kernel: Any = backward.dk_dv_kernel
+_forward_kernel = cast(Any, forward.forward_kernel)
+_delta_kernel = cast(Any, backward.delta_kernel)
+_dq_kernel = cast(Any, backward.dq_kernel)
+_dk_dv_kernel = cast(Any, backward.dk_dv_kernel)
 
 
 class Options(NamedTuple):
@@ -137,7 +137,9 @@ def dilated_forward(
     out = Accumulation(q, launches, is_read_unwritten=False)
     with _on_device(q):
         for i, launch in enumerate(launches):
-            config = choose_config("forward", q.dtype, q.shape[3], q.device, launch.max_rows)
+            config = choose_config(
+                "forward", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
+            )
             tiles = -(-launch.max_rows // config.block_m)
             cells = tiles * launch.num_segments
             partial, destination = out.buffers(i)
@@ -210,7 +212,9 @@ def _dq(
 ) -> torch.Tensor:
     dq = Accumulation(q, launches, is_read_unwritten=len(launches) > 1)
     for i, launch in enumerate(launches):
-        config = choose_config("dq", q.dtype, q.shape[3], q.device, launch.max_rows)
+        config = choose_config(
+            "dq", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
+        )
         tiles = -(-launch.max_rows // config.block_m)
         cells = tiles * launch.num_segments
         _dq_kernel[(cells * q.shape[0] * q.shape[2],)](
@@ -236,7 +240,9 @@ def _dk_dv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dk, dv = (Accumulation(x, launches, is_read_unwritten=len(launches) > 1) for x in (k, v))
     for i, launch in enumerate(launches):
-        config = choose_config("dk_dv", q.dtype, q.shape[3], q.device, launch.max_rows)
+        config = choose_config(
+            "dk_dv", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
+        )
         tiles = -(-launch.max_rows // config.block_n)
         cells = tiles * launch.num_segments
         slots = count_slots(q.shape[2], k.shape[2], launch.rate, pattern)

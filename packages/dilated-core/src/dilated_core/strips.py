@@ -126,7 +126,8 @@ class Strip:
         for first in range(0, problems, step):
             count = min(step, problems - first)
             if self.num_segments == 1:
-                parts.append(replace(self, first_batch=self.first_batch + first, num_batches=count))
+                batch = self.first_batch + first
+                parts.append(replace(whole, first_batch=batch, num_batches=count))
             else:
                 # Batch rows follow each other at the segments' stride, so counting on is right.
                 start = self.start + first * self.segment_length

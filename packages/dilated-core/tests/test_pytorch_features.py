@@ -1,5 +1,7 @@
 """What users of PyTorch take for granted: autocast, meta tensors, inductor, FSDP, determinism."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from dilated_core import (
@@ -11,6 +13,7 @@ from dilated_core import (
 )
 from dilated_core.testing import relative_error, run_processes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PATTERN = DilatedPattern([8, 24, 40], [1, 3, 4])
 BRANCHES = {"segment_lengths": [8, 24], "dilation_rates": [1, 3]}
@@ -175,3 +178,34 @@ def test_fsdp_on_two_ranks_equals_one_process():
     # It has learned: equality is not that of untouched weights.
     assert all((p - start[name]).abs().max() > 1e-6 for name, p in one.named_parameters()
                if "k_proj.bias" not in name)  # fmt: skip
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_sees_the_operators():
+    """Without a dispatch mode a call takes a shorter way; the results are the same."""
+    q, k, v = (torch.randn(2, 20, 4, 8, requires_grad=True) for _ in range(3))
+    dout = torch.randn(2, 20, 4, 8)
+    pattern = DilatedPattern([8, 20], [1, 2])
+    results = []
+    for mode in (nullcontext(), seen := _Seen()):
+        with mode:
+            out = dilated_attention(q, k, v, pattern)
+            results.append([out, *torch.autograd.grad(out, (q, k, v), dout)])
+    assert seen.names.count("dilated_core::attention_forward") == 1
+    assert seen.names.count("dilated_core::attention_backward") == 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.profiler.profile() as profile:
+        dilated_attention(q, k, v, pattern)
+    names = {event.key for event in profile.key_averages()}
+    assert "dilated_core::attention_forward" not in names  # the shorter way was taken

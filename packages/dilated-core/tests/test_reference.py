@@ -8,7 +8,6 @@ import pytest
 import torch
 from dilated_core import (
     DilatedPattern,
-    available_backends,
     dilated_attention,
     reference_dilated_attention,
     reference_dilated_attention_with_lse,
@@ -69,7 +68,7 @@ def _golden_cases():
 
 
 @pytest.mark.parametrize("index", range(len(_golden_cases())))
-@pytest.mark.parametrize("backend", ["reference", *available_backends()])
+@pytest.mark.parametrize("backend", ["reference", "eager", "sdpa"])
 def test_published_code(index, backend):
     """Blocked offsets and attended zero padding give the published code's outputs."""
     case = _golden_cases()[index]

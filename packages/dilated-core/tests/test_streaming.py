@@ -215,7 +215,7 @@ class UnwritableSink:
         ({"sink": UnwritableSink(), "journal": True}, TypeError, "returned Tensor that JSON"),
         ({"pattern": [4]}, TypeError, "pattern is a list; it must be a DilatedPattern"),
         ({"scale": float("nan")}, ValueError, "scale is nan; it must be finite"),
-        ({"backend": "cudnn"}, ValueError, "backend is 'cudnn'"),
+        ({"backend": "nonesuch"}, ValueError, "backend is 'nonesuch'"),
         ({"source": lambda a, b: torch.ones(3, 1, b - a, 2, 4)}, TypeError,
          r"source\(0, 1\) returned a Tensor; it must return a tuple of three tensors"),
         ({"source": lambda a, b: (torch.ones(b - a, 2, 4),) * 3}, ValueError, "four dimensions"),

@@ -69,7 +69,7 @@ def dilated_attention_with_lse(
         max_workspace_bytes=max_workspace_bytes,
     )
     scale = check_scale(scale, q.shape[-1])
-    out, lse = ops.attention_forward(
+    out, lse = ops.attend(
         q, k, v, scale, dropout_p, options, dropout_seed, key_padding_mask, cu_seqlens
     )
     return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])

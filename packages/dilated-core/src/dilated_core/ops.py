@@ -20,6 +20,9 @@ from dilated_core.pattern import DilatedPattern
 from dilated_core.registry import choose_backend
 from dilated_core.strip_attention import Call, backward_over_strips, forward_over_strips, wide
 
+# The dispatcher's state has no public name.
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+
 # Every argument of an operator costs microseconds at each call, so the options that are no tensors
 # and that no compiler makes symbolic are one text; see `encode_options`.
 _OPTIONS = (
@@ -59,12 +62,7 @@ def _decode_options(text: str) -> _Options:
     return _Options(pattern, *others)
 
 
-@torch.library.custom_op(
-    "dilated_core::attention_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def attention_forward(
+def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Contiguous out `(B, S, H, D)` and lse `(B, S, H)`.
@@ -77,12 +75,20 @@ def attention_forward(
     if torch.is_autocast_enabled(q.device.type):
         # Dtypes are settled by now; a matrix product inside must not change them.
         with torch.autocast(q.device.type, enabled=False):
-            return attention_forward(q, k, v, *options)
+            return _forward(q, k, v, *options)
     call, cu_seqlens = _call(q, k, *options)
     if (whole := getattr(call.kernel, "dilated_forward", None)) is not None:
         out, lse = whole(q, k, v, call.pattern, **call.options(0), cu_seqlens=cu_seqlens)
         return out.contiguous(), lse.contiguous()
     return forward_over_strips(call, q, k, v, _bounds(cu_seqlens, q))
+
+
+attention_forward = torch.library.custom_op(
+    "dilated_core::attention_forward",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+)
 
 
 @attention_forward.register_fake
@@ -92,15 +98,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
 
 
-@torch.library.custom_op(
-    "dilated_core::attention_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def attention_backward(
+def _gradients(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -113,7 +111,7 @@ def attention_backward(
     """Contiguous gradients of q, k, v from those of out and, unless None, of lse."""
     if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):
-            return attention_backward(dout, dlse, q, k, v, out, lse, *options)
+            return _gradients(dout, dlse, q, k, v, out, lse, *options)
     call, cu_seqlens = _call(q, k, *options)
     if (whole := getattr(call.kernel, "dilated_backward", None)) is not None:
         tensors = (dout, dlse, q, k, v, out, lse)
@@ -121,6 +119,17 @@ def attention_backward(
         dq, dk, dv = (grad.contiguous() for grad in grads)
         return dq, dk, dv
     return backward_over_strips(call, dout, dlse, q, k, v, out, lse, _bounds(cu_seqlens, q))
+
+
+attention_backward = torch.library.custom_op(
+    "dilated_core::attention_backward",
+    _gradients,
+    mutates_args=(),
+    schema=(
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @attention_backward.register_fake
@@ -150,10 +159,53 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     if dout is None:
         dout = torch.zeros_like(out)
     options = (ctx.scale, ctx.dropout_p, ctx.options, *tensor_options)
-    return (*attention_backward(dout, dlse, q, k, v, out, lse, *options), *nothing)
+    # Where the gradient itself is to be differentiated, the operator refuses that.
+    is_plain = not torch.is_grad_enabled() and _is_plain(dout, q, k, v)
+    gradients = _gradients if is_plain else attention_backward
+    return (*gradients(dout, dlse, q, k, v, out, lse, *options), *nothing)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """The operator without its way through the dispatcher, which is half of what a call costs."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, *grads)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_forward`, differentiable, and by a shorter way where nobody looks.
+
+    A compiler, a transform of torch.func, a dispatch mode (which selective checkpointing, FLOP
+    counters and fake tensors are) and tensors of another class see the operator.
+    """
+    if not _is_plain(q, k, v):
+        return attention_forward(q, k, v, *options)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _PlainAttention.apply(q, k, v, *options)
+    return _forward(q, k, v, *options)
+
+
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether operators on these tensors go straight to their kernels."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) is torch.Tensor for x in tensors)
+        and _C._len_torch_dispatch_stack() == 0
+        and _C._functorch.maybe_current_level() is None
+        and all(x.device.type != "meta" for x in tensors)
+    )
 
 
 def _refuse_vmap(*args: Any) -> Any:

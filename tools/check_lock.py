@@ -1,9 +1,9 @@
 """requirements.lock is what this workspace resolves to; `--write` makes it so.
 
 uv.lock is not committed because it names the index that made it. This file is its export for
-every package, extra and group: exact versions and hashes, no addresses. The workspace is
-resolved in an empty folder, as in a fresh clone, because an older uv.lock in the tree would
-keep versions that nobody else gets.
+every package, extra and group but vendors' kernels: exact versions and hashes, no addresses. The
+workspace is resolved in an empty folder, as in a fresh clone, because an older uv.lock in the tree
+would keep versions that nobody else gets.
 """
 
 import argparse
@@ -29,6 +29,8 @@ def resolve(root: Path) -> str:
             shutil.copyfile(path, target)
         command = "uv export --quiet --no-header --no-emit-workspace"
         command += " --all-packages --all-extras --all-groups"
+        # Their files are built for one PyTorch; nobody could install the record with them in it.
+        command += " --no-extra flash --no-extra xformers"
         return subprocess.run(
             command.split(), cwd=copy, check=True, stdout=subprocess.PIPE, text=True
         ).stdout

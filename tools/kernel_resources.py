@@ -1,10 +1,10 @@
 """Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype, causality and grouping, and writes benchmarks/results/kernel_resources.json; rows
-that are there for the same sources and Triton are kept, so it can be stopped and goes on.
-`--check` compiles nothing: it fails unless the file covers the table, without spills and within
-the shared memory. docs/kernels.md shows a summary that tools/benchmark_table.py makes of it.
+head_dim, dtype, causality and grouping, and writes benchmarks/results/kernel_resources.json and the
+table in docs/kernels.md; rows that are there for the same sources and Triton are kept, so it can be
+stopped and goes on. `--check` compiles nothing: it fails unless the file covers the configurations,
+without spills and within the shared memory, and the page shows it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "kernel_resources.json"
+PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = ROOT / "packages" / "dilated-kernels" / "src" / "dilated_kernels" / "fused"
 SOURCES = ("addressing.py", "arithmetic.py", "forward.py", "backward.py")
+
+BEGIN, END = "<!-- kernel_resources -->", "<!-- /kernel_resources -->"
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 HEAD_DIMS = (16, 32, 48, 64, 96, 128, 256)
@@ -116,6 +119,35 @@ def problems(rows: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """docs/kernels.md with the table of these rows between its two markers."""
+    from dilated_kernels.fused.configs import generation
+
+    cells: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
+    for specialization in specializations():
+        kind, dtype, precision, head_dim, capability, *_ = specialization
+        arithmetic = f"float32, {precision}" if dtype == "float32" else "half precision"
+        line = cells.setdefault((generation(capability), arithmetic, kind), {})
+        line.setdefault(head_dim, []).append(rows[key(specialization)])
+    lines = [
+        "| GPUs, arithmetic, kernel | " + " | ".join(f"D = {d}" for d in HEAD_DIMS) + " |",
+        "| --- " * (1 + len(HEAD_DIMS)) + "|",
+    ]
+    for name, line in cells.items():
+        shown: list[str] = []
+        for of_head_dim in line.values():
+            block_m, block_n, warps, stages = of_head_dim[0]["config"]
+            registers = max(row["registers"] for row in of_head_dim)
+            shared = max(row["shared_bytes"] for row in of_head_dim)
+            shown.append(
+                f"{block_m}×{block_n}, {warps}, {stages}: {registers}, {shared / 1024:.0f}"
+            )
+        lines.append(f"| {', '.join(name)} | {' | '.join(shown)} |")
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    return "\n".join([before + BEGIN, "", *lines, "", END + after])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile what is missing, or with `--check` look at what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,7 +188,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for problem in (found := problems(rows)):
         print(problem)
-    return 1 if found else 0
+    if found:
+        return 1
+    if not options.check:
+        PAGE.write_text(page(rows))
+    elif PAGE.read_text() != page(rows):
+        print("docs/kernels.md shows other numbers; run python -m tools.kernel_resources")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

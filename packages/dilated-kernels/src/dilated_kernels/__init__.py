@@ -1,10 +1,16 @@
 """Fused kernels and adapters for dilated attention; importing this changes nothing.
 
-Installing the package is enough: `dilated_core` finds its backends through entry points.
+Installing the package is enough: `dilated_core` finds its backends through entry points. In here,
+`choice` ranks the backends, `availability` says what a machine has, `fused` holds the Triton
+kernels, `adapter` what the adapters to other people's kernels share.
 """
 
 from importlib.metadata import version as _version
 
+from dilated_kernels.fused.backend import TritonBackend
+from dilated_kernels.measure import measure_backends
+from dilated_kernels.measured_choice import use_measured_choice
+
 __version__ = _version("dilated-kernels")
 
-__all__ = ["__version__"]
+__all__ = ["TritonBackend", "measure_backends", "use_measured_choice"]

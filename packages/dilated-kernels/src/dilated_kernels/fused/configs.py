@@ -137,6 +137,21 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
 }
 # fmt: on
 
+PADDED: dict[tuple[Generation, Arithmetic, Kind, int], Config] = {
+    ("ampere", "half", "dk_dv", 64): Config(64, 64, 8, 2),
+    ("ampere", "tf32", "dk_dv", 64): Config(32, 64, 8, 1),
+    ("ampere", "ieee", "dk_dv", 64): Config(32, 32, 8, 2),
+    ("ampere", "ieee", "dq", 128): Config(32, 32, 16, 2),
+    ("hopper", "half", "dk_dv", 64): Config(64, 128, 8, 2),
+    ("hopper", "ieee", "dk_dv", 64): Config(32, 32, 8, 2),
+    ("hopper", "ieee", "dq", 128): Config(32, 32, 16, 2),
+    ("hopper", "tf32", "dq", 128): Config(32, 32, 4, 2),
+    ("hopper", "tf32", "forward", 128): Config(64, 32, 8, 2),
+    ("blackwell", "ieee", "dk_dv", 64): Config(32, 32, 8, 2),
+    ("blackwell", "ieee", "dq", 128): Config(32, 32, 16, 2),
+}
+"""Where the mask that a head_dim between the columns needs makes the table's line spill."""
+
 
 def block_d(head_dim: int) -> int:
     """head_dim rounded up to what a tile can have."""
@@ -170,8 +185,10 @@ def tabled_config(
         arithmetic: Arithmetic = "half"
     else:
         arithmetic = "tf32" if precision == "tf32" else "ieee"
-    column = HEAD_DIMS.index(block_d(head_dim))
-    return TABLE[generation(capability), arithmetic, kind][column]
+    line = (generation(capability), arithmetic, kind)
+    width = block_d(head_dim)
+    config = TABLE[line][HEAD_DIMS.index(width)]
+    return config if head_dim == width else PADDED.get((*line, width), config)
 
 
 def choose_config(

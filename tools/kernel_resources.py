@@ -1,7 +1,7 @@
 """Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype, causality and grouping, and writes benchmarks/results/kernel_resources.json and the
+head_dim, dtype and causality, and writes benchmarks/results/kernel_resources.json and the
 table in docs/kernels.md; rows that are there for the same sources and Triton are kept, so it can be
 stopped and goes on. `--check` compiles nothing: it fails unless the file covers the configurations,
 without spills and within the shared memory, and the page shows it.
@@ -37,26 +37,25 @@ ARITHMETIC = (
 )
 KINDS = ("forward", "dq", "dk_dv")
 
-Specialization = tuple[str, str, str, int, tuple[int, int], bool, int]
+Specialization = tuple[str, str, str, int, tuple[int, int], bool]
 
 
 def specializations() -> Iterator[Specialization]:
-    """Kernel, dtype, precision, head_dim, capability, causality and group of all that ship."""
+    """Kernel, dtype, precision, head_dim, capability and causality of all that ship."""
     for capability in CAPABILITIES:
         for dtype, precision in ARITHMETIC:
             for kind in KINDS:
                 for head_dim in HEAD_DIMS:
                     for is_causal in (False, True):
-                        for group in (1, 4):
-                            yield kind, dtype, precision, head_dim, capability, is_causal, group
+                        yield kind, dtype, precision, head_dim, capability, is_causal
 
 
 def key(specialization: Specialization) -> str:
     """A specialization as a key of JSON."""
-    kind, dtype, precision, head_dim, (major, minor), is_causal, group = specialization
+    kind, dtype, precision, head_dim, (major, minor), is_causal = specialization
     arithmetic = f"{dtype} {precision}" if dtype == "float32" else dtype
     causality = "causal" if is_causal else "full"
-    return f"{kind} | {arithmetic} | {head_dim} | {major}.{minor} | {causality} | {group}"
+    return f"{kind} | {arithmetic} | {head_dim} | {major}.{minor} | {causality}"
 
 
 def sources_hash() -> str:
@@ -73,7 +72,7 @@ def compile_one(specialization: Specialization) -> tuple[str, dict[str, Any]]:
     from dilated_kernels.fused.ahead_of_time import compile_kernel
     from dilated_kernels.fused.configs import tabled_config
 
-    kind, dtype_name, precision, head_dim, capability, is_causal, group = specialization
+    kind, dtype_name, precision, head_dim, capability, is_causal = specialization
     dtype = getattr(torch, dtype_name)
     config = tabled_config(kind, dtype, head_dim, capability, precision)  # pyright: ignore[reportArgumentType]
     with warnings.catch_warnings():
@@ -84,7 +83,6 @@ def compile_one(specialization: Specialization) -> tuple[str, dict[str, Any]]:
             head_dim,
             capability,
             is_causal=is_causal,
-            group=group,
             precision=precision,
         )
     return key(specialization), {"config": list(config), **resources._asdict()}
@@ -96,7 +94,7 @@ def problems(rows: dict[str, dict[str, Any]]) -> list[str]:
 
     found: list[str] = []
     for specialization in specializations():
-        kind, dtype_name, precision, head_dim, capability, *_ = specialization
+        kind, dtype_name, precision, head_dim, capability, _ = specialization
         row = rows.get(key(specialization))
         if row is None:
             found.append(f"{key(specialization)}: not compiled")
@@ -125,7 +123,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
 
     cells: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
     for specialization in specializations():
-        kind, dtype, precision, head_dim, capability, *_ = specialization
+        kind, dtype, precision, head_dim, capability, _ = specialization
         arithmetic = f"float32, {precision}" if dtype == "float32" else "half precision"
         line = cells.setdefault((generation(capability), arithmetic, kind), {})
         line.setdefault(head_dim, []).append(rows[key(specialization)])

@@ -24,11 +24,11 @@ for dtype, arguments, keywords in json.loads(sys.argv[1]):
 
 SAMPLE = [
     ("bfloat16", ("forward", 64, (8, 0)), {"is_causal": True}),
-    ("bfloat16", ("dq", 64, (8, 0)), {"is_causal": False, "group": 4}),
-    ("float16", ("dk_dv", 64, (8, 0)), {"is_causal": True, "rate": 4}),
-    ("bfloat16", ("forward", 96, (9, 0)), {"is_causal": False, "rate": 4}),
+    ("bfloat16", ("dq", 64, (8, 0)), {"is_causal": False}),
+    ("float16", ("dk_dv", 64, (8, 0)), {"is_causal": True}),
+    ("bfloat16", ("forward", 96, (9, 0)), {"is_causal": False}),
     ("bfloat16", ("dq", 128, (9, 0)), {"is_causal": True}),
-    ("bfloat16", ("dk_dv", 128, (9, 0)), {"is_causal": True, "group": 4}),
+    ("bfloat16", ("dk_dv", 128, (9, 0)), {"is_causal": True}),
     ("float32", ("forward", 64, (9, 0)), {"is_causal": True, "precision": "ieee"}),
     ("float32", ("dk_dv", 64, (9, 0)), {"is_causal": False, "precision": "tf32"}),
     ("bfloat16", ("forward", 64, (10, 0)), {"is_causal": True}),

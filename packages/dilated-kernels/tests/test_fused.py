@@ -362,3 +362,18 @@ def test_without_a_gpu_nothing_loads_the_kernels():
     assert "sdpa      can run, and is what 'auto' takes" in result.stdout
     assert "TRITON_INTERPRET=1 turns on" in result.stdout
     assert "backend 'triton' cannot run float32 on cpu" in result.stdout
+
+
+@pytest.mark.parametrize("padding", ["masked", "attended"])
+def test_scores_far_below_zero(padding):
+    """Their exponentials are 0 in float32; their softmax is not. Segments without zero keys too."""
+    pattern = DilatedPattern([8, 24], [1, 2], padding=padding)
+    q = torch.full((1, 24, 2, 8), 20.0, device=DEVICE)
+    k = q.neg() + torch.randn(q.shape, device=DEVICE) / 100
+    v = torch.randn(q.shape, device=DEVICE)
+    out, lse = dilated_attention_with_lse(q, k, v, pattern, backend="triton")
+    exact_out, exact_lse = reference_dilated_attention_with_lse(q, k, v, pattern)
+    assert (lse < -1000).all()
+    assert relative_error(lse, exact_lse) < 1e-6
+    # Scores of a thousand are known to a ten-thousandth.
+    assert relative_error(out, exact_out) < 1e-3

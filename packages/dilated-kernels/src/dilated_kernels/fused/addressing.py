@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 # Triton compiles a kernel anew for integers that are 1 or divisible by 16. These change from call
-# to call and would gain nothing.
+# to call, or from branch to branch, and would gain nothing.
 NOT_SPECIALIZED = (
-    *("seq_len", "num_heads", "segment_length", "heads_per_offset", "cells", "tiles", "slots"),
-    *("seed", "branch", "num_rows"),
+    *("seq_len", "num_heads", "group", "segment_length", "rate", "heads_per_offset"),
+    *("cells", "tiles", "slots", "seed", "branch", "num_rows"),
 )
 
 

@@ -56,8 +56,6 @@ def compile_kernel(
     capability: tuple[int, int],
     *,
     is_causal: bool,
-    group: int = 1,
-    rate: int = 1,
     precision: str = "ieee",
     dropout: bool = False,
     with_options: bool = False,
@@ -65,14 +63,15 @@ def compile_kernel(
 ) -> Resources:
     """Compile one specialisation of a kernel and read its resources.
 
+    Rates, grouped queries, lengths and head counts are arguments of the kernel, so one
+    specialisation serves them all.
+
     Args:
         kind: Which kernel.
         dtype: Of q, k and v.
         head_dim: D.
         capability: Compute capability, such as (9, 0).
         is_causal: As in the call.
-        group: H / H_kv. Triton compiles 1 apart from other numbers.
-        rate: r, likewise.
         precision: Of float32 products: "ieee" or "tf32".
         dropout: With dropout.
         with_options: With a key padding mask, packed documents and a tile order.
@@ -104,9 +103,6 @@ def compile_kernel(
         if name in constants or (name in _OPTIONAL_POINTERS and not with_options):
             signature[name] = "constexpr"
             values[name] = constants.get(name)
-        elif (name == "group" and group == 1) or (name == "rate" and rate == 1):
-            signature[name] = "constexpr"
-            values[name] = 1
         elif name in _FLOAT32_POINTERS:
             signature[name], attributes[i,] = "*fp32", divisible
         elif name in _DATA_POINTERS:

@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages of each kernel, by GPU generation.
 
 Each line of the table is the first of a list of candidates, largest tiles first, that the compiler
-fits into the registers and the shared memory of such a GPU without spilling, causal or not, with
-grouped queries or without; `tools/kernel_resources.py` compiles them and records what they use
+fits into the registers and the shared memory of such a GPU without spilling, causal or not;
+`tools/kernel_resources.py` compiles them and records what they use
 (docs/kernels.md). None has been timed on a GPU yet.
 """
 
@@ -60,7 +60,7 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
         (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (32, 32, 4, 2),
     ),
     ("ampere", "half", "dk_dv"): _row(
-        (64, 128, 8, 3), (64, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2),
+        (64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2),
     ),
     ("ampere", "tf32", "forward"): _row(
         (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1),
@@ -87,7 +87,7 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
         (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2),
     ),
     ("hopper", "half", "dk_dv"): _row(
-        (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2),
+        (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 8, 2), (32, 32, 8, 2),
     ),
     ("hopper", "tf32", "forward"): _row(
         (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (16, 32, 4, 1),
@@ -138,11 +138,9 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
 # fmt: on
 
 PADDED: dict[tuple[Generation, Arithmetic, Kind, int], Config] = {
-    ("ampere", "half", "dk_dv", 64): Config(64, 64, 8, 2),
     ("ampere", "tf32", "dk_dv", 64): Config(32, 64, 8, 1),
     ("ampere", "ieee", "dk_dv", 64): Config(32, 32, 8, 2),
     ("ampere", "ieee", "dq", 128): Config(32, 32, 16, 2),
-    ("hopper", "half", "dk_dv", 64): Config(64, 128, 8, 2),
     ("hopper", "ieee", "dk_dv", 64): Config(32, 32, 8, 2),
     ("hopper", "ieee", "dq", 128): Config(32, 32, 16, 2),
     ("hopper", "tf32", "dq", 128): Config(32, 32, 4, 2),

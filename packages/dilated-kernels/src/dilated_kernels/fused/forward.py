@@ -163,7 +163,8 @@ def forward_kernel(
         new_max = tl.where(zero_keys > 0, tl.maximum(row_max, 0.0), row_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         correction = tl.exp2(row_max - shift)
-        row_sum = row_sum * correction + zero_keys * tl.exp2(0.0 - shift)
+        # With zero keys the shift is not below 0; without, infinity times 0 would not be 0.
+        row_sum = row_sum * correction + zero_keys * tl.exp2(-tl.maximum(shift, 0.0))
         acc = acc * correction[:, None]
         row_max = new_max
 

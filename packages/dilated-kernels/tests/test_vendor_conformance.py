@@ -1,9 +1,8 @@
 """The adapters pass core's suite on a GPU that has their kernels; elsewhere each says why not."""
 
-import hypothesis
 import pytest
 import torch
-from dilated_core import available_backends, dilated_attention_with_lse, register_backend
+from dilated_core import available_backends, register_backend
 from dilated_core.backend import AttentionInputs
 from dilated_core.registry import get_backend, unregister_backend
 from dilated_core.testing import BackendConformance
@@ -26,42 +25,19 @@ def registered():
         unregister_backend(backend.name)
 
 
-def skip(reasons):
-    """Skip the test, or in a hypothesis test this example of it."""
-    if hypothesis.currently_in_test_context():
-        hypothesis.reject()
-    pytest.skip(" ".join(reasons))
-
-
 class OnGpu(BackendConformance):
     """The suite, whose small head_dims are filled with zeros for kernels that load 8 at once."""
 
     device = "cuda"
     dtypes = HALF
     multiple = 8
+    may_refuse = True  # they have no mask of keys, and limits of head_dim
 
     @pytest.fixture(autouse=True)
     def needs_its_kernel(self):
         inputs = AttentionInputs(torch.device(self.device), self.dtypes[0], 4, 64)
         if reasons := get_backend(self.backend).why_not(inputs):
             pytest.skip(" ".join(reasons))
-
-    def _attend(self, case, q, k, v):
-        D = q.shape[-1]
-        options = case.options(device=self.device)
-        if options["scale"] is None:
-            options["scale"] = D**-0.5
-        q, k, v = (torch.nn.functional.pad(x, (0, -D % self.multiple)) for x in (q, k, v))
-        inputs = AttentionInputs(
-            *(q.device, q.dtype, q.shape[-2], q.shape[-1]),
-            has_key_padding_mask=options["key_padding_mask"] is not None,
-        )
-        if reasons := get_backend(self.backend).why_not(inputs):
-            skip(reasons)
-        out, lse = dilated_attention_with_lse(
-            q, k, v, case.pattern, **options, backend=self.backend
-        )
-        return out[..., :D], lse
 
 
 @pytest.mark.gpu

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, currently_in_test_context, given, reject, settings
 
 from dilated_core.attention import dilated_attention_with_lse
+from dilated_core.backend import AttentionInputs
 from dilated_core.pattern import DilatedPattern
 from dilated_core.reference import reference_dilated_attention_with_lse
 from dilated_core.registry import get_backend
@@ -43,11 +44,16 @@ class BackendConformance:
         backend: Name of the backend.
         device: Where to run it.
         dtypes: Dtypes it runs. With float64 it is held to exactness, otherwise to budgets.
+        multiple: head_dims are filled with zeros up to a multiple of this, for kernels that load
+            several numbers at once.
+        may_refuse: Whether inputs that its `why_not` refuses are skipped; otherwise they fail.
     """
 
     backend: ClassVar[str]
     device: ClassVar[str] = "cpu"
     dtypes: ClassVar[tuple[torch.dtype, ...]]
+    multiple: ClassVar[int] = 1
+    may_refuse: ClassVar[bool] = False
 
     @pytest.fixture(autouse=True)
     def poisoned_memory(self) -> Iterator[None]:
@@ -70,9 +76,22 @@ class BackendConformance:
     def _attend(
         self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return dilated_attention_with_lse(
-            q, k, v, case.pattern, **case.options(device=self.device), backend=self.backend
+        D, options = q.shape[-1], case.options(device=self.device)
+        if options["scale"] is None:
+            options["scale"] = D**-0.5
+        q, k, v = (torch.nn.functional.pad(x, (0, -D % self.multiple)) for x in (q, k, v))
+        inputs = AttentionInputs(
+            *(q.device, q.dtype, q.shape[-2], q.shape[-1]),
+            has_key_padding_mask=options["key_padding_mask"] is not None,
         )
+        if self.may_refuse and (reasons := get_backend(self.backend).why_not(inputs)):
+            if currently_in_test_context():
+                reject()
+            pytest.skip(" ".join(reasons))
+        out, lse = dilated_attention_with_lse(
+            q, k, v, case.pattern, **options, backend=self.backend
+        )
+        return out[..., :D], lse
 
     def _compare_with_oracle(self, case: Case, dtype: torch.dtype, bound: float) -> None:
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)

@@ -117,6 +117,13 @@ def problems(rows: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
+def write(version: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Write the record, a line for each row."""
+    head = json.dumps({"triton": version, "sources": sources_hash()})[1:-1]
+    lines = [f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())]
+    RESULT.write_text("\n".join([f"{{{head},", '"rows": {', ",\n".join(lines), "}}"]) + "\n")
+
+
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """docs/kernels.md with the table of these rows between its two markers."""
     from dilated_kernels.fused.configs import generation
@@ -175,12 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows[name] = row
                 if i % 20 == 19 or i + 1 == len(todo):
                     print(f"{i + 1} of {len(todo)}: {name}: {row}", flush=True)
-                    record = {
-                        "triton": triton.__version__,
-                        "sources": sources_hash(),
-                        "rows": dict(sorted(rows.items())),
-                    }
-                    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+                    write(triton.__version__, rows)
+        write(triton.__version__, rows)
     elif not is_current:
         print("the kernels changed since they were compiled; run python -m tools.kernel_resources")
         return 1

@@ -29,8 +29,11 @@ def resolve(root: Path) -> str:
             shutil.copyfile(path, target)
         command = "uv export --quiet --no-header --no-emit-workspace"
         command += " --all-packages --all-extras --all-groups"
-        # Their files are built for one PyTorch; nobody could install the record with them in it.
-        command += " --no-extra flash --no-extra xformers"
+        projects = [path.read_text() for path in copy.glob("packages/*/pyproject.toml")]
+        # Built for one PyTorch, so that nobody could install the record with them in it.
+        for extra in ("flash", "xformers"):
+            if any(f"\n{extra} = [" in text for text in projects):
+                command += f" --no-extra {extra}"
         return subprocess.run(
             command.split(), cwd=copy, check=True, stdout=subprocess.PIPE, text=True
         ).stdout

@@ -1,7 +1,7 @@
 """Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype and causality, and writes benchmarks/results/kernel_resources.json and the
+head_dim, dtype and causality, and writes benchmarks/kernel_resources.json and the
 table in docs/kernels.md; rows that are there for the same sources and Triton are kept, so it can be
 stopped and goes on. `--check` compiles nothing: it fails unless the file covers the configurations,
 without spills and within the shared memory, and the page shows it.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "kernel_resources.json"
+RESULT = ROOT / "benchmarks" / "kernel_resources.json"
 PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = ROOT / "packages" / "dilated-kernels" / "src" / "dilated_kernels" / "fused"
 SOURCES = ("addressing.py", "arithmetic.py", "forward.py", "backward.py")

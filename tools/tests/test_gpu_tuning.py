@@ -19,20 +19,20 @@ def test_a_config_holds_for_its_kernels_only_and_for_a_while_only():
 
     asked = (torch.bfloat16, 64, torch.device("cpu"))
     before = launch.choose_config
-    usual = before("forward", *asked, 2048)
+    usual = before("forward", *asked, 2048, "tf32")
     config = configs.Config(32, 128, 8, 3)
     assert config != usual
     with configured("dq", config):
-        assert launch.choose_config("dq", *asked, 2048) == config
-        assert launch.choose_config("forward", *asked, 2048) == usual
-        assert launch.choose_config("dq", *asked, max_rows=50) == (32, 64, 8, 3)
+        assert launch.choose_config("dq", *asked, 2048, "tf32") == config
+        assert launch.choose_config("forward", *asked, 2048, "tf32") == usual
+        assert launch.choose_config("dq", *asked, max_rows=50, precision="tf32") == (32, 64, 8, 3)
     assert launch.choose_config is before
     assert configs.choose_config is before
     with pytest.raises(ValueError, match="mine"), configured("dq", config):
         raise ValueError("mine")
     assert launch.choose_config is before
     with pytest.raises(RuntimeError, match="no dk_dv kernel asked"), configured("dk_dv", config):
-        launch.choose_config("dq", *asked, 2048)
+        launch.choose_config("dq", *asked, 2048, "tf32")
 
 
 def test_a_search_goes_on_where_it_was_stopped(monkeypatch):

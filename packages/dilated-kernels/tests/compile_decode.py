@@ -6,20 +6,17 @@ long context need. A script, because Triton compiles only in a process that does
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from dilated_core import DecodingCache, DilatedPattern
 from dilated_kernels.fused import decode, decode_launch
+from dilated_kernels.fused.ahead_of_time import resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 PATTERN = DilatedPattern([256, 512, 1024, 2048, 4096], [1, 2, 4, 6, 12])
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Recorder:
@@ -71,14 +68,7 @@ def resources(kernel, target, args, kwargs):
     signature, constants, attributes, options = specialise(kernel, target, args, kwargs)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    registers, stack = resource_usage(compiled.asm["cubin"])
     loads = re.findall(r"(?:ld\.global|cp\.async\.c)\S*", compiled.asm["ptx"])
     # Parts in float32, or keys and values.
     row_bytes = 4 if kernel is decode.merge_kernel else 2 * args[0].itemsize

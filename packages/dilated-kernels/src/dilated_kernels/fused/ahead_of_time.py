@@ -125,11 +125,11 @@ def compile_kernel(
             "enable_fp_fusion": True,
         },
     )
-    registers, stack = _resource_usage(compiled.asm["cubin"])
+    registers, stack = resource_usage(compiled.asm["cubin"])
     return Resources(registers, stack, compiled.metadata.shared)
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack, which is where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():

@@ -155,17 +155,20 @@ def _additive(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> torch.T
     if key_padding_mask is None:
         return None
     B, M, H, _ = q.shape
-    mask = q.new_zeros(key_padding_mask.shape).masked_fill_(key_padding_mask, -math.inf)
-    # With several heads to a kv head all share their rows, hence one mask.
-    heads = mask.transpose(1, 2) if mask.shape[2] == H else mask[:, :, :1].transpose(1, 2)
-    return heads[:, :, None].expand(B, H, M, M)
+    hidden = _per_head(key_padding_mask, H)
+    mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+    return mask[:, :, None].expand(B, H, M, M)
+
+
+def _per_head(key_padding_mask: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The mask `(B, M, K)` for each head of q: `(B, H, M)`."""
+    hidden = key_padding_mask.transpose(1, 2)
+    return hidden.repeat_interleave(num_heads // hidden.shape[1], dim=1)
 
 
 def _sees_nothing(key_padding_mask: torch.Tensor, num_heads: int, is_causal: bool) -> torch.Tensor:
-    """Which rows see no key: `(B, H or 1, M or 1)`."""
-    hidden = key_padding_mask.transpose(1, 2)
-    if hidden.shape[1] != num_heads:
-        hidden = hidden[:, :1]
+    """Which rows see no key: `(B, H, M or 1)`."""
+    hidden = _per_head(key_padding_mask, num_heads)
     return torch.cummin(hidden, -1)[0] if is_causal else hidden.all(-1, keepdim=True)
 
 

@@ -262,6 +262,42 @@ class BackendConformance:
         for a, e in zip(got, want, strict=True):
             assert relative_error(a, e) <= bound
 
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_strips_with_a_mask_for_each_head(self, is_causal: bool) -> None:
+        """Heads that keep other positions have other keys masked; here, all keys of one."""
+        dtype, bound = self._sharpest()
+        kernel = get_backend(self.backend)
+        case = Case(seq_len=24, head_dim=16, num_kv_heads=2, pattern=DilatedPattern([24], [1]))
+        q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
+        inputs = AttentionInputs(
+            *(q.device, dtype, 4, 16), num_kv_heads=2, has_key_padding_mask=True
+        )
+        if self.may_refuse and (reasons := kernel.why_not(inputs)):
+            pytest.skip(" ".join(reasons))
+        hidden = torch.rand(1, 24, 2, generator=torch.Generator().manual_seed(0)) < 0.3
+        hidden[:, :, 1] = True
+        hidden = hidden.to(self.device)
+        options = {"is_causal": is_causal, "scale": 0.3, "dropout_p": 0.0, "dropout_seed": 0}
+        with torch.no_grad():
+            out, lse = kernel.forward(q, k, v, **options, key_padding_mask=hidden)
+            row_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+            got = kernel.backward(dout, q, k, v, out, row_lse, **options, key_padding_mask=hidden)
+        Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
+        scores = 0.3 * torch.einsum("bqhd,bkhd->bhqk", Q, K.repeat_interleave(2, 2))
+        is_masked = hidden.repeat_interleave(2, 2).permute(0, 2, 1)[:, :, None, :]
+        if is_causal:
+            is_masked = is_masked | torch.ones(24, 24, device=q.device).triu(1).bool()
+        weights = scores.exp().masked_fill(is_masked, 0.0)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.where(total > 0, 1.0)
+        exact_out = torch.einsum("bhqk,bkhd->bqhd", weights, V.repeat_interleave(2, 2))
+        exact_lse = total.log()[..., 0].mT
+        assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
+        want = [exact_out, *torch.autograd.grad(exact_out, (Q, K, V), dout.double())]
+        for a, e in zip([out, *got], want, strict=True):
+            assert relative_error(a, e) <= bound
+        assert relative_error(lse.nan_to_num(neginf=0), exact_lse.nan_to_num(neginf=0)) <= bound
+
     def test_nan_propagates(self) -> None:
         """A NaN in one key makes NaN of the rows that see it, and of no other."""
         dtype, _ = self._sharpest()

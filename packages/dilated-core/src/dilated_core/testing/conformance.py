@@ -277,7 +277,8 @@ class BackendConformance:
         hidden = torch.rand(1, 24, 2, generator=torch.Generator().manual_seed(0)) < 0.3
         hidden[:, :, 1] = True
         hidden = hidden.to(self.device)
-        options = {"is_causal": is_causal, "scale": 0.3, "dropout_p": 0.0, "dropout_seed": 0}
+        options: dict[str, Any] = {"is_causal": is_causal, "scale": 0.3}
+        options |= {"dropout_p": 0.0, "dropout_seed": 0}
         with torch.no_grad():
             out, lse = kernel.forward(q, k, v, **options, key_padding_mask=hidden)
             row_lse = lse.masked_fill(lse == -torch.inf, torch.inf)

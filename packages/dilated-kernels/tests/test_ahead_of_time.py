@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from dilated_kernels.fused import ahead_of_time, configs
+from dilated_core import DilatedPattern, dilated_attention
+from dilated_kernels.fused import ahead_of_time, configs, launch
 
 _CODE = """
 import json, sys, torch
@@ -34,12 +35,15 @@ SAMPLE = [
     ("float32", ("forward", 64, (9, 0)), {"is_causal": True, "precision": "ieee"}),
     ("float32", ("dk_dv", 64, (9, 0)), {"is_causal": False, "precision": "tf32"}),
     ("bfloat16", ("forward", 64, (10, 0)), {"is_causal": True}),
-]
-
-# Masks, documents, orders and dropout cost registers; these compile, and may spill.
-OPTIONS = [
-    ("bfloat16", (kind, 64, (9, 0)), {"is_causal": True, "dropout": True, "with_options": True})
-    for kind in ("forward", "dq", "dk_dv")
+    ("bfloat16", ("dk_dv", 256, (10, 0)), {"is_causal": False}),
+    *[
+        (
+            "bfloat16",
+            (kind, 64, (9, 0)),
+            {"is_causal": True, "dropout": True, "options": ["key_mask", "segments", "order"]},
+        )
+        for kind in ("forward", "dq", "dk_dv")
+    ],
 ]
 
 
@@ -55,32 +59,89 @@ def compile_all(sample):
     return [ahead_of_time.Resources(*json.loads(line)) for line in result.stdout.splitlines()]
 
 
-def test_what_ships_does_not_spill():
+def test_what_ships_fits():
     for (dtype, (kind, head_dim, capability), keywords), used in zip(
         SAMPLE, compile_all(SAMPLE), strict=True
     ):
         name = f"{kind} {dtype} {head_dim} {capability} {keywords}"
-        assert used.spilled_bytes == 0, name
-        assert 0 < used.registers <= 255, name
+        assert used.spills_in_loops == 0, name
+        assert used.spilled_bytes <= 64, name
+        assert not used.is_serialized, name
+        assert 32 <= used.registers <= 255, name
         limit = configs.SHARED_BYTES[configs.generation(capability)]
         assert 0 < used.shared_bytes <= limit, name
+        assert used.tensor_columns <= configs.TENSOR_COLUMNS, name
 
 
-def test_every_option_compiles():
-    assert len(compile_all(OPTIONS)) == 3
+def test_what_does_not_fit_is_seen():
+    """Tiles too large and warps too many: otherwise "no spills" would say nothing."""
+    hopper, blackwell = ("dk_dv", 128, (9, 0)), ("dk_dv", 256, (10, 0))
+    spilling, serialized, trapping = compile_all(
+        [
+            ("bfloat16", kernel, {"is_causal": True, "config": config})
+            for kernel, config in (
+                (hopper, [128, 128, 4, 2]),
+                (hopper, [64, 128, 16, 2]),
+                (blackwell, [32, 128, 8, 2]),
+            )
+        ]
+    )
+    assert spilling.spilled_bytes > 64
+    assert spilling.spills_in_loops > 0
+    assert serialized.is_serialized
+    assert trapping.tensor_columns > configs.TENSOR_COLUMNS
 
 
-def test_the_reader_of_resources_sees_spills():
-    """Tiles that do not fit: otherwise "no spills" would say nothing."""
-    too_large = {"is_causal": True, "config": [128, 128, 4, 2]}
-    (used,) = compile_all([("bfloat16", ("dk_dv", 128, (9, 0)), too_large)])
-    assert used.spilled_bytes > 0
+def test_spills_are_counted_where_they_repeat():
+    disassembly = """
+        /*0000*/  STL [R1], R2 ;
+    .L_x_0:
+        /*0010*/  LDL R3, [R1] ;
+    .L_x_1:
+        /*0020*/  STL.64 [R1+0x4], R4 ;
+        /*0030*/  @P0 BRA `(.L_x_1) ;
+        /*0040*/  @P1 BRA `(.L_x_2) ;
+        /*0050*/  LDL R5, [R1] ;
+        /*0060*/  @P0 BRA `(.L_x_0) ;
+    .L_x_2:
+        /*0070*/  LDL.LU R5, [R1] ;
+    .L_x_3:
+        /*0080*/  BRA `(.L_x_3);
+    """
+    assert ahead_of_time.count_spills_in_loops(disassembly) == 3
+
+
+def test_a_jump_back_from_rare_code_is_no_loop():
+    """The compiler puts it behind the end of the code; what stands between repeats nothing."""
+    disassembly = """
+        /*0000*/  STL [R1], R2 ;
+        /*0010*/  BRA.DIV UR9, `(.L_x_2) ;
+    .L_x_0:
+        /*0020*/  BSSY.RECONVERGENT B1, `(.L_x_1) ;
+        /*0030*/  @P0 BRA `(.L_x_3) ;
+        /*0040*/  BSYNC.RECONVERGENT B1 ;
+    .L_x_1:
+        /*0050*/  LDL R3, [R1] ;
+        /*0060*/  EXIT ;
+    .L_x_2:
+        /*0070*/  LDL R4, [R1] ;
+        /*0080*/  BRA `(.L_x_0) ;
+    .L_x_3:
+        /*0090*/  LDL R5, [R1] ;
+        /*00a0*/  BSYNC.RECONVERGENT B1 ;
+        /*00b0*/  EXIT ;
+    """
+    assert ahead_of_time.count_spills_in_loops(disassembly) == 0
+    # With a jump back where the branches have met, all three loads repeat.
+    loop = disassembly.replace("/*0060*/  EXIT", "/*0060*/  @P1 BRA `(.L_x_0)")
+    assert ahead_of_time.count_spills_in_loops(loop) == 3
 
 
 @pytest.mark.parametrize(
     ("capability", "generation"),
     [
-        *[((7, 0), "ampere"), ((8, 0), "ampere"), ((8, 9), "ampere"), ((12, 0), "ampere")],
+        *[((8, 0), "ampere"), ((8, 7), "ampere"), ((8, 6), "ada"), ((8, 9), "ada")],
+        *[((12, 0), "ada"), ((7, 5), "ada"), ((11, 0), "blackwell")],
         *[((9, 0), "hopper"), ((10, 0), "blackwell"), ((10, 3), "blackwell")],
     ],
 )
@@ -107,6 +168,23 @@ def test_tiles_are_no_longer_than_segments():
     assert configs.choose_config(*arguments, 10**6, "tf32")[:2] == (128, 64)
     assert configs.choose_config(*arguments, 33, "tf32")[:2] == (64, 64)
     assert configs.choose_config(*arguments, 1, "tf32")[:2] == (16, 16)
+
+
+def test_a_mask_or_dropout_takes_smaller_tiles(monkeypatch):
+    """Where they would spill otherwise; and a launch says that it has them."""
+    arguments = (torch.bfloat16, 64, (9, 0), "tf32")
+    plain = configs.tabled_config("forward", *arguments)
+    assert configs.tabled_config("forward", *arguments, True) != plain
+    asked = []
+    choose = launch.choose_config
+    monkeypatch.setattr(launch, "choose_config", lambda *a: asked.append(a[-1]) or choose(*a))
+    q = torch.zeros(1, 8, 2, 16, requires_grad=True)
+    mask = torch.zeros(1, 8, dtype=torch.bool)
+    for options in ({}, {"key_padding_mask": mask}, {"dropout_p": 0.5}):
+        dilated_attention(
+            q, q, q, DilatedPattern([8], [1]), **options, backend="triton"
+        ).sum().backward()
+    assert asked == [False] * 3 + [True] * 6
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="compiled here")

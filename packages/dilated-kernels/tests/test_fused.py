@@ -17,12 +17,10 @@ from dilated_core import (
     unregister_backend,
 )
 from dilated_core.backend import AttentionInputs
-from dilated_core.pattern import head_offset
 from dilated_core.registry import get_backend
 from dilated_core.testing import Case, assert_within_budget, relative_error
 from dilated_core.testing.error_budget import pytorch_errors
 from dilated_kernels.fused import TritonBackend, launch
-from dilated_kernels.fused.addressing import row_pointers
 from dilated_kernels.fused.arithmetic import keep_factor
 from dilated_kernels.fused.configs import Config
 
@@ -189,69 +187,6 @@ def test_dropout_follows_the_seed_of_torch():
     assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
     assert not torch.equal(results[0][0], results[2][0])
     assert torch.equal(results[0][1], results[2][1])  # the lse knows nothing of it
-
-
-# Addresses
-
-
-@triton.jit
-def _offset_kernel(result, base, stride, ROWS: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    dims = tl.arange(0, 16)
-    pointers = row_pointers(base, row, stride, dims)
-    offsets = pointers.to(tl.int64) - tl.cast(base, tl.int64)
-    tl.store(result + row[:, None] * 16 + dims[None, :], offsets)
-
-
-def test_offsets_go_beyond_32_bits():
-    result = torch.empty(32, 16, dtype=torch.int64, device=DEVICE)
-    base = torch.empty(1, device=DEVICE)
-    stride = 2**40 + 8
-    _offset_kernel[(1,)](result, base, stride, 32)
-    want = torch.arange(32)[:, None] * stride + torch.arange(16)
-    assert torch.equal(result.cpu(), want * 4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_tensors_beyond_two_to_the_31_elements(is_causal):
-    """The last segment of a long sequence is what it is alone."""
-    w, H, D = 4096, 16, 64
-    S = 2**31 // (H * D) + 2 * w
-    pattern = DilatedPattern([w, 2 * w], [1, 4])
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, dout = (
-        torch.randn(1, S, H, D, device="cuda", dtype=torch.bfloat16, generator=generator)
-        for _ in range(4)
-    )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = dilated_attention(*leaves, pattern, is_causal=is_causal, backend="triton")
-    grads = torch.autograd.grad(out, leaves, dout)
-    last = slice(S - 2 * w, S)
-    tail = [x[:, last].detach().clone().requires_grad_() for x in (q, k, v)]
-    alone = dilated_attention(*tail, pattern, is_causal=is_causal, backend="triton")
-    assert torch.equal(out[:, last], alone)
-    for got, want in zip(grads, torch.autograd.grad(alone, tail, dout[:, last]), strict=True):
-        assert torch.equal(got[:, last], want)
-
-
-@pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (12, 3), (6, 1), (10, 5)])
-def test_every_head_has_one_slot(head_offsets, heads, kv_heads):
-    """Programs of the dk/dv kernel: heads with one key head and one offset, each counted once."""
-    for rate in range(1, 14):
-        group = heads // kv_heads
-        offsets = [head_offset(h, rate, heads, head_offsets) for h in range(heads)]
-        most = max(
-            max(offsets[g * group : (g + 1) * group])
-            - min(offsets[g * group : (g + 1) * group])
-            + 1
-            if head_offsets == "blocked"
-            else len(set(offsets[g * group : (g + 1) * group]))
-            for g in range(kv_heads)
-        )
-        pattern = DilatedPattern([16], [rate], head_offsets=head_offsets)
-        assert launch.count_slots(heads, kv_heads, rate, pattern) == most
 
 
 # Memory

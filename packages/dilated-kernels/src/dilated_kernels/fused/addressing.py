@@ -3,8 +3,8 @@
 A branch cuts the sequence into segments of w positions; in each, a head with offset o keeps the
 positions o, o + r, o + 2r, …: its rows, counted j = 0, 1, …. A tile is a block of neighbouring rows
 of one head in one segment. Nothing is gathered: row j of a segment that starts at position s is
-the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Offsets
-have 64 bits.
+the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Where a
+tile begins is computed in 64 bits, and within a tile 32 do (see `row_offsets`).
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ NOT_SPECIALIZED = (
 
 
 @triton.jit
-def locate_program(order, cells):
-    """Cell (one tile of one segment) and outer index of this program.
+def locate_program(order, cells, tiles, REVERSED: tl.constexpr):
+    """Segment, tile in it, and outer index (batch row and head) of this program.
 
-    Cells vary fastest: programs that run at one time then share keys. With `order`, an int32 table
-    of `cells` entries, they come in that order.
+    Cells, which are pairs of a segment and a tile, vary fastest: programs that run at one time then
+    share keys. With `order`, an int32 table of `cells` entries, they come in that order. REVERSED:
+    the last tile of a segment comes first, which is the one with most keys if causal.
     """
     program = tl.program_id(0)
     cell = program % cells
     outer = program // cells
     if order is not None:
         cell = tl.load(order + cell)
-    return cell, outer
+    tile = cell % tiles
+    if REVERSED:
+        tile = tiles - 1 - tile
+    return cell // tiles, tile, outer
 
 
 @triton.jit
-def locate_segment(segment, segments, seq_len, segment_length):
-    """Start of a segment, its length, and w clipped to its sequence; all in positions.
+def locate_rows(
+    segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED: tl.constexpr
+):
+    """Position of row 0 of a head in a segment (int64), its rows there (int32), and w.
 
-    `segments` is None, or with packed documents an int64 table of these three numbers per segment.
+    w is clipped to the sequence of the segment. `segments` is None, or with packed documents an
+    int64 table `(num_segments, 3)` of start, length and clipped w.
     """
     if segments is not None:
         start = tl.load(segments + 3 * segment)
@@ -49,7 +56,9 @@ def locate_segment(segment, segments, seq_len, segment_length):
         start = segment.to(tl.int64) * segment_length
         length = tl.minimum(seq_len - start, segment_length)
         clipped = start * 0 + segment_length
-    return start, length, clipped
+    offset = head_offset(head, rate, heads_per_offset, BLOCKED)
+    num_rows = (tl.maximum(length - offset, 0) + rate - 1) // rate
+    return start + offset, num_rows.to(tl.int32), clipped
 
 
 @triton.jit
@@ -58,12 +67,6 @@ def head_offset(head, rate, heads_per_offset, BLOCKED: tl.constexpr):
     if BLOCKED:
         return head // heads_per_offset
     return head % rate
-
-
-@triton.jit
-def kept_rows(length, rate, offset):
-    """Rows that a head with this offset keeps of `length` positions."""
-    return (tl.maximum(length - offset, 0) + rate - 1) // rate
 
 
 @triton.jit
@@ -83,23 +86,50 @@ def heads_of_slot(kv_head, slot, rate, group, heads_per_offset, BLOCKED: tl.cons
 
 
 @triton.jit
-def row_pointers(base, row, row_stride, dims):
-    """Pointers `(rows, BLOCK_D)` to rows of one head, `row_stride` (int64) elements apart."""
-    return base + row.to(tl.int64)[:, None] * row_stride + dims[None, :]
+def row_zero(base, batch, head, position, batch_stride, row_stride, head_stride):
+    """Pointer to row 0 of a head, which is at `position` (int64)."""
+    return base + batch * batch_stride + head.to(tl.int64) * head_stride + position * row_stride
 
 
 @triton.jit
-def load_rows(base, row, row_stride, inside, dims, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of one head: `(rows, BLOCK_D)`, zero beyond HEAD_DIM and, MASKED, where not `inside`.
+def row_offsets(lane, row_stride, WIDE: tl.constexpr):
+    """Distance of rows from the first of their tile; 32 bits, unless WIDE, when 64 are needed.
+
+    In a loop over tiles this stays the same while a pointer moves, and most of what a thread would
+    otherwise compute for an address of 64 bits is not in the loop at all.
+    """
+    if WIDE:
+        return lane.to(tl.int64) * row_stride
+    return lane * row_stride.to(tl.int32)
+
+
+@triton.jit
+def row_pointers(base, first, lane, row_stride, dims, WIDE: tl.constexpr):
+    """Pointers `(rows, BLOCK_D)` to rows first + lane of one head.
 
     Args:
         base: Pointer to row 0.
-        row: Numbers of the rows, int32.
-        row_stride: int64.
-        inside: Which of the rows exist.
+        first: Row that the tile begins with.
+        lane: Rows of the tile, from 0.
+        row_stride: Elements from row to row, int64.
         dims: `tl.arange(0, BLOCK_D)`.
+        WIDE: See `row_offsets`.
     """
-    pointers = row_pointers(base, row, row_stride, dims)
+    tile = base + tl.cast(first, tl.int64) * row_stride
+    return tile + (row_offsets(lane, row_stride, WIDE)[:, None] + dims[None, :])
+
+
+@triton.jit
+def load_rows(
+    base, first, lane, row_stride, inside, dims,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head: `(rows, BLOCK_D)`, zero beyond HEAD_DIM and, MASKED, where not `inside`.
+
+    Args: As for `row_pointers`, and
+        inside: Which of the rows exist.
+    """
+    pointers = row_pointers(base, first, lane, row_stride, dims, WIDE)
     # Every branch ends in a return, because what follows one would be compiled as well.
     if MASKED:
         if dims.shape[0] == HEAD_DIM:

@@ -14,31 +14,34 @@ import triton.language as tl
 
 from dilated_kernels.fused.addressing import (
     NOT_SPECIALIZED,
-    head_offset,
     heads_of_slot,
-    kept_rows,
     load_rows,
     locate_program,
-    locate_segment,
+    locate_rows,
+    row_offsets,
     row_pointers,
+    row_zero,
 )
 from dilated_kernels.fused.arithmetic import LOG2_E, dot, keep_factor
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def delta_kernel(
-    dout, out, dlse, delta,
+    dout, out, dlse, lse, delta, lse_log2,
     dout_stride_b, dout_stride_s, dout_stride_h, num_rows, seq_len, num_heads,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Row sums delta = rowsum(dout · out) − dlse, float32 `(B, S, H)`.
+    """What the others need of each row: delta = rowsum(dout · out) − dlse, and lse in base 2.
 
-    A gradient of lse enters as ds = p · (dout·v − delta + dlse), hence the difference.
+    A gradient of lse enters as ds = p · (dout·v − delta + dlse), hence the difference. A row
+    without keys, whose lse is −∞, gets +∞: its probabilities are then 0 without a test for it.
 
     Args:
         dout: By its strides, the last of which is 1.
         out: Contiguous `(B, S, H, D)`.
         dlse: Contiguous `(B, S, H)` or None.
+        lse: Contiguous `(B, S, H)`.
+        delta, lse_log2: float32 `(B, S, H)`, contiguous; written.
         num_rows: B · S · H.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,39 +60,46 @@ def delta_kernel(
     if dlse is not None:
         total -= tl.load(dlse + row, mask=inside, other=0.0)
     tl.store(delta + row, total, mask=inside)
+    row_lse = tl.load(lse + row, mask=inside, other=0.0)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    tl.store(lse_log2 + row, row_lse, mask=inside)
 
 
 @triton.jit
 def _sum_over_keys(
     dq, q, dout, lse_log2, delta, k, v, key_mask, k_row_stride, v_row_stride, mask_row_stride,
-    first_key, stop_key, num_rows, row, dims,
+    first_key, stop_key, num_rows, first_row, row_lane, dims,
     first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add ds·k over the keys from `first_key` to `stop_key`; MASKED as in the forward kernel."""
     lane = tl.arange(0, BLOCK_N)
     for start in range(first_key, stop_key, BLOCK_N):
         key = start + lane
         inside = key < num_rows
-        k_tile = load_rows(k, key, k_row_stride, inside, dims, HEAD_DIM, MASKED)
-        v_tile = load_rows(v, key, v_row_stride, inside, dims, HEAD_DIM, MASKED)
+        k_tile = load_rows(k, start, lane, k_row_stride, inside, dims, HEAD_DIM, MASKED, WIDE)
+        v_tile = load_rows(v, start, lane, v_row_stride, inside, dims, HEAD_DIM, MASKED, WIDE)
         scores = dot(q, tl.trans(k_tile), PRECISION) * scale_log2
         probability = tl.exp2(scores - lse_log2[:, None])
         dp = dot(dout, tl.trans(v_tile), PRECISION)
         if HAS_DROPOUT:
             dp *= keep_factor(
-                seed, branch, sequence, first_position, rate, row[:, None], key[None, :], dropout_p
-            )
+                seed, branch, sequence, first_position, rate,
+                (first_row + row_lane)[:, None], key[None, :], dropout_p,
+            )  # fmt: skip
         ds = probability * (dp - delta[:, None])
         if MASKED:
             if IS_CAUSAL:
-                seen = (key[None, :] <= row[:, None]) & inside[None, :]
+                # Rows beyond the segment may see what they like: nothing becomes of them.
+                seen = lane[None, :] <= (row_lane + (first_row - start))[:, None]
             else:
                 seen = inside[None, :]
             ds = tl.where(seen, ds, 0.0)
         if key_mask is not None:
-            hidden = tl.load(key_mask + key.to(tl.int64) * mask_row_stride, mask=inside, other=1)
+            mask_pointers = key_mask + tl.cast(start, tl.int64) * mask_row_stride
+            mask_pointers += row_offsets(lane, mask_row_stride, WIDE)
+            hidden = tl.load(mask_pointers, mask=inside, other=1)
             ds = tl.where(hidden[None, :] != 0, 0.0, ds)
         dq += dot(ds.to(k_tile.dtype), k_tile, PRECISION)
     return dq
@@ -97,7 +107,7 @@ def _sum_over_keys(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dq_kernel(
-    q, k, v, key_mask, segments, order, dout, lse, delta, partial, dq,
+    q, k, v, key_mask, segments, order, dout, lse_log2, delta, partial, dq,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, mask_stride_b, mask_stride_s, mask_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
@@ -105,53 +115,53 @@ def dq_kernel(
     scale, dropout_p, seed, branch,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient dq of one tile of queries from the keys of one branch.
 
     Args: As for `forward_kernel`, and
         dout: By its strides.
-        lse, delta: float32 `(B, S, H)`, contiguous.
+        lse_log2, delta: float32 `(B, S, H)`, contiguous: what `delta_kernel` makes.
         partial: float32 `(B, S, H, D)`, contiguous: the sum over earlier branches, 0 where there
             was none; or None.
         dq: Contiguous `(B, S, H, D)` of any dtype; may be `partial`.
     """
-    cell, outer = locate_program(order, cells)
-    segment = cell // tiles
-    tile = cell % tiles
-    if IS_CAUSAL:
-        tile = tiles - 1 - tile
+    segment, tile, outer = locate_program(order, cells, tiles, IS_CAUSAL)
     head = outer % num_heads
     batch = (outer // num_heads).to(tl.int64)
-    start, length, _ = locate_segment(segment, segments, seq_len, segment_length)
-    offset = head_offset(head, rate, heads_per_offset, BLOCKED)
-    num_rows = kept_rows(length, rate, offset).to(tl.int32)
+    first_position, num_rows, _ = locate_rows(
+        segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED
+    )
     first_row = tile * BLOCK_M
     if first_row >= num_rows:
         return
-    first_position = start + offset
-    row = first_row + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
+    row = first_row + lane
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
 
-    wide_head = head.to(tl.int64)
-    kv_head = (head // group).to(tl.int64)
-    q += batch * q_stride_b + wide_head * q_stride_h + first_position * q_stride_s
-    dout += batch * dout_stride_b + wide_head * dout_stride_h + first_position * dout_stride_s
-    k += batch * k_stride_b + kv_head * k_stride_h + first_position * k_stride_s
-    v += batch * v_stride_b + kv_head * v_stride_h + first_position * v_stride_s
+    kv_head = head // group
+    q = row_zero(q, batch, head, first_position, q_stride_b, q_stride_s, q_stride_h)
+    dout = row_zero(dout, batch, head, first_position, dout_stride_b, dout_stride_s, dout_stride_h)
+    k = row_zero(k, batch, kv_head, first_position, k_stride_b, k_stride_s, k_stride_h)
+    v = row_zero(v, batch, kv_head, first_position, v_stride_b, v_stride_s, v_stride_h)
     if key_mask is not None:
-        key_mask += batch * mask_stride_b + kv_head * mask_stride_h + first_position * mask_stride_s
+        key_mask = row_zero(
+            key_mask, batch, kv_head, first_position, mask_stride_b, mask_stride_s, mask_stride_h
+        )
     row_stride = tl.cast(rate, tl.int64)
-    q_tile = load_rows(q, row, row_stride * q_stride_s, inside, dims, HEAD_DIM, True)
-    dout_tile = load_rows(dout, row, row_stride * dout_stride_s, inside, dims, HEAD_DIM, True)
+    q_tile = load_rows(
+        q, first_row, lane, row_stride * q_stride_s, inside, dims, HEAD_DIM, True, WIDE
+    )
+    dout_tile = load_rows(
+        dout, first_row, lane, row_stride * dout_stride_s, inside, dims, HEAD_DIM, True, WIDE
+    )
 
     first_result = (batch * seq_len + first_position) * num_heads + head
     result_stride = row_stride * num_heads
-    in_lse = first_result + row.to(tl.int64) * result_stride
-    row_lse = tl.load(lse + in_lse, mask=inside, other=float("inf"))
-    # A row without keys has lse −∞ and probabilities 0, as one with lse +∞.
-    lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    in_lse = first_result + tl.cast(first_row, tl.int64) * result_stride
+    in_lse += row_offsets(lane, result_stride, WIDE)
+    row_lse = tl.load(lse_log2 + in_lse, mask=inside, other=float("inf"))
     row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
 
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -163,58 +173,80 @@ def dq_kernel(
     else:
         stop_key = num_rows
         unmasked = num_rows // BLOCK_N * BLOCK_N
-    total = _sum_over_keys(
-        total, q_tile, dout_tile, lse_log2, row_delta, k, v, key_mask,
-        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
-        0, unmasked, num_rows, row, dims,
-        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
-        HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
-    total = _sum_over_keys(
-        total, q_tile, dout_tile, lse_log2, row_delta, k, v, key_mask,
-        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
-        unmasked, stop_key, num_rows, row, dims,
-        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
-        HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
+    # Around a loop that may not run at all the compiler for Hopper loses track of the accumulators
+    # and waits for each product (ptxas C7515), hence the conditions.
+    if unmasked > 0:
+        total = _sum_over_keys(
+            total, q_tile, dout_tile, row_lse, row_delta, k, v, key_mask,
+            row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+            0, unmasked, num_rows, first_row, lane, dims,
+            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
+    if stop_key > unmasked:
+        total = _sum_over_keys(
+            total, q_tile, dout_tile, row_lse, row_delta, k, v, key_mask,
+            row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+            unmasked, stop_key, num_rows, first_row, lane, dims,
+            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
     total *= scale
-    result_stride *= HEAD_DIM
+    _store_sum(
+        dq, partial, total, first_result * HEAD_DIM, result_stride * HEAD_DIM,
+        first_row, lane, inside, dims, HEAD_DIM, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_sum(
+    result, partial, total, row_zero_offset, row_stride, first, lane, inside, dims,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Store `total`, plus what is in `partial` unless it is None, in rows of `result`."""
     if partial is not None:
-        partial += first_result * HEAD_DIM
-        total += load_rows(partial, row, result_stride, inside, dims, HEAD_DIM, True)
-    pointers = row_pointers(dq + first_result * HEAD_DIM, row, result_stride, dims)
-    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(pointers, total.to(dq.dtype.element_ty), mask=tile_mask)
+        total += load_rows(
+            partial + row_zero_offset, first, lane, row_stride, inside, dims, HEAD_DIM, True, WIDE
+        )
+    pointers = row_pointers(result + row_zero_offset, first, lane, row_stride, dims, WIDE)
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, total.to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, hidden, q, dout, lse, delta, q_row_stride, dout_row_stride, lse_row_stride,
-    query, num_rows, row, dims,
+    dk, dv, k, v, hidden, q, dout, lse_log2, delta, q_row_stride, dout_row_stride, lse_row_stride,
+    first_query, query_lane, num_rows, first_row, row_lane, dims,
     first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add dsᵀ·q and pᵀ·dout of one tile of queries. Tiles are keys × queries."""
+    query = first_query + query_lane
     inside = query < num_rows
-    q_tile = load_rows(q, query, q_row_stride, inside, dims, HEAD_DIM, True)
-    dout_tile = load_rows(dout, query, dout_row_stride, inside, dims, HEAD_DIM, True)
-    in_lse = query.to(tl.int64) * lse_row_stride
-    # Rows beyond the segment get lse +∞, hence probability 0.
-    row_lse = tl.load(lse + in_lse, mask=inside, other=float("inf"))
+    q_tile = load_rows(q, first_query, query_lane, q_row_stride, inside, dims, HEAD_DIM, True, WIDE)
+    dout_tile = load_rows(
+        dout, first_query, query_lane, dout_row_stride, inside, dims, HEAD_DIM, True, WIDE
+    )
+    in_lse = tl.cast(first_query, tl.int64) * lse_row_stride
+    in_lse += row_offsets(query_lane, lse_row_stride, WIDE)
+    # Rows beyond the segment are zero in q, dout and delta, and add nothing whatever p is.
+    row_lse = tl.load(lse_log2 + in_lse, mask=inside, other=0.0)
     row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
-    lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     scores = dot(k, tl.trans(q_tile), PRECISION) * scale_log2
-    probability = tl.exp2(scores - lse_log2[None, :])
+    probability = tl.exp2(scores - row_lse[None, :])
     if IS_CAUSAL:
-        probability = tl.where(query[None, :] >= row[:, None], probability, 0.0)
+        if first_query < first_row + row_lane.shape[0]:
+            row = row_lane + (first_row - first_query)
+            probability = tl.where(query_lane[None, :] >= row[:, None], probability, 0.0)
     if HAS_MASK:
         probability = tl.where(hidden[:, None] != 0, 0.0, probability)
     dp = dot(v, tl.trans(dout_tile), PRECISION)
     if HAS_DROPOUT:
         keep = keep_factor(
-            seed, branch, sequence, first_position, rate, query[None, :], row[:, None], dropout_p
-        )
+            seed, branch, sequence, first_position, rate,
+            query[None, :], (first_row + row_lane)[:, None], dropout_p,
+        )  # fmt: skip
         dp *= keep
         dv += dot((probability * keep).to(dout_tile.dtype), dout_tile, PRECISION)
     else:
@@ -226,7 +258,7 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dk_dv_kernel(
-    q, k, v, key_mask, segments, order, dout, lse, delta, dk_partial, dv_partial, dk, dv,
+    q, k, v, key_mask, segments, order, dout, lse_log2, delta, dk_partial, dv_partial, dk, dv,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, mask_stride_b, mask_stride_s, mask_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
@@ -234,7 +266,7 @@ def dk_dv_kernel(
     scale, dropout_p, seed, branch,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients dk and dv of one tile of keys from the queries of one branch.
 
@@ -246,9 +278,7 @@ def dk_dv_kernel(
         dk, dv: Contiguous `(B, S, H_kv, D)`.
         slots: Slots per head of k and v.
     """
-    cell, outer = locate_program(order, cells)
-    segment = cell // tiles
-    tile = cell % tiles
+    segment, tile, outer = locate_program(order, cells, tiles, False)
     slot = outer % slots
     num_kv_heads = num_heads // group
     kv_head = outer // slots % num_kv_heads
@@ -258,27 +288,31 @@ def dk_dv_kernel(
     )
     if num_heads_here == 0:
         return
-    start, length, _ = locate_segment(segment, segments, seq_len, segment_length)
-    offset = head_offset(first_head, rate, heads_per_offset, BLOCKED)
-    num_rows = kept_rows(length, rate, offset).to(tl.int32)
+    first_position, num_rows, _ = locate_rows(
+        segment, segments, first_head, seq_len, segment_length, rate, heads_per_offset, BLOCKED
+    )
     first_row = tile * BLOCK_N
     if first_row >= num_rows:
         return
-    first_position = start + offset
-    row = first_row + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    row = first_row + lane
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
 
-    wide_kv_head = kv_head.to(tl.int64)
-    k += batch * k_stride_b + wide_kv_head * k_stride_h + first_position * k_stride_s
-    v += batch * v_stride_b + wide_kv_head * v_stride_h + first_position * v_stride_s
+    k = row_zero(k, batch, kv_head, first_position, k_stride_b, k_stride_s, k_stride_h)
+    v = row_zero(v, batch, kv_head, first_position, v_stride_b, v_stride_s, v_stride_h)
     row_stride = tl.cast(rate, tl.int64)
-    k_tile = load_rows(k, row, row_stride * k_stride_s, inside, dims, HEAD_DIM, True)
-    v_tile = load_rows(v, row, row_stride * v_stride_s, inside, dims, HEAD_DIM, True)
+    k_tile = load_rows(
+        k, first_row, lane, row_stride * k_stride_s, inside, dims, HEAD_DIM, True, WIDE
+    )
+    v_tile = load_rows(
+        v, first_row, lane, row_stride * v_stride_s, inside, dims, HEAD_DIM, True, WIDE
+    )
     hidden = row
     if key_mask is not None:
-        key_mask += batch * mask_stride_b + wide_kv_head * mask_stride_h
-        key_mask += first_position * mask_stride_s
+        key_mask = row_zero(
+            key_mask, batch, kv_head, first_position, mask_stride_b, mask_stride_s, mask_stride_h
+        )
         in_mask = row.to(tl.int64) * row_stride * mask_stride_s
         hidden = tl.load(key_mask + in_mask, mask=inside, other=1)
 
@@ -292,32 +326,34 @@ def dk_dv_kernel(
     first_lse = (batch * seq_len + first_position) * num_heads
     # One loop over the heads and their tiles, with masks throughout: nested or split loops keep so
     # many addresses in registers that they spill.
-    lane = tl.arange(0, BLOCK_M)
-    steps = (num_rows - first_query + BLOCK_M - 1) // BLOCK_M
-    for step in range(num_heads_here * steps):
-        head = (first_head + step // steps * head_step).to(tl.int64)
-        query = first_query + step % steps * BLOCK_M + lane
+    query_lane = tl.arange(0, BLOCK_M)
+    steps = num_heads_here * ((num_rows - first_query + BLOCK_M - 1) // BLOCK_M)
+    head = first_head.to(tl.int64)
+    query = first_query
+    tl.assume(steps > 0)  # or products wait for each other, as in `dq_kernel`
+    for _ in range(steps):
         dk_total, dv_total = _add_queries(
             dk_total, dv_total, k_tile, v_tile, hidden,
             q + head * q_stride_h, dout + head * dout_stride_h,
-            lse + first_lse + head, delta + first_lse + head,
+            lse_log2 + first_lse + head, delta + first_lse + head,
             row_stride * q_stride_s, row_stride * dout_stride_s, row_stride * num_heads,
-            query, num_rows, row, dims,
+            query, query_lane, num_rows, first_row, lane, dims,
             first_position, rate, scale_log2, dropout_p, seed, branch,
             ((batch * num_heads + head) % 2147483647).to(tl.int32),
-            HEAD_DIM, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION,
+            HEAD_DIM, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
-    dk_total *= scale
-
+        query += BLOCK_M
+        is_next = query >= num_rows
+        query = tl.where(is_next, first_query, query)
+        head = tl.where(is_next, head + head_step, head)
     first_result = ((batch * seq_len + first_position) * num_kv_heads + kv_head) * HEAD_DIM
     result_stride = row_stride * num_kv_heads * HEAD_DIM
-    if dk_partial is not None:
-        dk_partial += first_result
-        dv_partial += first_result
-        dk_total += load_rows(dk_partial, row, result_stride, inside, dims, HEAD_DIM, True)
-        dv_total += load_rows(dv_partial, row, result_stride, inside, dims, HEAD_DIM, True)
-    tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    dk_pointers = row_pointers(dk + first_result, row, result_stride, dims)
-    dv_pointers = row_pointers(dv + first_result, row, result_stride, dims)
-    tl.store(dk_pointers, dk_total.to(dk.dtype.element_ty), mask=tile_mask)
-    tl.store(dv_pointers, dv_total.to(dv.dtype.element_ty), mask=tile_mask)
+    # One after the other: their rows and those of `partial` together do not fit the registers.
+    _store_sum(
+        dk, dk_partial, dk_total * scale, first_result, result_stride,
+        first_row, lane, inside, dims, HEAD_DIM, WIDE,
+    )  # fmt: skip
+    _store_sum(
+        dv, dv_partial, dv_total, first_result, result_stride,
+        first_row, lane, inside, dims, HEAD_DIM, WIDE,
+    )  # fmt: skip

@@ -15,12 +15,12 @@ import triton.language as tl
 
 from dilated_kernels.fused.addressing import (
     NOT_SPECIALIZED,
-    head_offset,
-    kept_rows,
     load_rows,
     locate_program,
-    locate_segment,
+    locate_rows,
+    row_offsets,
     row_pointers,
+    row_zero,
 )
 from dilated_kernels.fused.arithmetic import LN_2, LOG2_E, dot, keep_factor
 
@@ -28,10 +28,11 @@ from dilated_kernels.fused.arithmetic import LN_2, LOG2_E, dot, keep_factor
 @triton.jit
 def _attend_keys(
     acc, row_max, row_sum, q, k, v, key_mask, k_row_stride, v_row_stride, mask_row_stride,
-    first_key, stop_key, num_rows, row, dims,
+    first_key, stop_key, num_rows, first_row, row_lane, dims,
     first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys from `first_key` to `stop_key` into the running softmax.
 
@@ -41,28 +42,39 @@ def _attend_keys(
     for start in range(first_key, stop_key, BLOCK_N):
         key = start + lane
         inside = key < num_rows
-        k_tile = load_rows(k, key, k_row_stride, inside, dims, HEAD_DIM, MASKED)
-        v_tile = load_rows(v, key, v_row_stride, inside, dims, HEAD_DIM, MASKED)
-        scores = dot(q, tl.trans(k_tile), PRECISION) * scale_log2
+        k_tile = load_rows(k, start, lane, k_row_stride, inside, dims, HEAD_DIM, MASKED, WIDE)
+        v_tile = load_rows(v, start, lane, v_row_stride, inside, dims, HEAD_DIM, MASKED, WIDE)
+        scores = dot(q, tl.trans(k_tile), PRECISION)
+        if POSITIVE_SCALE:
+            # The maximum is that of the unscaled scores, and scaling them is part of a multiply-add
+            # below: one multiplication less for each score.
+            factor = scale_log2
+        else:
+            scores *= scale_log2
+            factor = 1.0
         if MASKED:
             if IS_CAUSAL:
-                seen = (key[None, :] <= row[:, None]) & inside[None, :]
+                # Rows beyond the segment may see what they like: nothing becomes of them.
+                seen = lane[None, :] <= (row_lane + (first_row - start))[:, None]
             else:
                 seen = inside[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         if key_mask is not None:
-            hidden = tl.load(key_mask + key.to(tl.int64) * mask_row_stride, mask=inside, other=1)
+            mask_pointers = key_mask + tl.cast(start, tl.int64) * mask_row_stride
+            mask_pointers += row_offsets(lane, mask_row_stride, WIDE)
+            hidden = tl.load(mask_pointers, mask=inside, other=1)
             scores = tl.where(hidden[None, :] != 0, float("-inf"), scores)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
         # A row that has seen no key yet would compute −inf − (−inf).
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probability = tl.exp2(scores - shift[:, None])
+        probability = tl.exp2(scores * factor - shift[:, None])
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(probability, 1)
         if HAS_DROPOUT:
             probability *= keep_factor(
-                seed, branch, sequence, first_position, rate, row[:, None], key[None, :], dropout_p
-            )
+                seed, branch, sequence, first_position, rate,
+                (first_row + row_lane)[:, None], key[None, :], dropout_p,
+            )  # fmt: skip
         acc = acc * correction[:, None] + dot(probability.to(v_tile.dtype), v_tile, PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -77,51 +89,55 @@ def forward_kernel(
     scale, dropout_p, seed, branch,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_CAUSAL: tl.constexpr, BLOCKED: tl.constexpr, ATTENDED: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIVE_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries of one tile over the keys of one branch.
 
     Args:
         q, k, v: `(B, S, H, D)` and `(B, S, H_kv, D)` by their strides, the last of which is 1.
         key_mask: uint8, not 0 where a key is hidden; or None.
-        segments: See `locate_segment`; order: see `locate_program`.
+        segments: See `locate_rows`; order: see `locate_program`.
         partial: float32 `(B, S, H, D)`, contiguous: out of earlier branches; None in the first.
         out: Contiguous `(B, S, H, D)` of any dtype; may be `partial`.
         lse: float32 `(B, S, H)`, contiguous; read if there is `partial`, and written.
         group: H / H_kv.
         cells, tiles: Programs per head and batch row; tiles per segment.
+        POSITIVE_SCALE: Whether scale > 0.
+        WIDE: See `row_offsets`.
     """
-    cell, outer = locate_program(order, cells)
-    segment = cell // tiles
-    tile = cell % tiles
-    if IS_CAUSAL:
-        tile = tiles - 1 - tile  # the tiles with most keys start first
+    segment, tile, outer = locate_program(order, cells, tiles, IS_CAUSAL)
     head = outer % num_heads
     batch = (outer // num_heads).to(tl.int64)
-    start, length, clipped = locate_segment(segment, segments, seq_len, segment_length)
-    offset = head_offset(head, rate, heads_per_offset, BLOCKED)
-    num_rows = kept_rows(length, rate, offset).to(tl.int32)
+    first_position, num_rows, clipped = locate_rows(
+        segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED
+    )
     first_row = tile * BLOCK_M
     if first_row >= num_rows:
         return
-    first_position = start + offset
-    row = first_row + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
+    row = first_row + lane
     dims = tl.arange(0, BLOCK_D)
     inside = row < num_rows
 
-    wide_head = head.to(tl.int64)
-    kv_head = (head // group).to(tl.int64)
-    q += batch * q_stride_b + wide_head * q_stride_h + first_position * q_stride_s
-    k += batch * k_stride_b + kv_head * k_stride_h + first_position * k_stride_s
-    v += batch * v_stride_b + kv_head * v_stride_h + first_position * v_stride_s
+    kv_head = head // group
+    q = row_zero(q, batch, head, first_position, q_stride_b, q_stride_s, q_stride_h)
+    k = row_zero(k, batch, kv_head, first_position, k_stride_b, k_stride_s, k_stride_h)
+    v = row_zero(v, batch, kv_head, first_position, v_stride_b, v_stride_s, v_stride_h)
     if key_mask is not None:
-        key_mask += batch * mask_stride_b + kv_head * mask_stride_h + first_position * mask_stride_s
+        key_mask = row_zero(
+            key_mask, batch, kv_head, first_position, mask_stride_b, mask_stride_s, mask_stride_h
+        )
     row_stride = tl.cast(rate, tl.int64)
-    q_tile = load_rows(q, row, row_stride * q_stride_s, inside, dims, HEAD_DIM, True)
+    q_tile = load_rows(
+        q, first_row, lane, row_stride * q_stride_s, inside, dims, HEAD_DIM, True, WIDE
+    )
 
     first_result = (batch * seq_len + first_position) * num_heads + head
     result_stride = row_stride * num_heads
-    lse_pointers = lse + first_result + row.to(tl.int64) * result_stride
+    lse_pointers = lse + first_result + tl.cast(first_row, tl.int64) * result_stride
+    lse_pointers += row_offsets(lane, result_stride, WIDE)
+    result_stride_d = result_stride * HEAD_DIM
     if partial is not None:
         earlier = tl.load(lse_pointers, mask=inside, other=float("-inf"))
         # What no earlier branch has written may hold anything.
@@ -129,7 +145,9 @@ def forward_kernel(
         row_max = earlier * LOG2_E
         row_sum = tl.where(touched, 1.0, 0.0)
         partial += first_result * HEAD_DIM
-        acc = load_rows(partial, row, result_stride * HEAD_DIM, touched, dims, HEAD_DIM, True)
+        acc = load_rows(
+            partial, first_row, lane, result_stride_d, touched, dims, HEAD_DIM, True, WIDE
+        )
     else:
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -143,20 +161,24 @@ def forward_kernel(
     else:
         stop_key = num_rows
         unmasked = num_rows // BLOCK_N * BLOCK_N
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q_tile, k, v, key_mask,
-        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
-        0, unmasked, num_rows, row, dims,
-        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
-        HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q_tile, k, v, key_mask,
-        row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
-        unmasked, stop_key, num_rows, row, dims,
-        first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
-        HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
+    # Around a loop that may not run at all the compiler for Hopper loses track of the accumulators
+    # and waits for each product (ptxas C7515), hence the conditions.
+    if unmasked > 0:
+        acc, row_max, row_sum = _attend_keys(
+            acc, row_max, row_sum, q_tile, k, v, key_mask,
+            row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+            0, unmasked, num_rows, first_row, lane, dims,
+            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            HEAD_DIM, BLOCK_N, False, IS_CAUSAL, POSITIVE_SCALE, HAS_DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
+    if stop_key > unmasked:
+        acc, row_max, row_sum = _attend_keys(
+            acc, row_max, row_sum, q_tile, k, v, key_mask,
+            row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
+            unmasked, stop_key, num_rows, first_row, lane, dims,
+            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            HEAD_DIM, BLOCK_N, True, IS_CAUSAL, POSITIVE_SCALE, HAS_DROPOUT, PRECISION, WIDE,
+        )  # fmt: skip
     if ATTENDED and not IS_CAUSAL:
         # Zero keys: their score is 0, their value 0.
         zero_keys = ((clipped + rate - 1) // rate - num_rows).to(tl.float32)
@@ -172,7 +194,8 @@ def forward_kernel(
     total = tl.where(is_empty, 1.0, row_sum)
     acc = acc / total[:, None]
     row_lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
-    pointers = row_pointers(out + first_result * HEAD_DIM, row, result_stride * HEAD_DIM, dims)
+    out += first_result * HEAD_DIM
+    pointers = row_pointers(out, first_row, lane, result_stride_d, dims, WIDE)
     tile_mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=tile_mask)
     tl.store(lse_pointers, row_lse, mask=inside)

@@ -19,7 +19,7 @@ from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.inputs import document_bounds
 
 from dilated_kernels.fused import backward, forward
-from dilated_kernels.fused.configs import Config, block_d, choose_config
+from dilated_kernels.fused.configs import Config, Kind, block_d, choose_config
 from dilated_kernels.fused.tile_order import TileOrder, order_table
 
 # To a type checker a kernel is a Python function, whose launch options it does not know.
@@ -50,7 +50,7 @@ class Launch(NamedTuple):
         rate: r.
         num_segments: Segments per head and batch row.
         max_rows: The most rows that a head keeps in a segment.
-        segments: With documents, int64 `(num_segments, 3)`: see `locate_segment`.
+        segments: With documents, int64 `(num_segments, 3)`: see `locate_rows`.
     """
 
     branch: int
@@ -137,9 +137,7 @@ def dilated_forward(
     out = Accumulation(q, launches, is_read_unwritten=False)
     with _on_device(q):
         for i, launch in enumerate(launches):
-            config = choose_config(
-                "forward", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
-            )
+            config = _config("forward", q, launch, options)
             tiles = -(-launch.max_rows // config.block_m)
             cells = tiles * launch.num_segments
             partial, destination = out.buffers(i)
@@ -150,7 +148,9 @@ def dilated_forward(
                 *_geometry(q, k, pattern, launch, cells, tiles),
                 *_numbers(options, launch),
                 **_flags(q, pattern, options, config),
+                WIDE=is_wide(config, launch, options, q, k, v),
                 ATTENDED=pattern.padding == "attended",
+                POSITIVE_SCALE=options.scale > 0,
             )
     return AttentionOutput(out.finish(), lse)
 
@@ -173,8 +173,7 @@ def dilated_backward(
     lse = lse.contiguous()
     launches = plan_launches(pattern, q.shape[1], options.cu_seqlens)
     with _on_device(q):
-        delta = _delta(dout, out.contiguous(), dlse, lse)
-        shared = (dout, lse, delta)
+        shared = (dout, *_row_values(dout, out.contiguous(), dlse, lse))
         dq = _dq(q, k, v, shared, launches, pattern, options)
         return dq, *_dk_dv(q, k, v, shared, launches, pattern, options)
 
@@ -182,15 +181,16 @@ def dilated_backward(
 _Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _delta(
+def _row_values(
     dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None, lse: torch.Tensor
-) -> torch.Tensor:
-    delta = torch.empty_like(lse)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `delta_kernel`: lse in base 2, and delta."""
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     head_dim = out.shape[3]
     width = block_d(head_dim)
     block_m = max(16, 8192 // width)
     _delta_kernel[(-(-delta.numel() // block_m),)](
-        *(dout, out, None if dlse is None else dlse.contiguous(), delta),
+        *(dout, out, None if dlse is None else dlse.contiguous(), lse, delta, lse_log2),
         *(*dout.stride()[:3], delta.numel(), out.shape[1], out.shape[2]),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
@@ -198,7 +198,7 @@ def _delta(
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return delta
+    return lse_log2, delta
 
 
 def _dq(
@@ -212,9 +212,7 @@ def _dq(
 ) -> torch.Tensor:
     dq = Accumulation(q, launches, is_read_unwritten=len(launches) > 1)
     for i, launch in enumerate(launches):
-        config = choose_config(
-            "dq", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
-        )
+        config = _config("dq", q, launch, options)
         tiles = -(-launch.max_rows // config.block_m)
         cells = tiles * launch.num_segments
         _dq_kernel[(cells * q.shape[0] * q.shape[2],)](
@@ -225,6 +223,7 @@ def _dq(
             *_geometry(q, k, pattern, launch, cells, tiles),
             *_numbers(options, launch),
             **_flags(q, pattern, options, config),
+            WIDE=is_wide(config, launch, options, q, k, v, shared[0]),
         )
     return dq.finish()
 
@@ -240,9 +239,7 @@ def _dk_dv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dk, dv = (Accumulation(x, launches, is_read_unwritten=len(launches) > 1) for x in (k, v))
     for i, launch in enumerate(launches):
-        config = choose_config(
-            "dk_dv", q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)
-        )
+        config = _config("dk_dv", q, launch, options)
         tiles = -(-launch.max_rows // config.block_n)
         cells = tiles * launch.num_segments
         slots = count_slots(q.shape[2], k.shape[2], launch.rate, pattern)
@@ -257,6 +254,7 @@ def _dk_dv(
             slots,
             *_numbers(options, launch),
             **_flags(q, pattern, options, config),
+            WIDE=is_wide(config, launch, options, q, k, v, shared[0]),
         )
     return dk.finish(), dv.finish()
 
@@ -269,6 +267,13 @@ def count_slots(num_heads: int, num_kv_heads: int, rate: int, pattern: DilatedPa
         return min(group, rate)
     run = -(-num_heads // rate)
     return max(((g + 1) * group - 1) // run - g * group // run + 1 for g in range(num_kv_heads))
+
+
+def _config(kind: Kind, q: torch.Tensor, launch: Launch, options: Options) -> Config:
+    return choose_config(
+        *(kind, q.dtype, q.shape[3], q.device, launch.max_rows, dot_precision(q.dtype)),
+        options.key_mask is not None or options.dropout_p > 0,
+    )
 
 
 def _geometry(
@@ -308,6 +313,13 @@ def _flags(
         # Triton 3.9 warns unless it is told; multiply-adds are what the accuracy was checked with.
         "enable_fp_fusion": True,
     }
+
+
+def is_wide(config: Config, launch: Launch, options: Options, *tensors: torch.Tensor) -> bool:
+    """Whether rows of one tile can be 2³¹ elements apart, in any of these tensors or a result."""
+    q = tensors[0]
+    strides = [q.shape[2] * q.shape[3], _mask_strides(options)[1], *(x.stride(1) for x in tensors)]
+    return max(config.block_m, config.block_n) * launch.rate * max(strides) >= 2**31
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -1,10 +1,11 @@
 """Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype and causality, and writes benchmarks/kernel_resources.json and the
-table in docs/kernels.md; rows that are there for the same sources and Triton are kept, so it can be
-stopped and goes on. `--check` compiles nothing: it fails unless the file covers the configurations,
-without spills and within the shared memory, and the page shows it.
+head_dim, dtype and causality, plain and with everything that is optional, and the decode kernels;
+it writes benchmarks/kernel_resources.json and the tables in docs/kernels.md. Rows that are there
+for the same sources and Triton are kept, so it can be stopped and goes on. `--check` compiles
+nothing: it fails unless the file covers the configurations, without spills and within the shared
+memory, and the page shows it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "kernel_resources.json"
 PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = ROOT / "packages" / "dilated-kernels" / "src" / "dilated_kernels" / "fused"
-SOURCES = ("addressing.py", "arithmetic.py", "forward.py", "backward.py")
+SOURCES = {
+    "attention": ("addressing.py", "arithmetic.py", "forward.py", "backward.py"),
+    "decoding": ("arithmetic.py", "decode.py", "decode_launch.py"),
+}
 
 BEGIN, END = "<!-- kernel_resources -->", "<!-- /kernel_resources -->"
 
-CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 HEAD_DIMS = (16, 32, 48, 64, 96, 128, 256)
 ARITHMETIC = (
     ("bfloat16", "tf32"),
@@ -36,109 +41,157 @@ ARITHMETIC = (
     ("float32", "tf32"),
 )
 KINDS = ("forward", "dq", "dk_dv")
+OPTIONAL = ("key_mask", "segments", "order")
 
-Specialization = tuple[str, str, str, int, tuple[int, int], bool]
+# What a thread may put aside before a loop and fetch after it.
+SPILLED_BYTES = 64
+
+Row = dict[str, Any]
+
+
+class Specialization(NamedTuple):
+    """What makes the compiler compile a kernel anew.
+
+    Attributes:
+        kind: "forward", "dq", "dk_dv", or "decode", whose `merge` comes with it.
+        dtype: By its name.
+        precision: Of float32 products.
+        head_dim: D.
+        capability: CUDA compute capability.
+        is_causal: Of the first three kinds.
+        extras: Of the first three kinds, with key padding mask, documents, tile order and dropout.
+        is_grouped: Of "decode", several heads of q per head of k and v.
+    """
+
+    kind: Any
+    dtype: str
+    precision: str
+    head_dim: int
+    capability: tuple[int, int]
+    is_causal: bool = False
+    extras: bool = False
+    is_grouped: bool = False
 
 
 def specializations() -> Iterator[Specialization]:
-    """Kernel, dtype, precision, head_dim, capability and causality of all that ship."""
-    for capability in CAPABILITIES:
-        for dtype, precision in ARITHMETIC:
-            for kind in KINDS:
-                for head_dim in HEAD_DIMS:
-                    for is_causal in (False, True):
-                        yield kind, dtype, precision, head_dim, capability, is_causal
+    """All that ship."""
+    both = (False, True)
+    for capability, (dtype, precision), head_dim in product(CAPABILITIES, ARITHMETIC, HEAD_DIMS):
+        common = (dtype, precision, head_dim, capability)
+        for kind, is_causal, extras in product(KINDS, both, both):
+            yield Specialization(kind, *common, is_causal=is_causal, extras=extras)
+        for is_grouped in both:
+            yield Specialization("decode", *common, is_grouped=is_grouped)
 
 
-def key(specialization: Specialization) -> str:
+def key(one: Specialization) -> str:
     """A specialization as a key of JSON."""
-    kind, dtype, precision, head_dim, (major, minor), is_causal = specialization
-    arithmetic = f"{dtype} {precision}" if dtype == "float32" else dtype
-    causality = "causal" if is_causal else "full"
-    return f"{kind} | {arithmetic} | {head_dim} | {major}.{minor} | {causality}"
+    arithmetic = f"{one.dtype} {one.precision}" if one.dtype == "float32" else one.dtype
+    if one.kind == "decode":
+        variant = "grouped" if one.is_grouped else "single"
+    else:
+        variant = ("causal" if one.is_causal else "full") + (" with options" if one.extras else "")
+    major, minor = one.capability
+    return f"{one.kind} | {arithmetic} | {one.head_dim} | {major}.{minor} | {variant}"
 
 
-def sources_hash() -> str:
+def sources_hashes() -> dict[str, str]:
     """What tells whether the kernels are those that were compiled."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((KERNELS / name).read_bytes())
-    return digest.hexdigest()[:16]
+    hashes: dict[str, str] = {}
+    for name, files in SOURCES.items():
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update((KERNELS / file).read_bytes())
+        hashes[name] = digest.hexdigest()[:16]
+    return hashes
 
 
-def compile_one(specialization: Specialization) -> tuple[str, dict[str, Any]]:
-    """Resources and configuration of one specialization."""
+def configuration(one: Specialization) -> list[int] | None:
+    """Tiles, warps and stages in the table; None for the decode kernels, which have no table."""
     import torch
-    from dilated_kernels.fused.ahead_of_time import compile_kernel
     from dilated_kernels.fused.configs import tabled_config
 
-    kind, dtype_name, precision, head_dim, capability, is_causal = specialization
-    dtype = getattr(torch, dtype_name)
-    config = tabled_config(kind, dtype, head_dim, capability, precision)  # pyright: ignore[reportArgumentType]
+    if one.kind == "decode":
+        return None
+    dtype = getattr(torch, one.dtype)
+    return list(
+        tabled_config(one.kind, dtype, one.head_dim, one.capability, one.precision, one.extras)
+    )
+
+
+def compile_one(one: Specialization) -> tuple[str, Row]:
+    """Resources and configuration of one specialization."""
+    import torch
+    from dilated_kernels.fused.ahead_of_time import compile_decode, compile_kernel
+
+    common = (getattr(torch, one.dtype), one.head_dim, one.capability)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resources = compile_kernel(
-            kind,  # pyright: ignore[reportArgumentType]
-            dtype,
-            head_dim,
-            capability,
-            is_causal=is_causal,
-            precision=precision,
+        if one.kind == "decode":
+            group = 4 if one.is_grouped else 1
+            compiled = compile_decode(*common, group=group, precision=one.precision)
+            used = type(compiled["decode"])(*map(max, *compiled.values()))
+            return key(one), used._asdict()
+        used = compile_kernel(
+            one.kind,
+            *common,
+            is_causal=one.is_causal,
+            precision=one.precision,
+            dropout=one.extras,
+            options=OPTIONAL if one.extras else (),
         )
-    return key(specialization), {"config": list(config), **resources._asdict()}
+    return key(one), {"config": configuration(one), **used._asdict()}
 
 
-def problems(rows: dict[str, dict[str, Any]]) -> list[str]:
+def problems(rows: dict[str, Row]) -> list[str]:
     """What is missing in the rows, or does not fit."""
-    from dilated_kernels.fused.configs import SHARED_BYTES, generation, tabled_config
+    from dilated_kernels.fused.configs import SHARED_BYTES, TENSOR_COLUMNS, generation
 
     found: list[str] = []
-    for specialization in specializations():
-        kind, dtype_name, precision, head_dim, capability, _ = specialization
-        row = rows.get(key(specialization))
+    for one in specializations():
+        row = rows.get(key(one))
         if row is None:
-            found.append(f"{key(specialization)}: not compiled")
+            found.append(f"{key(one)}: not compiled")
             continue
-        import torch
-
-        config = tabled_config(
-            kind,  # pyright: ignore[reportArgumentType]
-            getattr(torch, dtype_name),
-            head_dim,
-            capability,
-            precision,
-        )
-        if row["config"] != list(config):
-            found.append(f"{key(specialization)}: compiled with {row['config']}, not {config}")
-        if row["spilled_bytes"]:
-            found.append(f"{key(specialization)}: spills {row['spilled_bytes']} bytes")
-        if row["shared_bytes"] > SHARED_BYTES[generation(capability)]:
-            found.append(f"{key(specialization)}: {row['shared_bytes']} bytes of shared memory")
+        config = configuration(one)
+        if row.get("config") != config:
+            found.append(f"{key(one)}: compiled with {row.get('config')}, not {config}")
+        if row["spills_in_loops"]:
+            found.append(f"{key(one)}: spills in a loop")
+        if row["spilled_bytes"] > SPILLED_BYTES:
+            found.append(f"{key(one)}: spills {row['spilled_bytes']} bytes")
+        if row["is_serialized"]:
+            found.append(f"{key(one)}: products wait for each other")
+        if row["shared_bytes"] > SHARED_BYTES[generation(one.capability)]:
+            found.append(f"{key(one)}: {row['shared_bytes']} bytes of shared memory")
+        if row["tensor_columns"] > TENSOR_COLUMNS:
+            found.append(f"{key(one)}: {row['tensor_columns']} columns of tensor memory")
     return found
 
 
-def write(version: str, rows: dict[str, dict[str, Any]]) -> None:
+def write(version: str, rows: dict[str, Row]) -> None:
     """Write the record, a line for each row."""
-    head = json.dumps({"triton": version, "sources": sources_hash()})[1:-1]
+    head = json.dumps({"triton": version, "sources": sources_hashes()})[1:-1]
     lines = [f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())]
     RESULT.write_text("\n".join([f"{{{head},", '"rows": {', ",\n".join(lines), "}}"]) + "\n")
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
-    """docs/kernels.md with the table of these rows between its two markers."""
+def table(rows: dict[str, Row], *, extras: bool) -> list[str]:
+    """A line for each generation, arithmetic and kernel; a column for each head_dim."""
     from dilated_kernels.fused.configs import generation
 
-    cells: dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]] = {}
-    for specialization in specializations():
-        kind, dtype, precision, head_dim, capability, _ = specialization
-        arithmetic = f"float32, {precision}" if dtype == "float32" else "half precision"
-        line = cells.setdefault((generation(capability), arithmetic, kind), {})
-        line.setdefault(head_dim, []).append(rows[key(specialization)])
+    cells: dict[tuple[str, str, str], dict[int, list[Row]]] = {}
+    for one in specializations():
+        if one.kind == "decode" or one.extras != extras:
+            continue
+        arithmetic = f"float32, {one.precision}" if one.dtype == "float32" else "half precision"
+        line = cells.setdefault((generation(one.capability), arithmetic, one.kind), {})
+        line.setdefault(one.head_dim, []).append(rows[key(one)])
     lines = [
         "| GPUs, arithmetic, kernel | " + " | ".join(f"D = {d}" for d in HEAD_DIMS) + " |",
         "| --- " * (1 + len(HEAD_DIMS)) + "|",
     ]
-    for name, line in cells.items():
+    for name, line in sorted(cells.items(), key=lambda item: item[0][:2]):
         shown: list[str] = []
         for of_head_dim in line.values():
             block_m, block_n, warps, stages = of_head_dim[0]["config"]
@@ -148,9 +201,50 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
                 f"{block_m}×{block_n}, {warps}, {stages}: {registers}, {shared / 1024:.0f}"
             )
         lines.append(f"| {', '.join(name)} | {' | '.join(shown)} |")
+    return lines
+
+
+def most(rows: list[Row], name: str) -> int:
+    """The largest of the rows' values."""
+    return max(row[name] for row in rows)
+
+
+def counted(rows: list[Row]) -> str:
+    """How many put a value aside over a loop, as a sentence."""
+    aside = [row for row in rows if row["spilled_bytes"]]
+    if not aside:
+        return "None puts a value aside over a loop either."
+    return (
+        f"{len(aside)} of them put something aside before a loop and fetch it after it, "
+        f"{most(aside, 'spilled_bytes')} bytes at most."
+    )
+
+
+def page(rows: dict[str, Row]) -> str:
+    """docs/kernels.md with what these rows say between its two markers."""
+    every = list(specializations())
+    decoding = [rows[key(one)] for one in every if one.kind == "decode"]
+    attention = [rows[key(one)] for one in every if one.kind != "decode"]
+    lines = [
+        *table(rows, extras=False),
+        "",
+        "With a key padding mask, packed documents, an order of tiles and dropout, all at once:",
+        "",
+        *table(rows, extras=True),
+        "",
+        f"None of these {len(attention)} kernels spills registers in a loop, and on 9.0 none waits "
+        f"for each product of a warp group. {counted(attention)} The {len(decoding)} pairs of "
+        f"decoding kernels take at most {most(decoding, 'registers')} registers and "
+        f"{most(decoding, 'shared_bytes') / 1024:.0f} KiB of shared memory. {counted(decoding)}",
+    ]
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
     return "\n".join([before + BEGIN, "", *lines, "", END + after])
+
+
+def source_of(name: str) -> str:
+    """Which of SOURCES a row was compiled from."""
+    return "decoding" if name.startswith("decode") else "attention"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,21 +254,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     import triton
-    from dilated_kernels.fused.configs import tabled_config
 
     recorded: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    is_current = recorded.get("sources") == sources_hash()
-    rows: dict[str, dict[str, Any]] = recorded.get("rows", {}) if is_current else {}
+    hashes = recorded.get("sources", {})
+    stale = {name for name, digest in sources_hashes().items() if digest != hashes.get(name)}
+    rows: dict[str, Row] = recorded.get("rows", {})
     if not options.check:
-        if recorded.get("triton") != triton.__version__:
-            rows = {}
-        import torch
-
+        rows = {
+            name: row
+            for name, row in rows.items()
+            if recorded.get("triton") == triton.__version__ and source_of(name) not in stale
+        }
         todo = [
             one
             for one in specializations()
-            if rows.get(key(one), {}).get("config")
-            != list(tabled_config(one[0], getattr(torch, one[1]), one[3], one[4], one[2]))  # pyright: ignore[reportArgumentType]
+            if key(one) not in rows or rows[key(one)].get("config") != configuration(one)
         ]
         context = multiprocessing.get_context("spawn")
         with context.Pool(options.processes) as pool:
@@ -183,8 +277,9 @@ def main(arguments: list[str] | None = None) -> int:
                 if i % 20 == 19 or i + 1 == len(todo):
                     print(f"{i + 1} of {len(todo)}: {name}: {row}", flush=True)
                     write(triton.__version__, rows)
-        write(triton.__version__, rows)
-    elif not is_current:
+        names = {key(one) for one in specializations()}
+        write(triton.__version__, rows := {name: rows[name] for name in rows if name in names})
+    elif stale:
         print("the kernels changed since they were compiled; run python -m tools.kernel_resources")
         return 1
     for problem in (found := problems(rows)):

@@ -141,7 +141,7 @@ def test_a_jump_back_from_rare_code_is_no_loop():
     ("capability", "generation"),
     [
         *[((8, 0), "ampere"), ((8, 7), "ampere"), ((8, 6), "ada"), ((8, 9), "ada")],
-        *[((12, 0), "ada"), ((7, 5), "ada"), ((11, 0), "blackwell")],
+        *[((12, 0), "ada"), ((12, 1), "ada"), ((11, 0), "blackwell")],
         *[((9, 0), "hopper"), ((10, 0), "blackwell"), ((10, 3), "blackwell")],
     ],
 )

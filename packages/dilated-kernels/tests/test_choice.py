@@ -7,6 +7,7 @@ from dilated_core.backend import AttentionInputs
 from dilated_core.eager import EagerBackend
 from dilated_core.sdpa import SdpaBackend
 from dilated_kernels.choice import TABLE, Entry, Rank, fits, rank
+from dilated_kernels.fused.backend import TritonBackend
 
 CHAIN = ["triton", "flash4", "flash3", "flash2", "cudnn", "xformers", "efficient", "sdpa", "eager"]
 ORDER = {"triton": 50, "flash4": 44, "flash3": 43, "flash2": 42, "cudnn": 30, "xformers": 20}
@@ -108,19 +109,18 @@ def test_explanations_say_where_a_rank_comes_from(gpu, fakes):
 def test_gpus_older_than_ampere(gpu, empty_registry, capability):
     """Pascal, Volta and Turing: float32 and float16 by PyTorch's kernels, bfloat16 by eager."""
     gpu(*capability)
-    for backend in (Fake("triton"), SdpaBackend(), EagerBackend()):
+    for backend in (TritonBackend(), SdpaBackend(), EagerBackend()):
         register_backend(backend)
     assert auto(on_gpu()) == auto(on_gpu(dtype=torch.float16)) == "sdpa"
     assert auto(on_gpu(dtype=torch.bfloat16)) == "eager"
     lines = explain_backends(device="cuda:0", dtype=torch.bfloat16).splitlines()
     assert lines[1:4] == [
+        "  triton    cannot run: the GPU has compute capability "
+        f"{capability[0]}.{capability[1]}; it needs 8.0 or newer.",
         "  sdpa      cannot run: the dtype is bfloat16; this GPU is older than compute capability "
         "8.0.",
         "  eager     can run, and is what 'auto' takes",
-        "  triton    only by name: Triton supports GPUs from compute capability 8.0 on, and does "
-        "without the tensor cores of older ones",
     ]
-    assert registry.choose_backend("triton", on_gpu()).name == "triton"
 
 
 def test_ampere_is_not_older_than_ampere(gpu, fakes):
@@ -148,8 +148,7 @@ def test_a_gpu_that_is_not_there_is_explained_all_the_same(fakes):
 
 def inputs_of(entry):
     """Inputs that `entry` is meant for, and the compute capability of their device."""
-    low, high = entry.from_capability, entry.below_capability
-    capability = low or ((high[0] - 1, 9) if high else (9, 0))
+    capability = entry.from_capability or (9, 0)
     kind = entry.device or "cuda"
     return capability, AttentionInputs(
         torch.device(kind, 0 if kind == "cuda" else None),
@@ -190,7 +189,7 @@ def test_every_backend_has_a_rank_for_everything(gpu):
         ({"seq_lens": range(10, 20)}, {"seq_len": 10}, {"seq_len": 20}),
         ({"seq_lens": range(10, 20)}, {"seq_len": 19}, {"seq_len": None}),
         ({"from_capability": (8, 6)}, {}, {"device": torch.device("cpu")}),
-        ({"below_capability": (9, 0)}, {}, {"device": torch.device("mps")}),
+        ({"from_capability": (8, 6)}, {}, {"device": torch.device("mps")}),
     ],
 )
 def test_conditions_of_a_line(gpu, conditions, right, wrong):
@@ -201,7 +200,7 @@ def test_conditions_of_a_line(gpu, conditions, right, wrong):
 
 
 def test_conditions_on_the_generation(gpu):
-    entry = Entry("triton", 1, "a test", from_capability=(8, 6), below_capability=(9, 0))
-    for capability, expected in {(8, 0): False, (8, 6): True, (8, 9): True, (9, 0): False}.items():
+    entry = Entry("triton", 1, "a test", from_capability=(8, 6))
+    for capability, expected in {(7, 5): False, (8, 0): False, (8, 6): True, (9, 0): True}.items():
         gpu(*capability)
         assert fits(entry, on_gpu()) is expected

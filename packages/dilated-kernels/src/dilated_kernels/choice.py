@@ -40,7 +40,6 @@ class Entry(NamedTuple):
         origin: As in `Rank`.
         device: Type of the device, such as "cuda"; any if None.
         from_capability: CUDA compute capability of the oldest GPUs meant; any device if None.
-        below_capability: CUDA compute capability of the first newer GPUs not meant; likewise.
         dtypes: Any if empty.
         head_dims: Any if None.
         seq_lens: Any if None; otherwise the line is not for inputs of unknown length.
@@ -51,7 +50,6 @@ class Entry(NamedTuple):
     origin: str
     device: str | None = None
     from_capability: Capability | None = None
-    below_capability: Capability | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: range | None = None
     seq_lens: range | None = None
@@ -65,14 +63,6 @@ TABLE = (
         *("triton", -1),
         "on a CPU its kernels run in Triton's interpreter, which is for tests",
         device="cpu",
-    ),
-    # triton-lang/triton#5066; that Triton 3.9 compiles a matrix product for 7.5 to plain
-    # multiply-adds was read off its PTX.
-    Entry(
-        *("triton", -1),
-        "Triton supports GPUs from compute capability 8.0 on, and does without the tensor cores of "
-        "older ones",
-        below_capability=(8, 0),
     ),
     Entry("triton", 50, _UNMEASURED),
     Entry("flash4", 44, _UNMEASURED),
@@ -114,13 +104,12 @@ def fits(entry: Entry, inputs: AttentionInputs) -> bool:
         return False
     if entry.seq_lens is not None and inputs.seq_len not in entry.seq_lens:  # nor is None
         return False
-    oldest, newer = entry.from_capability, entry.below_capability
-    if oldest is None and newer is None:
+    if entry.from_capability is None:
         return True
     # Nothing is known of a GPU that is not there, such as when a machine without one explains it.
     if inputs.device.type != "cuda" or (capability := cuda_capability(inputs.device)) is None:
         return False
-    return (oldest is None or capability >= oldest) and (newer is None or capability < newer)
+    return capability >= entry.from_capability
 
 
 _ENTRIES: dict[str, tuple[Entry, ...]] = {

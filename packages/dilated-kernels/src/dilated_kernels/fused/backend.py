@@ -71,7 +71,9 @@ class TritonBackend:
                     "interpreter, which TRITON_INTERPRET=1 turns on."
                 )
         else:
-            reasons += cuda_reasons(inputs, minimum=(7, 0))
+            # Triton supports no older GPU (triton-lang/triton#5066): products of matrices are
+            # multiply-adds there, and what ships neither fits nor stays in registers.
+            reasons += cuda_reasons(inputs, minimum=(8, 0))
             if not reasons and (problem := import_problem("triton")):
                 reasons.append(
                     f"Triton cannot be imported ({problem}); pip install 'dilated-kernels[triton]'."

@@ -4,6 +4,7 @@ A sample; tools/kernel_resources.py compiles everything that ships. It runs in a
 because the tests beside it may have switched on Triton's interpreter, which compiles nothing.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_kernels.fused import ahead_of_time, configs, launch
+from dilated_kernels.fused.disassembly import count_spills_in_loops
 
 _CODE = """
 import json, sys, torch
@@ -92,6 +94,30 @@ def test_what_does_not_fit_is_seen():
     assert trapping.tensor_columns > configs.TENSOR_COLUMNS
 
 
+@pytest.mark.parametrize("kind", ["forward", "dq", "dk_dv"])
+def test_what_is_compiled_is_what_is_launched(kind):
+    """A branch alone, and the first and the last of two: which buffers, of which dtype."""
+    names = inspect.signature(getattr(launch, f"_{kind}_kernel").fn).parameters
+    options = ("key_mask", "segments", "order")
+    for given in ((), options):
+        launches = ahead_of_time.attention_launches(
+            torch.bfloat16, 64, is_causal=True, dropout=bool(given), options=given
+        )
+        calls = [dict(zip(names, arguments, strict=False)) for arguments, _ in launches[kind]]
+        partial, result = {
+            "forward": ("partial", "out"), "dq": ("partial", "dq"), "dk_dv": ("dk_partial", "dk")
+        }[kind]  # fmt: skip
+        assert [(call[partial] is not None, call[result].dtype) for call in calls] == [
+            (False, torch.bfloat16),
+            (False, torch.float32),
+            (True, torch.bfloat16),
+        ]
+        for call, (_, keywords) in zip(calls, launches[kind], strict=True):
+            assert {name for name in options if call[name] is not None} == set(given)
+            assert keywords["HAS_DROPOUT"] is bool(given)
+            assert keywords["PRECISION"] == "tf32"
+
+
 def test_spills_are_counted_where_they_repeat():
     disassembly = """
         /*0000*/  STL [R1], R2 ;
@@ -108,7 +134,7 @@ def test_spills_are_counted_where_they_repeat():
     .L_x_3:
         /*0080*/  BRA `(.L_x_3);
     """
-    assert ahead_of_time.count_spills_in_loops(disassembly) == 3
+    assert count_spills_in_loops(disassembly) == 3
 
 
 def test_a_jump_back_from_rare_code_is_no_loop():
@@ -131,10 +157,10 @@ def test_a_jump_back_from_rare_code_is_no_loop():
         /*00a0*/  BSYNC.RECONVERGENT B1 ;
         /*00b0*/  EXIT ;
     """
-    assert ahead_of_time.count_spills_in_loops(disassembly) == 0
+    assert count_spills_in_loops(disassembly) == 0
     # With a jump back where the branches have met, all three loads repeat.
     loop = disassembly.replace("/*0060*/  EXIT", "/*0060*/  @P1 BRA `(.L_x_0)")
-    assert ahead_of_time.count_spills_in_loops(loop) == 3
+    assert count_spills_in_loops(loop) == 3
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
+from unittest.mock import patch
 
 import torch
 import triton
@@ -23,22 +25,14 @@ from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from dilated_kernels.fused import backward, decode_launch, forward
-from dilated_kernels.fused.configs import Config, Kind, block_d, tabled_config
+from dilated_kernels.fused import decode_launch, launch
+from dilated_kernels.fused.configs import Config, Kind, tabled_config
+from dilated_kernels.fused.disassembly import count_spills_in_loops
 
-KERNELS: dict[Kind, Any] = {
-    "forward": cast(Any, forward.forward_kernel),
-    "dq": cast(Any, backward.dq_kernel),
-    "dk_dv": cast(Any, backward.dk_dv_kernel),
-}
+Kernel = Kind | Literal["delta"]
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-# Pointers to results and to what is accumulated are always float32.
-_FLOAT32_POINTERS = ("partial", "dk_partial", "dv_partial", "lse", "lse_log2", "delta")
-_DATA_POINTERS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-_OPTIONAL_POINTERS = {"key_mask": "*u8", "segments": "*i64", "order": "*i32"}
-_FLOATS = ("scale", "dropout_p")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keywords of a launch."""
 
 
 class Resources(NamedTuple):
@@ -65,7 +59,7 @@ class Resources(NamedTuple):
 
 
 def compile_kernel(
-    kind: Kind,
+    kind: Kernel,
     dtype: torch.dtype,
     head_dim: int,
     capability: tuple[int, int],
@@ -76,10 +70,11 @@ def compile_kernel(
     options: Collection[str] = (),
     config: Config | None = None,
 ) -> Resources:
-    """Compile one specialisation of a kernel and read its resources.
+    """Compile a kernel as it is launched, and read the most that it uses of anything.
 
-    Rates, grouped queries, lengths and head counts are arguments of the kernel, so one
-    specialisation serves them all.
+    It is compiled for a branch alone and for the first and the last of several, which differ in
+    what they read and write; one between reads like the last and writes like the first. Rates,
+    grouped queries, lengths and head counts are arguments, so these serve them all.
 
     Args:
         kind: Which kernel.
@@ -95,56 +90,58 @@ def compile_kernel(
     Raises:
         RuntimeError: If Triton runs as an interpreter, or has no disassembler to ask.
     """
-    kernel: Any = KERNELS[kind]
+    kernel: Any = getattr(launch, f"_{kind}_kernel")
     _check_compiler(kernel)
-    if config is None:
+
+    def choose_config(kind: Kind, *_: Any) -> Config:
         extras = dropout or "key_mask" in options
-        config = tabled_config(kind, dtype, head_dim, capability, precision, extras)
-    constants: dict[str, Any] = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "IS_CAUSAL": is_causal,
-        "BLOCKED": False,
-        "ATTENDED": False,
-        "POSITIVE_SCALE": True,
-        "HAS_DROPOUT": dropout,
-        "WIDE": False,
-        "PRECISION": precision if dtype == torch.float32 else "tf32",
-    }
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    values: dict[str, Any] = {}
-    divisible = [["tt.divisibility", 16]]
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants or (name in _OPTIONAL_POINTERS and name not in options):
-            signature[name] = "constexpr"
-            values[name] = constants.get(name)
-        elif name in _FLOAT32_POINTERS:
-            signature[name], attributes[i,] = "*fp32", divisible
-        elif name in _DATA_POINTERS:
-            signature[name], attributes[i,] = f"*{_TYPES[dtype]}", divisible
-        elif name in _OPTIONAL_POINTERS:
-            signature[name], attributes[i,] = _OPTIONAL_POINTERS[name], divisible
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if "_stride_" in name and not name.startswith("mask"):
-                attributes[i,] = divisible
-    source = cast(Any, ASTSource)(kernel, signature, values, attributes)
-    launch_options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
-    target = _target(capability)
-    return _resources(cast(Any, triton.compile)(source, target=target, options=launch_options))
+        return config or tabled_config(kind, dtype, head_dim, capability, precision, extras)
+
+    with _matmul_precision(precision), patch.multiple(launch, choose_config=choose_config):
+        calls = attention_launches(
+            dtype, head_dim, is_causal=is_causal, dropout=dropout, options=options
+        )[kind]
+    distinct = {repr(specialize(kernel, capability, call)): call for call in calls}
+    found = [_resources(compile_launch(kernel, capability, call)) for call in distinct.values()]
+    return Resources(*map(max, zip(*found, strict=True)))
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keywords of a launch."""
+def attention_launches(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    is_causal: bool,
+    dropout: bool = False,
+    options: Collection[str] = (),
+) -> dict[Kernel, list[Call]]:
+    """What the kernels are launched with, forward and backward, for one branch and for two.
+
+    Args: As for `compile_kernel`.
+    """
+    B, S, H, H_kv = 1, 1024, 4, 2
+    q, dout, out = (torch.empty(B, S, H, head_dim, dtype=dtype) for _ in range(3))
+    k, v = (torch.empty(B, S, H_kv, head_dim, dtype=dtype) for _ in range(2))
+    lse = torch.empty(B, S, H)
+    given = launch.Options(
+        is_causal=is_causal,
+        scale=0.1,
+        dropout_p=0.1 if dropout else 0.0,
+        dropout_seed=0,
+        key_mask=torch.zeros(B, S, dtype=torch.uint8) if "key_mask" in options else None,
+        cu_seqlens=torch.tensor([0, S]) if "segments" in options else None,
+        tile_order="hilbert" if "order" in options else "row_major",
+    )
+    names: tuple[Kernel, ...] = ("forward", "delta", "dq", "dk_dv")
+    recorders: dict[Kernel, _Recorder] = {name: _Recorder() for name in names}
+    kernels: dict[str, Any] = {f"_{name}_kernel": recorder for name, recorder in recorders.items()}
+    with patch.multiple(launch, is_interpreted=lambda: False, **kernels):
+        for pattern, dlse in (
+            (DilatedPattern([256], [1]), None),
+            (DilatedPattern([256, 512], [1, 2]), lse),
+        ):
+            launch.dilated_forward(q, k, v, pattern, given)
+            launch.dilated_backward(dout, dlse, q, k, v, out, lse, pattern, given)
+    return {name: recorder.calls for name, recorder in recorders.items()}
 
 
 def decode_launches(
@@ -168,18 +165,12 @@ def decode_launches(
     q = torch.zeros(2, 1, H, head_dim, dtype=dtype)
     k = v = torch.zeros(2, 1, H_kv, head_dim, dtype=dtype)
     keys = values = torch.zeros(2, num_rows, head_dim, dtype=dtype)
-    recorders = {"decode_kernel": _Recorder(), "merge_kernel": _Recorder()}
-    kernels = {name: getattr(decode_launch, name) for name in recorders}
-    try:
-        for name, recorder in recorders.items():
-            setattr(decode_launch, name, recorder)
+    recorders: dict[str, Any] = {"decode_kernel": _Recorder(), "merge_kernel": _Recorder()}
+    with patch.multiple(decode_launch, **recorders):
         for position in positions:
             decode_launch.decode_forward(
                 *(q, k, v, keys, values, layout), position=position, scale=0.1
             )
-    finally:
-        for name, kernel in kernels.items():
-            setattr(decode_launch, name, kernel)
     return {name: recorder.calls for name, recorder in recorders.items()}
 
 
@@ -194,6 +185,17 @@ class _Recorder:
             self.calls.append((arguments, keywords))
 
         return record
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Generator[None]:
+    """PyTorch's setting for float32 products, for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def specialize(kernel: Any, capability: tuple[int, int], call: Call) -> tuple[Any, ...]:
@@ -238,12 +240,8 @@ def compile_decode(
     Raises:
         RuntimeError: As `compile_kernel`.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
+    with _matmul_precision(precision):
         launches = decode_launches(dtype, head_dim, group, [4095])
-    finally:
-        torch.set_float32_matmul_precision(before)
     found: dict[str, Resources] = {}
     for name, (call,) in launches.items():
         kernel = getattr(decode_launch, name)
@@ -285,61 +283,6 @@ def _run_tool(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run(
             [tool, option, file], check=True, capture_output=True, text=True
         ).stdout
-
-
-def count_spills_in_loops(disassembly: str) -> int:
-    """Loads and stores of local memory that execution can come back to.
-
-    Rare branches stand behind the end of the code and jump back into it, so a label and a later
-    jump to it need not be a loop.
-
-    Args:
-        disassembly: Of one kernel, as `nvdisasm -c` prints it.
-    """
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in disassembly.splitlines():
-        if label := re.match(r"\s*([.$]\S+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            instructions.append(instruction[1])
-    successors = _successors(instructions, labels)
-    spills = [i for i, text in enumerate(instructions) if re.search(r"\b(LDL|STL)\b", text)]
-    return sum(_comes_back(i, successors) for i in spills)
-
-
-def _successors(instructions: list[str], labels: dict[str, int]) -> list[list[int]]:
-    """For each instruction, which can be executed next. Calls return; returns lead nowhere."""
-    successors: list[list[int]] = []
-    # Where warps that diverged meet, by barrier: execution goes on there after BSYNC.
-    meetings: dict[str, int] = {}
-    for i, text in enumerate(instructions):
-        after: list[int] = []
-        if not re.match(r"BRA\s+`|EXIT\b|RET\b", text):
-            after.append(i + 1)
-        target = re.search(r"`\(([.$]\S+?)\)", text)
-        if target and target[1] in labels:
-            after.append(labels[target[1]])
-            if barrier := re.search(r"BSSY\S* (B\d+)", text):
-                meetings[barrier[1]] = labels[target[1]]
-        elif (barrier := re.search(r"BSYNC\S* (B\d+)", text)) and barrier[1] in meetings:
-            after.append(meetings[barrier[1]])
-        successors.append([j for j in after if j < len(instructions)])
-    return successors
-
-
-def _comes_back(start: int, successors: list[list[int]]) -> bool:
-    """Whether a path leads from an instruction to itself."""
-    seen: set[int] = set()
-    ahead = [*successors[start]]
-    while ahead:
-        i = ahead.pop()
-        if i == start:
-            return True
-        if i not in seen:
-            seen.add(i)
-            ahead.extend(successors[i])
-    return False
 
 
 def _is_serialized(ptx: str) -> bool:

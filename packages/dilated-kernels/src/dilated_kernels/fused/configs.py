@@ -76,7 +76,7 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
         (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2),
     ),
     ("ampere", "ieee", "forward"): _row(
-        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 16, 2),
+        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 16, 2),
     ),
     ("ampere", "ieee", "dq"): _row(
         (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 16, 2), (32, 16, 4, 2),
@@ -103,13 +103,13 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
         (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 16, 4, 2),
     ),
     ("ada", "ieee", "forward"): _row(
-        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 4, 2),
+        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2),
     ),
     ("ada", "ieee", "dq"): _row(
         (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 16, 2), (32, 16, 4, 2),
     ),
     ("ada", "ieee", "dk_dv"): _row(
-        (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 1),
+        (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 4, 1),
     ),
     ("hopper", "half", "forward"): _row(
         (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 32, 4, 2),
@@ -118,7 +118,7 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
         (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (32, 32, 4, 2),
     ),
     ("hopper", "half", "dk_dv"): _row(
-        (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 4, 3), (32, 32, 8, 2),
+        (64, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), (32, 32, 8, 2),
     ),
     ("hopper", "tf32", "forward"): _row(
         (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2),
@@ -170,7 +170,6 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[Config, ...]] = {
 
 PADDED: dict[tuple[Generation, Arithmetic, Kind, int, bool], Config] = {
     ("hopper", "tf32", "dk_dv", 128, False): Config(64, 32, 8, 2),
-    ("ampere", "half", "forward", 64, True): Config(64, 64, 8, 2),
 }
 """Where the mask that a head_dim between the columns needs makes the table's line spill.
 
@@ -178,16 +177,19 @@ By what the head_dim is rounded up to, and by whether there is a key padding mas
 """
 
 EXTRAS: dict[tuple[Generation, Arithmetic, Kind, int], Config] = {
-    ("ampere", "half", "forward", 64): Config(64, 64, 4, 3),
+    ("ampere", "half", "forward", 64): Config(128, 32, 8, 2),
+    ("ada", "half", "forward", 64): Config(128, 32, 8, 2),
+    ("ampere", "tf32", "forward", 128): Config(64, 32, 8, 2),
+    ("hopper", "ieee", "dq", 64): Config(64, 16, 16, 2),
     ("blackwell", "half", "forward", 64): Config(64, 64, 8, 2),
     ("blackwell", "half", "dq", 64): Config(64, 64, 8, 2),
     ("ampere", "tf32", "dk_dv", 128): Config(64, 32, 8, 2),
     ("blackwell", "tf32", "dq", 128): Config(64, 32, 8, 1),
-    ("blackwell", "half", "dq", 32): Config(128, 64, 8, 2),
+    ("blackwell", "half", "dq", 32): Config(128, 32, 8, 3),
     ("blackwell", "tf32", "dq", 32): Config(64, 64, 8, 2),
     ("ampere", "half", "dq", 256): Config(32, 32, 4, 2),
     ("ada", "ieee", "dq", 256): Config(32, 16, 4, 1),
-    ("blackwell", "half", "dq", 16): Config(128, 64, 8, 2),
+    ("blackwell", "half", "dq", 16): Config(128, 32, 8, 3),
     ("blackwell", "half", "forward", 16): Config(64, 64, 4, 3),
 }
 """Where half the tile spills with a mask or dropout, by head_dim rounded up."""

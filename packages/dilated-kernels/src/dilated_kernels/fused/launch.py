@@ -188,7 +188,7 @@ def _row_values(
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     head_dim = out.shape[3]
     width = block_d(head_dim)
-    block_m = max(16, 8192 // width)
+    block_m = max(16, 4096 // width)
     _delta_kernel[(-(-delta.numel() // block_m),)](
         *(dout, out, None if dlse is None else dlse.contiguous(), lse, delta, lse_log2),
         *(*dout.stride()[:3], delta.numel(), out.shape[1], out.shape[2]),

@@ -1,11 +1,12 @@
 """Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype and causality, plain and with everything that is optional, and the decode kernels;
-it writes benchmarks/kernel_resources.json and the tables in docs/kernels.md. Rows that are there
-for the same sources and Triton are kept, so it can be stopped and goes on. `--check` compiles
-nothing: it fails unless the file covers the configurations, without spills and within the shared
-memory, and the page shows it.
+head_dim, dtype and causality, plain and with everything that is optional, and the kernels without
+configurations: delta, and those for decoding. It writes benchmarks/kernel_resources.json and the
+tables in docs/kernels.md. Rows that are there for the same sources and Triton are kept, so it can
+be stopped and goes on; from nothing it takes an hour. `--check` compiles nothing: it fails unless
+the file covers the configurations, without spills and within the shared memory, and the page shows
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RESULT = ROOT / "benchmarks" / "kernel_resources.json"
 PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = ROOT / "packages" / "dilated-kernels" / "src" / "dilated_kernels" / "fused"
 SOURCES = {
-    "attention": ("addressing.py", "arithmetic.py", "forward.py", "backward.py"),
+    "attention": ("addressing.py", "arithmetic.py", "forward.py", "backward.py", "launch.py"),
     "decoding": ("arithmetic.py", "decode.py", "decode_launch.py"),
 }
 
@@ -50,16 +51,16 @@ Row = dict[str, Any]
 
 
 class Specialization(NamedTuple):
-    """What makes the compiler compile a kernel anew.
+    """What is compiled at once: a row of the record.
 
     Attributes:
-        kind: "forward", "dq", "dk_dv", or "decode", whose `merge` comes with it.
+        kind: "forward", "delta", "dq", "dk_dv", or "decode", whose `merge` comes with it.
         dtype: By its name.
         precision: Of float32 products.
         head_dim: D.
         capability: CUDA compute capability.
-        is_causal: Of the first three kinds.
-        extras: Of the first three kinds, with key padding mask, documents, tile order and dropout.
+        is_causal: Of forward, dq and dk_dv.
+        extras: Of the same, with key padding mask, documents, tile order and dropout.
         is_grouped: Of "decode", several heads of q per head of k and v.
     """
 
@@ -80,6 +81,7 @@ def specializations() -> Iterator[Specialization]:
         common = (dtype, precision, head_dim, capability)
         for kind, is_causal, extras in product(KINDS, both, both):
             yield Specialization(kind, *common, is_causal=is_causal, extras=extras)
+        yield Specialization("delta", *common)
         for is_grouped in both:
             yield Specialization("decode", *common, is_grouped=is_grouped)
 
@@ -89,6 +91,8 @@ def key(one: Specialization) -> str:
     arithmetic = f"{one.dtype} {one.precision}" if one.dtype == "float32" else one.dtype
     if one.kind == "decode":
         variant = "grouped" if one.is_grouped else "single"
+    elif one.kind == "delta":
+        variant = "all"
     else:
         variant = ("causal" if one.is_causal else "full") + (" with options" if one.extras else "")
     major, minor = one.capability
@@ -107,11 +111,11 @@ def sources_hashes() -> dict[str, str]:
 
 
 def configuration(one: Specialization) -> list[int] | None:
-    """Tiles, warps and stages in the table; None for the decode kernels, which have no table."""
+    """Tiles, warps and stages in the table; None for kernels that are not in it."""
     import torch
     from dilated_kernels.fused.configs import tabled_config
 
-    if one.kind == "decode":
+    if one.kind not in KINDS:
         return None
     dtype = getattr(torch, one.dtype)
     return list(
@@ -182,7 +186,7 @@ def table(rows: dict[str, Row], *, extras: bool) -> list[str]:
 
     cells: dict[tuple[str, str, str], dict[int, list[Row]]] = {}
     for one in specializations():
-        if one.kind == "decode" or one.extras != extras:
+        if one.kind not in KINDS or one.extras != extras:
             continue
         arithmetic = f"float32, {one.precision}" if one.dtype == "float32" else "half precision"
         line = cells.setdefault((generation(one.capability), arithmetic, one.kind), {})
@@ -232,9 +236,11 @@ def page(rows: dict[str, Row]) -> str:
         "",
         *table(rows, extras=True),
         "",
-        f"None of these {len(attention)} kernels spills registers in a loop, and on 9.0 none waits "
-        f"for each product of a warp group. {counted(attention)} The {len(decoding)} pairs of "
-        f"decoding kernels take at most {most(decoding, 'registers')} registers and "
+        f"Each was compiled for a branch alone and for the first and the last of several; with the "
+        f"{sum(one.kind == 'delta' for one in every)} of delta these are {len(attention)}. None "
+        f"spills registers in a loop, and on 9.0 none waits for each product of a warp group. "
+        f"{counted(attention)} The {len(decoding)} pairs of decoding kernels take at most "
+        f"{most(decoding, 'registers')} registers and "
         f"{most(decoding, 'shared_bytes') / 1024:.0f} KiB of shared memory. {counted(decoding)}",
     ]
     before, rest = PAGE.read_text().split(BEGIN)

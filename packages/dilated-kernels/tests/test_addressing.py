@@ -66,6 +66,19 @@ def test_64_bits_are_used_where_32_do_not_suffice():
     assert not launch.is_wide(Config(64, 64, 8, 2), plan, options(), near, far, near)
 
 
+def test_launches_ask_about_everything_that_they_read(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        launch, "is_wide", lambda *args: asked.append([x.stride(1) for x in args[3:]])
+    )
+    q, k, v, dout = (
+        torch.zeros(1, 8, 2 + i, 16, device=DEVICE)[:, :, :2].requires_grad_() for i in range(4)
+    )
+    out = dilated_attention(q, k, v, DilatedPattern([8], [1]), backend="triton")
+    torch.autograd.grad(out, (q, k, v), dout)
+    assert asked == [[32, 48, 64], [32, 48, 64, 80], [32, 48, 64, 80]]
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_64_bits_give_the_same_bits(monkeypatch, is_causal):
     case = Case(

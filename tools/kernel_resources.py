@@ -42,10 +42,11 @@ ARITHMETIC = (
     ("float32", "tf32"),
 )
 KINDS = ("forward", "dq", "dk_dv")
-OPTIONAL = ("key_mask", "segments", "order")
+OPTIONAL = ("key_mask", "segments", "order", "blocked", "attended")
 
-# What a thread may put aside before a loop and fetch after it.
-SPILLED_BYTES = 64
+# What a thread of a decoding kernel may put aside before its loop and fetch after it: the assembler
+# does so to fit one more program on a multiprocessor.
+DECODING_SPILLS = 16
 
 Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Specialization(NamedTuple):
         head_dim: D.
         capability: CUDA compute capability.
         is_causal: Of forward, dq and dk_dv.
-        extras: Of the same, with key padding mask, documents, tile order and dropout.
+        extras: Of the same, with dropout and all that is `OPTIONAL`.
         is_grouped: Of "decode", several heads of q per head of k and v.
     """
 
@@ -162,7 +163,7 @@ def problems(rows: dict[str, Row]) -> list[str]:
             found.append(f"{key(one)}: compiled with {row.get('config')}, not {config}")
         if row["spills_in_loops"]:
             found.append(f"{key(one)}: spills in a loop")
-        if row["spilled_bytes"] > SPILLED_BYTES:
+        if row["spilled_bytes"] > (DECODING_SPILLS if one.kind == "decode" else 0):
             found.append(f"{key(one)}: spills {row['spilled_bytes']} bytes")
         if row["is_serialized"]:
             found.append(f"{key(one)}: products wait for each other")
@@ -216,11 +217,9 @@ def most(rows: list[Row], name: str) -> int:
 def counted(rows: list[Row]) -> str:
     """How many put a value aside over a loop, as a sentence."""
     aside = [row for row in rows if row["spilled_bytes"]]
-    if not aside:
-        return "None puts a value aside over a loop either."
     return (
         f"{len(aside)} of them put something aside before a loop and fetch it after it, "
-        f"{most(aside, 'spilled_bytes')} bytes at most."
+        f"{most(rows, 'spilled_bytes')} bytes at most."
     )
 
 
@@ -232,14 +231,15 @@ def page(rows: dict[str, Row]) -> str:
     lines = [
         *table(rows, extras=False),
         "",
-        "With a key padding mask, packed documents, an order of tiles and dropout, all at once:",
+        "With a key padding mask, packed documents, an order of tiles, dropout, blocked offsets of "
+        "heads and attended padding, all at once:",
         "",
         *table(rows, extras=True),
         "",
         f"Each was compiled for a branch alone and for the first and the last of several; with the "
         f"{sum(one.kind == 'delta' for one in every)} of delta these are {len(attention)}. None "
-        f"spills registers in a loop, and on 9.0 none waits for each product of a warp group. "
-        f"{counted(attention)} The {len(decoding)} pairs of decoding kernels take at most "
+        f"spills a register, and on 9.0 none waits for each product of a warp group. "
+        f"The {len(decoding)} pairs of decoding kernels take at most "
         f"{most(decoding, 'registers')} registers and "
         f"{most(decoding, 'shared_bytes') / 1024:.0f} KiB of shared memory. {counted(decoding)}",
     ]

@@ -52,6 +52,9 @@ def main():
             found["resources"].append({"kernel": name, "dtype": str(dtype), **resources._asdict()})
         for name, (call,) in decode_launches(dtype, head_dim, group, [4095]).items():
             found["wide_loads"].append(wide_loads(getattr(decode, name), capability, call))
+    # From 2³¹ − 1 on positions are divided in 64 bits.
+    for name, (call,) in decode_launches(torch.bfloat16, 64, 4, [2**33 + 4095]).items():
+        compile_launch(getattr(decode, name), (9, 0), call)
     # Up to 23 parts, 1 and 16 among them, which Triton compiles apart where it may.
     positions = [*range(300), *range(1000, 4096, 16), 2**31 - 1, 2**31, 2**33, 2**40 + 1]
     for name, calls in decode_launches(torch.bfloat16, 256, 1, positions).items():

@@ -60,6 +60,9 @@ def test_64_bits_are_used_where_32_do_not_suffice():
         (1, 2, 2**16, 16), (1, 1, 1, 1)
     )
     assert launch.is_wide(config, plan, options(), many_heads, near, near)
+    # Of each row, backward reads two values besides.
+    thin = torch.empty((1, 2, 2**19, 1), device="meta").as_strided((1, 2, 2**19, 1), (1, 1, 1, 1))
+    assert launch.is_wide(config, plan, options(), thin, near, near)
     mask = torch.empty_strided((1, 2), (2**21, 2**20), device="meta")
     assert launch.is_wide(config, plan, options(mask), near, near, near)
     assert launch.is_wide(Config(64, 128, 8, 2), plan, options(), near, far, near)

@@ -289,6 +289,44 @@ def test_longer_splits_where_there_would_be_too_many(monkeypatch, keys_per_split
     check(tensors, DilatedPattern([200], [1]), 199)
 
 
+@pytest.mark.parametrize("start", [120 * (2**31 // 120), 120 * 2**26], ids=["over 2^31", "beyond"])
+def test_positions_beyond_32_bits(start, keys_per_split):
+    """Where all segments begin anew, a step is what it is at position 0."""
+    keys_per_split(3)
+    tensors = random_tokens(14)
+    near, far = caches(tensors, PATTERN)
+    want = decode(near, tensors, 0)
+    assert all(start % w == 0 for w, _ in PATTERN.branches)
+    far.position = start
+    steps = [
+        decode_step_with_lse(*(x[:, t : t + 1] for x in tensors), far, backend="triton")
+        for t in range(14)
+    ]
+    for got, expected in zip(zip(*steps, strict=True), want, strict=True):
+        assert torch.equal(torch.cat(got, 1), expected)
+
+
+def test_segments_and_rates_beyond_32_bits():
+    check(random_tokens(14), DilatedPattern([8, 2**40, 2**41], [1, 2**33 + 1, 2**34]), 0)
+
+
+@pytest.mark.parametrize("position", [2**31 - 2, 2**31 - 1, 2**31, 2**33])
+@pytest.mark.parametrize("r", [2**31 - 2, 2**31 - 1, 2**31, 2**32])
+def test_long_segments_at_positions_that_take_32_bits(position, r):
+    """Eager agrees about which rows a late step sees and writes."""
+    tensors = random_tokens(1, head_dim=2)
+    ours, eagers = caches(tensors, DilatedPattern([2**36], [r]))
+    results = []
+    for cache, backend in ((ours, "triton"), (eagers, "eager")):
+        cache.position = position
+        cache.keys.fill_(0.5)
+        cache.values.fill_(0.5)
+        results.append(decode_step_with_lse(*tensors, cache, backend=backend))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, **FLOAT32)
+    assert torch.equal(ours.keys, eagers.keys)
+
+
 @pytest.mark.gpu
 def test_a_cache_of_more_than_two_to_the_31_elements():
     """Offsets beyond 32 bits: of a batch row, of a head and of a row."""

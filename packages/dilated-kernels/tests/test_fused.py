@@ -79,6 +79,17 @@ def test_tiles_of_any_shape(monkeypatch, config, is_causal):
     )
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rows", [15, 16, 17, 31, 32, 33])
+def test_segments_end_anywhere_in_a_tile(monkeypatch, rows, is_causal):
+    """With one row in the last tile, too, and another head's rows to come after it."""
+    monkeypatch.setattr(launch, "choose_config", lambda *_: Config(16, 16, 4, 2))
+    pattern = DilatedPattern([rows], [1])
+    assert_exact(
+        Case(seq_len=rows, num_heads=4, num_kv_heads=2, pattern=pattern, is_causal=is_causal)
+    )
+
+
 @pytest.mark.parametrize("head_dim", [3, 16, 48, 96, 200])
 def test_any_head_dim(head_dim):
     pattern = DilatedPattern([16, 40], [1, 2])

@@ -12,11 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# A condition that is known to the compiler needs its `else`: what follows a return is compiled as
+# well, and returns of two types do not compile.
+
 # Triton compiles a kernel anew for integers that are 1 or divisible by 16. These change from call
 # to call, or from branch to branch, and would gain nothing.
 NOT_SPECIALIZED = (
     *("seq_len", "num_heads", "group", "segment_length", "rate", "heads_per_offset"),
-    *("cells", "tiles", "slots", "seed", "branch", "num_rows"),
+    *("cells", "tiles", "slots", "blocks", "seed", "branch"),
 )
 
 
@@ -43,10 +46,11 @@ def locate_program(order, cells, tiles, REVERSED: tl.constexpr):
 def locate_rows(
     segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED: tl.constexpr
 ):
-    """Position of row 0 of a head in a segment (int64), its rows there (int32), and w.
+    """Position of row 0 of a head in a segment (int64), its rows there and those of offset 0.
 
-    w is clipped to the sequence of the segment. `segments` is None, or with packed documents an
-    int64 table `(num_segments, 3)` of start, length and clipped w.
+    The latter as if the segment were whole: w is clipped to the sequence of the segment. `segments`
+    is None, or with packed documents an int64 table `(num_segments, 3)` of start, length and
+    clipped w.
     """
     if segments is not None:
         start = tl.load(segments + 3 * segment)
@@ -55,10 +59,20 @@ def locate_rows(
     else:
         start = segment.to(tl.int64) * segment_length
         length = tl.minimum(seq_len - start, segment_length)
-        clipped = start * 0 + segment_length
+        clipped = tl.cast(segment_length, tl.int64)
     offset = head_offset(head, rate, heads_per_offset, BLOCKED)
-    num_rows = (tl.maximum(length - offset, 0) + rate - 1) // rate
-    return start + offset, num_rows.to(tl.int32), clipped
+    num_rows = _count_rows(length - offset, rate, segment_length)
+    return start + offset, num_rows, _count_rows(clipped, rate, segment_length)
+
+
+@triton.jit
+def _count_rows(length, rate, segment_length):
+    """Rows among `length` positions (int64) of a segment from the first row on, int32.
+
+    A division of 64 bits is a call, which puts registers aside; 32 do unless w needs more.
+    """
+    last = (tl.maximum(length, 1) - 1).to(segment_length.dtype)
+    return tl.where(length > 0, last // rate + 1, 0).to(tl.int32)
 
 
 @triton.jit
@@ -66,7 +80,8 @@ def head_offset(head, rate, heads_per_offset, BLOCKED: tl.constexpr):
     """Offset of a head: see `dilated_core.pattern.head_offset`."""
     if BLOCKED:
         return head // heads_per_offset
-    return head % rate
+    else:
+        return head % rate
 
 
 @triton.jit
@@ -82,7 +97,8 @@ def heads_of_slot(kv_head, slot, rate, group, heads_per_offset, BLOCKED: tl.cons
         first = tl.maximum(first_of_group, offset * heads_per_offset)
         stop = tl.minimum(first_of_group + group, (offset + 1) * heads_per_offset)
         return first, 1, tl.maximum(stop - first, 0)
-    return first_of_group + slot, rate, (group - slot + rate - 1) // rate
+    else:
+        return first_of_group + slot, rate, (group - slot + rate - 1) // rate
 
 
 @triton.jit
@@ -100,7 +116,8 @@ def row_offsets(lane, row_stride, WIDE: tl.constexpr):
     """
     if WIDE:
         return lane.to(tl.int64) * row_stride
-    return lane * row_stride.to(tl.int32)
+    else:
+        return lane * row_stride.to(tl.int32)
 
 
 @triton.jit
@@ -130,7 +147,6 @@ def load_rows(
         inside: Which of the rows exist.
     """
     pointers = row_pointers(base, first, lane, row_stride, dims, WIDE)
-    # Every branch ends in a return, because what follows one would be compiled as well.
     if MASKED:
         if dims.shape[0] == HEAD_DIM:
             return tl.load(pointers, mask=inside[:, None], other=0.0)

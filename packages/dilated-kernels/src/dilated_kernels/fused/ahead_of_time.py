@@ -31,6 +31,10 @@ from dilated_kernels.fused.disassembly import count_spills_in_loops
 
 Kernel = Kind | Literal["delta"]
 
+OPTIONS = ("key_mask", "segments", "order", "blocked", "attended", "negative", "wide")
+"""What a launch may have: packed documents, an order of tiles, blocked offsets of heads, attended
+padding, a negative scale, rows of a tile 2³¹ elements apart."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keywords of a launch."""
 
@@ -84,12 +88,15 @@ def compile_kernel(
         is_causal: As in the call.
         precision: Of float32 products: "ieee" or "tf32".
         dropout: With dropout.
-        options: With which of "key_mask", "segments" (packed documents) and "order" (of tiles).
+        options: With which of `OPTIONS`.
         config: Tiles, warps and stages; what `choose_config` takes if None.
 
     Raises:
         RuntimeError: If Triton runs as an interpreter, or has no disassembler to ask.
+        ValueError: If an option is unknown.
     """
+    if unknown := set(options) - set(OPTIONS):
+        raise ValueError(f"unknown options {sorted(unknown)}; there are {', '.join(OPTIONS)}.")
     kernel: Any = getattr(launch, f"_{kind}_kernel")
     _check_compiler(kernel)
 
@@ -124,7 +131,7 @@ def attention_launches(
     lse = torch.empty(B, S, H)
     given = launch.Options(
         is_causal=is_causal,
-        scale=0.1,
+        scale=-0.1 if "negative" in options else 0.1,
         dropout_p=0.1 if dropout else 0.0,
         dropout_seed=0,
         key_mask=torch.zeros(B, S, dtype=torch.uint8) if "key_mask" in options else None,
@@ -134,11 +141,15 @@ def attention_launches(
     names: tuple[Kernel, ...] = ("forward", "delta", "dq", "dk_dv")
     recorders: dict[Kernel, _Recorder] = {name: _Recorder() for name in names}
     kernels: dict[str, Any] = {f"_{name}_kernel": recorder for name, recorder in recorders.items()}
-    with patch.multiple(launch, is_interpreted=lambda: False, **kernels):
-        for pattern, dlse in (
-            (DilatedPattern([256], [1]), None),
-            (DilatedPattern([256, 512], [1, 2]), lse),
-        ):
+    is_wide = (lambda *_: True) if "wide" in options else launch.is_wide
+    with patch.multiple(launch, is_interpreted=lambda: False, is_wide=is_wide, **kernels):
+        for (w, r), dlse in ((([256], [1]), None), (([256, 512], [1, 2]), lse)):
+            pattern = DilatedPattern(
+                w,
+                r,
+                head_offsets="blocked" if "blocked" in options else "interleaved",
+                padding="attended" if "attended" in options else "masked",
+            )
             launch.dilated_forward(q, k, v, pattern, given)
             launch.dilated_backward(dout, dlse, q, k, v, out, lse, pattern, given)
     return {name: recorder.calls for name, recorder in recorders.items()}

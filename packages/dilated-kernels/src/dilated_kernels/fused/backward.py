@@ -27,42 +27,46 @@ from dilated_kernels.fused.arithmetic import LOG2_E, dot, keep_factor
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def delta_kernel(
-    dout, out, dlse, lse, delta, lse_log2,
-    dout_stride_b, dout_stride_s, dout_stride_h, num_rows, seq_len, num_heads,
+    dout, out, dlse, lse, row_values,
+    dout_stride_b, dout_stride_s, dout_stride_h, seq_len, num_heads, blocks,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the others need of each row: delta = rowsum(dout · out) − dlse, and lse in base 2.
+    """What the others need of each row: lse in base 2, and delta = rowsum(dout · out) − dlse.
 
     A gradient of lse enters as ds = p · (dout·v − delta + dlse), hence the difference. A row
     without keys, whose lse is −∞, gets +∞: its probabilities are then 0 without a test for it.
+
+    The rows of BLOCK_M positions, of all heads, are the tiles of `num_heads` programs.
 
     Args:
         dout: By its strides, the last of which is 1.
         out: Contiguous `(B, S, H, D)`.
         dlse: Contiguous `(B, S, H)` or None.
         lse: Contiguous `(B, S, H)`.
-        delta, lse_log2: float32 `(B, S, H)`, contiguous; written.
-        num_rows: B · S · H.
+        row_values: float32 `(B, S, H, 2)`, contiguous; written. Both values of a row are read
+            together, and rows are far apart, so they are side by side.
+        blocks: ⌈S / BLOCK_M⌉.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < num_rows
-    head = row % num_heads
-    position = row // num_heads % seq_len
-    batch = row // num_heads // seq_len
+    program = tl.program_id(0)
+    block = program // num_heads % blocks
+    batch = (program // num_heads // blocks).to(tl.int64)
+    place = program % num_heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = place % num_heads
+    position = block.to(tl.int64) * BLOCK_M + place // num_heads
+    inside = position < seq_len
+    row = (batch * seq_len + position) * num_heads + head
     dims = tl.arange(0, BLOCK_D)
-    base = batch * dout_stride_b + head * dout_stride_h
+    in_dout = batch * dout_stride_b + position * dout_stride_s + head.to(tl.int64) * dout_stride_h
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    dout_tile = tl.load(
-        dout + (base + position * dout_stride_s)[:, None] + dims[None, :], mask=mask, other=0.0
-    )
+    dout_tile = tl.load(dout + in_dout[:, None] + dims[None, :], mask=mask, other=0.0)
     out_tile = tl.load(out + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-    total = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if dlse is not None:
-        total -= tl.load(dlse + row, mask=inside, other=0.0)
-    tl.store(delta + row, total, mask=inside)
+        delta -= tl.load(dlse + row, mask=inside, other=0.0)
     row_lse = tl.load(lse + row, mask=inside, other=0.0)
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-    tl.store(lse_log2 + row, row_lse, mask=inside)
+    tl.store(row_values + 2 * row, row_lse, mask=inside)
+    tl.store(row_values + 2 * row + 1, delta, mask=inside)
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def _sum_over_keys(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dq_kernel(
-    q, k, v, key_mask, segments, order, dout, lse_log2, delta, partial, dq,
+    q, k, v, key_mask, segments, order, dout, row_values, partial, dq,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, mask_stride_b, mask_stride_s, mask_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
@@ -121,7 +125,7 @@ def dq_kernel(
 
     Args: As for `forward_kernel`, and
         dout: By its strides.
-        lse_log2, delta: float32 `(B, S, H)`, contiguous: what `delta_kernel` makes.
+        row_values: float32 `(B, S, H, 2)`, contiguous: what `delta_kernel` makes.
         partial: float32 `(B, S, H, D)`, contiguous: the sum over earlier branches, 0 where there
             was none; or None.
         dq: Contiguous `(B, S, H, D)` of any dtype; may be `partial`.
@@ -159,14 +163,13 @@ def dq_kernel(
 
     first_result = (batch * seq_len + first_position) * num_heads + head
     result_stride = row_stride * num_heads
-    in_lse = first_result + tl.cast(first_row, tl.int64) * result_stride
-    in_lse += row_offsets(lane, result_stride, WIDE)
-    row_lse = tl.load(lse_log2 + in_lse, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
+    row_values += 2 * (first_result + tl.cast(first_row, tl.int64) * result_stride)
+    in_rows = row_offsets(lane, 2 * result_stride, WIDE)
+    row_lse = tl.load(row_values + in_rows, mask=inside, other=float("inf"))
+    row_delta = tl.load(row_values + 1 + in_rows, mask=inside, other=0.0)
 
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
-    sequence = (outer % 2147483647).to(tl.int32)
     if IS_CAUSAL:
         stop_key = tl.minimum(first_row + BLOCK_M, num_rows)
         unmasked = first_row // BLOCK_N * BLOCK_N
@@ -180,7 +183,7 @@ def dq_kernel(
             total, q_tile, dout_tile, row_lse, row_delta, k, v, key_mask,
             row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
             0, unmasked, num_rows, first_row, lane, dims,
-            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            first_position, rate, scale_log2, dropout_p, seed, branch, outer,
             HEAD_DIM, BLOCK_N, False, IS_CAUSAL, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
     if stop_key > unmasked:
@@ -188,7 +191,7 @@ def dq_kernel(
             total, q_tile, dout_tile, row_lse, row_delta, k, v, key_mask,
             row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
             unmasked, stop_key, num_rows, first_row, lane, dims,
-            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            first_position, rate, scale_log2, dropout_p, seed, branch, outer,
             HEAD_DIM, BLOCK_N, True, IS_CAUSAL, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
     total *= scale
@@ -215,7 +218,7 @@ def _store_sum(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, hidden, q, dout, lse_log2, delta, q_row_stride, dout_row_stride, lse_row_stride,
+    dk, dv, k, v, hidden, q, dout, row_values, q_row_stride, dout_row_stride, value_row_stride,
     first_query, query_lane, num_rows, first_row, row_lane, dims,
     first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
     HEAD_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -228,11 +231,11 @@ def _add_queries(
     dout_tile = load_rows(
         dout, first_query, query_lane, dout_row_stride, inside, dims, HEAD_DIM, True, WIDE
     )
-    in_lse = tl.cast(first_query, tl.int64) * lse_row_stride
-    in_lse += row_offsets(query_lane, lse_row_stride, WIDE)
+    row_values += tl.cast(first_query, tl.int64) * value_row_stride
+    in_rows = row_offsets(query_lane, value_row_stride, WIDE)
     # Rows beyond the segment are zero in q, dout and delta, and add nothing whatever p is.
-    row_lse = tl.load(lse_log2 + in_lse, mask=inside, other=0.0)
-    row_delta = tl.load(delta + in_lse, mask=inside, other=0.0)
+    row_lse = tl.load(row_values + in_rows, mask=inside, other=0.0)
+    row_delta = tl.load(row_values + 1 + in_rows, mask=inside, other=0.0)
     scores = dot(k, tl.trans(q_tile), PRECISION) * scale_log2
     probability = tl.exp2(scores - row_lse[None, :])
     if IS_CAUSAL:
@@ -258,7 +261,7 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dk_dv_kernel(
-    q, k, v, key_mask, segments, order, dout, lse_log2, delta, dk_partial, dv_partial, dk, dv,
+    q, k, v, key_mask, segments, order, dout, row_values, dk_partial, dv_partial, dk, dv,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h,
     v_stride_b, v_stride_s, v_stride_h, mask_stride_b, mask_stride_s, mask_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
@@ -323,23 +326,23 @@ def dk_dv_kernel(
     first_query = first_row // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
     q += batch * q_stride_b + first_position * q_stride_s
     dout += batch * dout_stride_b + first_position * dout_stride_s
-    first_lse = (batch * seq_len + first_position) * num_heads
+    row_values += 2 * (batch * seq_len + first_position) * num_heads
     # One loop over the heads and their tiles, with masks throughout: nested or split loops keep so
     # many addresses in registers that they spill.
     query_lane = tl.arange(0, BLOCK_M)
     steps = num_heads_here * ((num_rows - first_query + BLOCK_M - 1) // BLOCK_M)
-    head = first_head.to(tl.int64)
+    head = first_head
     query = first_query
     tl.assume(steps > 0)  # or products wait for each other, as in `dq_kernel`
     for _ in range(steps):
         dk_total, dv_total = _add_queries(
             dk_total, dv_total, k_tile, v_tile, hidden,
-            q + head * q_stride_h, dout + head * dout_stride_h,
-            lse_log2 + first_lse + head, delta + first_lse + head,
-            row_stride * q_stride_s, row_stride * dout_stride_s, row_stride * num_heads,
+            q + head.to(tl.int64) * q_stride_h, dout + head.to(tl.int64) * dout_stride_h,
+            row_values + 2 * head,
+            row_stride * q_stride_s, row_stride * dout_stride_s, 2 * row_stride * num_heads,
             query, query_lane, num_rows, first_row, lane, dims,
             first_position, rate, scale_log2, dropout_p, seed, branch,
-            ((batch * num_heads + head) % 2147483647).to(tl.int32),
+            (batch * num_heads + head).to(tl.int32),
             HEAD_DIM, IS_CAUSAL, key_mask is not None, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
         query += BLOCK_M

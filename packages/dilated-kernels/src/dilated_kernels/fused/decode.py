@@ -24,7 +24,7 @@ from dilated_kernels.fused.arithmetic import LN_2, LOG2_E, dot
 @triton.jit
 def _locate_keys(
     branch_table, offsets, first_rows, position, head, head_exists, num_heads, num_branches,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Where the keys of a tile of heads are, per branch (R): rows behind the newest token's.
 
@@ -39,12 +39,19 @@ def _locate_keys(
     exists = branch < num_branches
     segment_length = tl.load(branch_table + 2 * branch, mask=exists, other=1)
     rate = tl.load(branch_table + 2 * branch + 1, mask=exists, other=1)
+    if not WIDE:
+        # A segment that does not end before 2³¹ − 1 has the same rows if it ends there.
+        segment_length = tl.minimum(segment_length, 2147483647).to(tl.int32)
+        rate = tl.minimum(rate, 2147483647).to(tl.int32)
+        position = position.to(tl.int32)
     index = position % segment_length
     rows = index // rate
+    offset_now = index - rows * rate
+    rows = rows.to(tl.int64)
     cell = branch[None, :] * num_heads + head[:, None]
     cell_exists = exists[None, :] & head_exists[:, None]
     offset = tl.load(offsets + cell, mask=cell_exists, other=-1)
-    keeps = offset == (index - rows * rate)[None, :]
+    keeps = offset == offset_now[None, :]
     # The heads that a branch keeps read one block.
     first = tl.load(first_rows + cell, mask=cell_exists, other=0)
     first = tl.max(tl.where(keeps, first, -1), 0)
@@ -162,7 +169,7 @@ def decode_kernel(
     cache_rows, num_heads, num_kv_heads, num_branches,
     position: tl.int64, splits: tl.int32, keys_per_split: tl.int64, scale,
     HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention of up to BLOCK_H heads of q over one part of the keys of their head of k and v.
 
@@ -174,6 +181,7 @@ def decode_kernel(
         partial: float32 `(B, H, splits, D)`, contiguous, unnormalised; or None.
         partial_stats: float32 `(B, H, splits, 2)`: maximum score, log2, and sum; or None.
         position: Of the newest token.
+        WIDE: Whether it needs more than 32 bits, whose division would be a subroutine.
     """
     program = tl.program_id(0)
     split = program % splits
@@ -190,7 +198,7 @@ def decode_kernel(
     inside_dims = dims < HEAD_DIM
     keeps, is_kept, start, end, shift, newest = _locate_keys(
         branch_table, offsets, first_rows, position, head, head_exists, num_heads, num_branches,
-        BLOCK_R,
+        BLOCK_R, WIDE,
     )  # fmt: skip
 
     q_tile = tl.load(

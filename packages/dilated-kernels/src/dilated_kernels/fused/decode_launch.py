@@ -124,6 +124,7 @@ def decode_forward(
             HEAD_DIM=D,
             **blocks._asdict(),
             PRECISION=dot_precision(q.dtype),
+            WIDE=position >= 2**31 - 1,
             enable_fp_fusion=True,
         )
         if partial is not None:

@@ -109,7 +109,7 @@ def forward_kernel(
     segment, tile, outer = locate_program(order, cells, tiles, IS_CAUSAL)
     head = outer % num_heads
     batch = (outer // num_heads).to(tl.int64)
-    first_position, num_rows, clipped = locate_rows(
+    first_position, num_rows, whole_rows = locate_rows(
         segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED
     )
     first_row = tile * BLOCK_M
@@ -154,7 +154,6 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     scale_log2 = scale * LOG2_E
-    sequence = (outer % 2147483647).to(tl.int32)
     if IS_CAUSAL:
         stop_key = tl.minimum(first_row + BLOCK_M, num_rows)
         unmasked = first_row // BLOCK_N * BLOCK_N
@@ -168,7 +167,7 @@ def forward_kernel(
             acc, row_max, row_sum, q_tile, k, v, key_mask,
             row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
             0, unmasked, num_rows, first_row, lane, dims,
-            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            first_position, rate, scale_log2, dropout_p, seed, branch, outer,
             HEAD_DIM, BLOCK_N, False, IS_CAUSAL, POSITIVE_SCALE, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
     if stop_key > unmasked:
@@ -176,12 +175,12 @@ def forward_kernel(
             acc, row_max, row_sum, q_tile, k, v, key_mask,
             row_stride * k_stride_s, row_stride * v_stride_s, row_stride * mask_stride_s,
             unmasked, stop_key, num_rows, first_row, lane, dims,
-            first_position, rate, scale_log2, dropout_p, seed, branch, sequence,
+            first_position, rate, scale_log2, dropout_p, seed, branch, outer,
             HEAD_DIM, BLOCK_N, True, IS_CAUSAL, POSITIVE_SCALE, HAS_DROPOUT, PRECISION, WIDE,
         )  # fmt: skip
     if ATTENDED and not IS_CAUSAL:
         # Zero keys: their score is 0, their value 0.
-        zero_keys = ((clipped + rate - 1) // rate - num_rows).to(tl.float32)
+        zero_keys = (whole_rows - num_rows).to(tl.float32)
         new_max = tl.where(zero_keys > 0, tl.maximum(row_max, 0.0), row_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         correction = tl.exp2(row_max - shift)
@@ -192,7 +191,7 @@ def forward_kernel(
 
     is_empty = row_sum == 0.0
     total = tl.where(is_empty, 1.0, row_sum)
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     row_lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
     out += first_result * HEAD_DIM
     pointers = row_pointers(out, first_row, lane, result_stride_d, dims, WIDE)

@@ -173,32 +173,34 @@ def dilated_backward(
     lse = lse.contiguous()
     launches = plan_launches(pattern, q.shape[1], options.cu_seqlens)
     with _on_device(q):
-        shared = (dout, *_row_values(dout, out.contiguous(), dlse, lse))
+        shared = (dout, _row_values(dout, out.contiguous(), dlse, lse))
         dq = _dq(q, k, v, shared, launches, pattern, options)
         return dq, *_dk_dv(q, k, v, shared, launches, pattern, options)
 
 
-_Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Shared = tuple[torch.Tensor, torch.Tensor]
+"""dout, and what `delta_kernel` makes."""
 
 
 def _row_values(
     dout: torch.Tensor, out: torch.Tensor, dlse: torch.Tensor | None, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `delta_kernel`: lse in base 2, and delta."""
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    head_dim = out.shape[3]
-    width = block_d(head_dim)
+) -> torch.Tensor:
+    """See `delta_kernel`."""
+    values = lse.new_empty(*lse.shape, 2)
+    B, S, H, D = out.shape
+    width = block_d(D)
     block_m = max(16, 4096 // width)
-    _delta_kernel[(-(-delta.numel() // block_m),)](
-        *(dout, out, None if dlse is None else dlse.contiguous(), lse, delta, lse_log2),
-        *(*dout.stride()[:3], delta.numel(), out.shape[1], out.shape[2]),
-        HEAD_DIM=head_dim,
+    blocks = -(-S // block_m)
+    _delta_kernel[(B * blocks * H,)](
+        *(dout, out, None if dlse is None else dlse.contiguous(), lse, values),
+        *(*dout.stride()[:3], S, H, blocks),
+        HEAD_DIM=D,
         BLOCK_M=block_m,
         BLOCK_D=width,
         num_warps=8,
         enable_fp_fusion=True,
     )
-    return lse_log2, delta
+    return values
 
 
 def _dq(
@@ -317,8 +319,8 @@ def _flags(
 
 def is_wide(config: Config, launch: Launch, options: Options, *tensors: torch.Tensor) -> bool:
     """Whether rows of one tile can be 2³¹ elements apart, in any of these tensors or a result."""
-    q = tensors[0]
-    strides = [q.shape[2] * q.shape[3], _mask_strides(options)[1], *(x.stride(1) for x in tensors)]
+    _, _, H, D = tensors[0].shape
+    strides = [H * max(D, 2), _mask_strides(options)[1], *(x.stride(1) for x in tensors)]
     return max(config.block_m, config.block_n) * launch.rate * max(strides) >= 2**31
 
 

@@ -141,7 +141,11 @@ def attention_launches(
     names: tuple[Kernel, ...] = ("forward", "delta", "dq", "dk_dv")
     recorders: dict[Kernel, _Recorder] = {name: _Recorder() for name in names}
     kernels: dict[str, Any] = {f"_{name}_kernel": recorder for name, recorder in recorders.items()}
-    is_wide = (lambda *_: True) if "wide" in options else launch.is_wide
+    needs_64_bits = launch.is_wide
+
+    def is_wide(*arguments: Any) -> bool:
+        return "wide" in options or needs_64_bits(*arguments)
+
     with patch.multiple(launch, is_interpreted=lambda: False, is_wide=is_wide, **kernels):
         for (w, r), dlse in ((([256], [1]), None), (([256, 512], [1, 2]), lse)):
             pattern = DilatedPattern(

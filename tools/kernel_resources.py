@@ -45,7 +45,7 @@ KINDS = ("forward", "dq", "dk_dv")
 OPTIONAL = ("key_mask", "segments", "order", "blocked", "attended")
 
 # What a thread of a decoding kernel may put aside before its loop and fetch after it: the assembler
-# does so to fit one more program on a multiprocessor.
+# does so with registers left, it seems to fit one more program on a multiprocessor.
 DECODING_SPILLS = 16
 
 Row = dict[str, Any]

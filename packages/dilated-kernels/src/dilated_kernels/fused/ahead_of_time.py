@@ -32,8 +32,8 @@ from dilated_kernels.fused.disassembly import count_spills_in_loops
 Kernel = Kind | Literal["delta"]
 
 OPTIONS = ("key_mask", "segments", "order", "blocked", "attended", "negative", "wide")
-"""What a launch may have: packed documents, an order of tiles, blocked offsets of heads, attended
-padding, a negative scale, rows of a tile 2³¹ elements apart."""
+"""What a launch may have: a key padding mask, packed documents, an order of tiles, blocked offsets
+of heads, attended padding, a negative scale, rows of a tile 2³¹ elements apart."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keywords of a launch."""

@@ -1,10 +1,10 @@
 """Tile sizes, warps and pipeline stages of each kernel, by GPU generation.
 
-Each entry of the table is the first of a list of candidates, larger tiles first, that the compiler
-fits into the registers and the shared memory of such a GPU, causal or not: with no spill and no
-product that waits for another; `tools/kernel_resources.py` compiles them and records what they use
-(docs/kernels.md). For 8.x in half precision the list begins with the tiles of
-PyTorch's FlexAttention. None has been timed on a GPU yet.
+Each entry of the table is among the largest tiles that the compiler fits into the registers and the
+shared memory of such a GPU, causal or not: with no spill and no product that waits for another;
+`tools/kernel_resources.py` compiles them and records what they use (docs/kernels.md). For 8.x in
+half precision the tiles of PyTorch's FlexAttention were tried first. None has been timed on a GPU
+yet.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from dilated_core import dilated_attention
 from dilated_core.merge import fold_lse_
-from dilated_core.strips import plan_strips
+from dilated_core.strips.plan import plan_strips
 from equal_flops import HEAD_DIM, NUM_HEADS, geometric_pattern
 from harness import write_result
 

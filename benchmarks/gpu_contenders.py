@@ -24,8 +24,8 @@ from dilated_core import (
     dilated_attention_with_lse,
     register_backend,
 )
-from dilated_core.backend import AttentionInputs
-from dilated_core.registry import get_backend
+from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.registry import get_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from dilated_core import DilatedPattern, dilated_attention
-from dilated_core.registry import get_backend
+from dilated_core.backends.registry import get_backend
 from dilated_core.testing.error_budget import relative_error
 from dilated_kernels.fused.configs import Config
 from gpu_contenders import FUSED

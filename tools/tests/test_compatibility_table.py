@@ -94,7 +94,7 @@ def test_a_target_that_does_not_exist():
         with pytest.raises(LookupError):
             find(target)
     materialize = dilated_core.DilatedPattern.materialize
-    assert find("dilated_core.pattern.DilatedPattern.materialize") is materialize
+    assert find("dilated_core.pattern.branches.DilatedPattern.materialize") is materialize
 
 
 def test_rows_read_as_sentences():

@@ -17,8 +17,8 @@ from dilated_core import DilatedPattern, reference_dilated_attention_with_lse
 from tools.packages import ROOT
 
 BROKEN = '''"""A backend that is 1 % off, and one that is 10 % off."""
-from dilated_core.output import AttentionOutput
-from dilated_core.sdpa import SdpaBackend
+from dilated_core.merge import AttentionOutput
+from dilated_core.backends.sdpa import SdpaBackend
 
 
 class Off(SdpaBackend):

@@ -114,7 +114,7 @@ def test_eager_in_tiles_of_queries(monkeypatch, is_causal):
     whole = dilated_attention(q, k, v, PATTERN, **options, backend="eager")
     dout = torch.randn_like(q)
     want = torch.autograd.grad(whole, (q, k, v), dout)
-    monkeypatch.setattr("dilated_core.eager._MAX_SCORES", 500)
+    monkeypatch.setattr("dilated_core.backends.eager._MAX_SCORES", 500)
     tiled = dilated_attention(q, k, v, PATTERN, **options, backend="eager")
     assert relative_error(tiled, whole) < 1e-13
     got = torch.autograd.grad(tiled, (q, k, v), dout)

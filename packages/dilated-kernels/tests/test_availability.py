@@ -8,12 +8,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from dilated_core import AttentionBackend
-from dilated_core.backend import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs
 from dilated_kernels import availability
-from dilated_kernels.cuda_sdpa import cudnn, efficient
-from dilated_kernels.flash import FLASH2, FLASH3, FLASH4, flash2, flash3, flash4
-from dilated_kernels.flex import flex
-from dilated_kernels.xformers_backend import XFORMERS, xformers
+from dilated_kernels.flex.backend import flex
+from dilated_kernels.vendors.cuda_sdpa import cudnn, efficient
+from dilated_kernels.vendors.flash import FLASH2, FLASH3, FLASH4, flash2, flash3, flash4
+from dilated_kernels.vendors.xformers import XFORMERS, xformers
 
 BACKENDS = {b.name: b for b in (flash2, flash3, flash4, xformers, cudnn, efficient, flex)}
 LIBRARIES = {"flash2": FLASH2, "flash3": FLASH3, "flash4": FLASH4, "xformers": XFORMERS}
@@ -40,7 +40,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(availability, "installed_version", lambda name: machine.versions.get(name))
     monkeypatch.setattr(availability, "import_problem", lambda module: machine.problem)
     monkeypatch.setattr(availability, "cudnn_version", lambda: machine.cudnn)
-    monkeypatch.setattr("dilated_kernels.xformers_backend._kernel_reasons", lambda inputs: [])
+    monkeypatch.setattr("dilated_kernels.vendors.xformers._kernel_reasons", lambda inputs: [])
     return machine
 
 
@@ -287,7 +287,7 @@ def test_installed_versions():
 
 
 def test_xformers_is_asked_for_its_kernels(monkeypatch):
-    from dilated_kernels import xformers_backend
+    from dilated_kernels.vendors import xformers as xformers_backend
 
     class Operator:
         def __init__(self, *problems):
@@ -321,14 +321,16 @@ def test_xformers_is_asked_for_its_kernels(monkeypatch):
 def test_import_loads_no_library():
     code = (
         "import sys, warnings; before = set(sys.modules)\n"
-        "from dilated_kernels import adapter, availability, cuda_sdpa, flash, flex\n"
-        "from dilated_kernels import xformers_backend\n"
+        "from dilated_kernels import availability\n"
+        "from dilated_kernels.flex import backend\n"
+        "from dilated_kernels.vendors import adapter, cuda_sdpa, flash\n"
+        "from dilated_kernels.vendors import xformers as xformers_backend\n"
         "import torch\n"
-        "from dilated_core.backend import AttentionInputs\n"
+        "from dilated_core.backends.contract import AttentionInputs\n"
         "inputs = AttentionInputs(torch.device('cpu'), torch.float32, 4, 8)\n"
         "for b in (flash.flash2, flash.flash4, xformers_backend.xformers, cuda_sdpa.cudnn):\n"
         "    assert b.why_not(inputs)\n"
-        "assert not flex.flex.why_not(inputs)\n"
+        "assert not backend.flex.why_not(inputs)\n"
         "loaded = {m.partition('.')[0] for m in sys.modules}\n"
         "assert not loaded & {'flash_attn', 'flash_attn_interface', 'xformers'}, loaded\n"
         "assert 'torch.nn.attention.flex_attention' not in sys.modules\n"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from dilated_core import AttentionOutput, explain_backends
-from dilated_core.sdpa import SdpaBackend
+from dilated_core.backends.sdpa import SdpaBackend
 from dilated_models.cli.app import app
 from typer.testing import CliRunner
 
@@ -41,7 +41,7 @@ SMALL_BENCHMARK = ["--device", "cpu", "--seq-lens", "32,64", "--head-dims", "8",
 
 def test_info_measures_backends_and_keeps_what_it_found(tmp_path):
     pytest.importorskip("dilated_kernels")
-    from dilated_kernels.choice_file import MeasuredChoice
+    from dilated_kernels.ranking.choice_file import MeasuredChoice
 
     path = tmp_path / "choice.json"
     result = info("--benchmark", "--save", path, *SMALL_BENCHMARK)
@@ -115,7 +115,7 @@ def test_info_user_errors(tmp_path, arguments, expected):
 
 
 def test_info_without_the_package_that_measures(monkeypatch):
-    for name in ("dilated_kernels", "dilated_kernels.measure"):
+    for name in ("dilated_kernels", "dilated_kernels.ranking.measure"):
         monkeypatch.setitem(sys.modules, name, None)
     result = info("--benchmark", code=2)
     assert result.stderr == (

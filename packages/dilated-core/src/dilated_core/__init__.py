@@ -8,40 +8,41 @@ what users call. `reference` is the definition itself, which every test compares
 
 from importlib.metadata import version as _version
 
-from dilated_core.alibi import AlibiInputs, alibi_bias, alibi_slopes, with_alibi
 from dilated_core.attention import dilated_attention, dilated_attention_with_lse
-from dilated_core.backend import AttentionBackend, AttentionInputs
-from dilated_core.config import DilatedAttentionConfig, MultiheadConfig
-from dilated_core.decoding import DecodingCache, decode_step, decode_step_with_lse
-from dilated_core.decoding_plan import decoding_cache_nbytes, decoding_cache_rows
-from dilated_core.factory import (
-    AttentionVariant,
-    create_dilated_attention,
-    create_multihead_dilated_attention,
-)
-from dilated_core.hardware import recommended_dtype
-from dilated_core.key_positions import VisibleKeys, visible_keys
-from dilated_core.memory_profile import MemoryProfile, memory_profile
-from dilated_core.merge import merge_partials
-from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
-from dilated_core.output import AttentionOutput
-from dilated_core.pattern import Branch, DilatedPattern
-from dilated_core.positions import Rotation, check_decay_range, rotate, rotation_at
-from dilated_core.reference import (
-    reference_dilated_attention,
-    reference_dilated_attention_with_lse,
-)
-from dilated_core.registry import (
+from dilated_core.backends.contract import AttentionBackend, AttentionInputs
+from dilated_core.backends.dtype import recommended_dtype
+from dilated_core.backends.registry import (
     available_backends,
     explain_backends,
     register_backend,
     unregister_backend,
 )
-from dilated_core.rows import AttentionRows, attention_rows
-from dilated_core.segments import DynamicDilatedAttention, Segments, select_segments
-from dilated_core.stream_io import MappedTensor, tensor_sink, tensor_source
-from dilated_core.streaming import dilated_attention_streamed
-from dilated_core.workspace import WorkspacePool
+from dilated_core.decoding.cache import DecodingCache, decode_step, decode_step_with_lse
+from dilated_core.decoding.size import decoding_cache_nbytes, decoding_cache_rows
+from dilated_core.inspection.attention_rows import AttentionRows, attention_rows
+from dilated_core.inspection.memory_profile import MemoryProfile, memory_profile
+from dilated_core.merge import AttentionOutput, merge_partials
+from dilated_core.modules.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.modules.dilated import DilatedAttention
+from dilated_core.modules.dynamic import DynamicDilatedAttention
+from dilated_core.modules.factory import (
+    AttentionVariant,
+    create_dilated_attention,
+    create_multihead_dilated_attention,
+)
+from dilated_core.modules.multihead import MultiheadDilatedAttention
+from dilated_core.pattern.branches import Branch, DilatedPattern
+from dilated_core.pattern.ladder import Segments, select_segments
+from dilated_core.pattern.visible import VisibleKeys, visible_keys
+from dilated_core.positions.alibi import AlibiInputs, alibi_bias, alibi_slopes, with_alibi
+from dilated_core.positions.rotary import Rotation, check_decay_range, rotate, rotation_at
+from dilated_core.reference import (
+    reference_dilated_attention,
+    reference_dilated_attention_with_lse,
+)
+from dilated_core.streaming.pool import WorkspacePool
+from dilated_core.streaming.stream import dilated_attention_streamed
+from dilated_core.streaming.tensors import MappedTensor, tensor_sink, tensor_source
 
 __version__ = _version("dilated-core")
 

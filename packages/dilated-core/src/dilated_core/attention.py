@@ -13,8 +13,8 @@ from dilated_core.inputs import (
     check_max_workspace_bytes,
     check_scale,
 )
-from dilated_core.output import AttentionOutput
-from dilated_core.pattern import DilatedPattern
+from dilated_core.merge import AttentionOutput
+from dilated_core.pattern.branches import DilatedPattern
 
 
 def dilated_attention_with_lse(

@@ -8,7 +8,8 @@ from typing import cast
 
 import torch
 
-from dilated_core.pattern import DilatedPattern
+from dilated_core.checks import check_integer, check_number, check_tensor
+from dilated_core.pattern.branches import DilatedPattern, check_pattern
 
 
 def check_inputs(
@@ -25,14 +26,9 @@ def check_inputs(
         TypeError: If an argument is of the wrong type or the tensors' dtypes differ.
         ValueError: If shapes or devices do not fit together.
     """
-    if not isinstance(pattern, DilatedPattern):
-        raise TypeError(
-            f"pattern is a {type(pattern).__name__}; it must be a DilatedPattern, such as "
-            f"DilatedPattern([2048, 4096], [1, 2])."
-        )
+    check_pattern(pattern)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
+        check_tensor(name, x)
         if x.dim() != (3 if is_packed else 4):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; with cu_seqlens it must have the three "
@@ -92,11 +88,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale is {scale!r}; it must be a number, or None for 1/√head_dim.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite.")
-    return float(scale)
+    return check_number("scale", scale, fix=", or None for 1/√head_dim")
 
 
 def check_key_padding_mask(mask: torch.Tensor, q: torch.Tensor) -> None:
@@ -106,8 +98,7 @@ def check_key_padding_mask(mask: torch.Tensor, q: torch.Tensor) -> None:
         TypeError: If it is no bool tensor.
         ValueError: If its shape or device does not fit.
     """
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"key_padding_mask is a {type(mask).__name__}; it must be a tensor.")
+    check_tensor("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"key_padding_mask has dtype {mask.dtype}; it must be bool, True for keys to ignore."
@@ -174,11 +165,5 @@ def check_max_workspace_bytes(value: int | None) -> None:
         TypeError: If it is neither None nor an integer.
         ValueError: If it is below 1.
     """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"max_workspace_bytes is {value!r}; it must be an integer, or None for no limit."
-        )
-    if value < 1:
-        raise ValueError(f"max_workspace_bytes is {value}; it must be at least 1.")
+    if value is not None:
+        check_integer("max_workspace_bytes", value, at_least=1)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dilated_core.backend import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.registry import choose_backend
 from dilated_core.inputs import document_bounds
-from dilated_core.pattern import DilatedPattern
-from dilated_core.registry import choose_backend
-from dilated_core.strip_attention import Call, backward_over_strips, forward_over_strips, wide
+from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.strips.attend import Call, backward_over_strips, forward_over_strips, wide
 
 # The dispatcher's state has no public name.
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]

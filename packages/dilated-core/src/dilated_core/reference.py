@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from dilated_core.output import AttentionOutput
-from dilated_core.pattern import DilatedPattern
+from dilated_core.merge import AttentionOutput
+from dilated_core.pattern.branches import DilatedPattern
 
 
 def reference_dilated_attention_with_lse(

@@ -8,8 +8,8 @@ kernels, `adapter` what the adapters to other people's kernels share.
 from importlib.metadata import version as _version
 
 from dilated_kernels.fused.backend import TritonBackend
-from dilated_kernels.measure import measure_backends
-from dilated_kernels.measured_choice import use_measured_choice
+from dilated_kernels.ranking.measure import measure_backends
+from dilated_kernels.ranking.measured_choice import use_measured_choice
 
 __version__ = _version("dilated-kernels")
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from dilated_core.backend import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from dilated_core.pattern import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern
 
 
 @dataclass(frozen=True, kw_only=True)

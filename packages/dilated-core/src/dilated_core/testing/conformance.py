@@ -20,10 +20,10 @@ import torch
 from hypothesis import HealthCheck, currently_in_test_context, given, reject, settings
 
 from dilated_core.attention import dilated_attention_with_lse
-from dilated_core.backend import AttentionInputs
-from dilated_core.pattern import DilatedPattern
+from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.registry import get_backend
+from dilated_core.pattern.branches import DilatedPattern
 from dilated_core.reference import reference_dilated_attention_with_lse
-from dilated_core.registry import get_backend
 from dilated_core.testing.cases import AWKWARD_CASES, Case, random_cases
 from dilated_core.testing.error_budget import (
     assert_within_budget,

@@ -77,7 +77,7 @@ def _count_rows(length, rate, segment_length):
 
 @triton.jit
 def head_offset(head, rate, heads_per_offset, BLOCKED: tl.constexpr):
-    """Offset of a head: see `dilated_core.pattern.head_offset`."""
+    """Offset of a head: see `dilated_core.pattern.branches.head_offset`."""
     if BLOCKED:
         return head // heads_per_offset
     else:

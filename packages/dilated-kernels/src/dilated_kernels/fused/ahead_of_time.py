@@ -18,8 +18,7 @@ from unittest.mock import patch
 import torch
 import triton
 from dilated_core import DilatedPattern
-from dilated_core.cache_rows import index_blocks
-from dilated_core.decoding_plan import plan_blocks
+from dilated_core.backends.cache_layout import index_blocks, plan_blocks
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import ASTSource, make_backend

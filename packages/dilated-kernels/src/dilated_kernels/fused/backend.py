@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from dilated_core import AttentionInputs, AttentionOutput, DilatedPattern
-from dilated_core.backend import CONTRACT_VERSION
-from dilated_core.cache_rows import CacheLayout
+from dilated_core.backends.cache_layout import CacheLayout
+from dilated_core.backends.contract import CONTRACT_VERSION
 
 from dilated_kernels.availability import (
     HALF_DTYPES,
@@ -20,8 +20,8 @@ from dilated_kernels.availability import (
     imported,
     input_reasons,
 )
-from dilated_kernels.choice import Rank, rank
 from dilated_kernels.fused.tile_order import TileOrder, check_tile_order
+from dilated_kernels.ranking.choice import Rank, rank
 
 MAX_HEAD_DIM = 256
 

@@ -176,7 +176,7 @@ def decode_kernel(
     Args:
         q, k, v: `(B, 1, H, D)` and `(B, 1, H_kv, D)` by their strides, the last of which is 1.
         keys, values: The cache, contiguous `(B, cache_rows, D)`.
-        branch_table, offsets, first_rows: See `dilated_core.cache_rows.CacheLayout`.
+        branch_table, offsets, first_rows: See `dilated_core.backends.cache_layout.CacheLayout`.
         out, lse: `(B, H, D)` and float32 `(B, H)`, contiguous; written unless there is `partial`.
         partial: float32 `(B, H, splits, D)`, contiguous, unnormalised; or None.
         partial_stats: float32 `(B, H, splits, 2)`: maximum score, log2, and sum; or None.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import triton
 from dilated_core import AttentionOutput
-from dilated_core.cache_rows import CacheLayout
+from dilated_core.backends.cache_layout import CacheLayout
 
 from dilated_kernels.fused import decode
 from dilated_kernels.fused.launch import dot_precision

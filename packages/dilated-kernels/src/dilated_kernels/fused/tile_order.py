@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
-from dilated_core.hilbert import hilbert_order
+from dilated_core.pattern.hilbert import hilbert_order
 
 TileOrder = Literal["row_major", "hilbert"]
 

@@ -12,7 +12,7 @@ from dilated_models.cli.errors import fail, user_errors
 
 if TYPE_CHECKING:
     import torch
-    from dilated_kernels.choice_file import Case, MeasuredChoice
+    from dilated_kernels.ranking.choice_file import Case, MeasuredChoice
 
 
 def benchmark(
@@ -25,7 +25,7 @@ def benchmark(
 ) -> None:
     """Measure, print a table, and save the measurement if asked to."""
     try:
-        from dilated_kernels.measure import measure_backends
+        from dilated_kernels.ranking.measure import measure_backends
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "dilated_kernels":
             raise
@@ -52,7 +52,7 @@ def benchmark(
         typer.echo()
         typer.echo(
             f"saved; for backend='auto' to follow it in a program:\n"
-            f"from dilated_kernels.measured_choice import use_measured_choice\n"
+            f"from dilated_kernels.ranking.measured_choice import use_measured_choice\n"
             f"use_measured_choice({str(save)!r})"
         )
 
@@ -100,8 +100,8 @@ def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
     """What "auto" takes in each case, by itself and by the measurement."""
     import torch
     from dilated_core import AttentionInputs
-    from dilated_core.registry import choose_backend
-    from dilated_kernels.measured_choice import use_measured_choice
+    from dilated_core.backends.registry import choose_backend
+    from dilated_kernels.ranking.measured_choice import use_measured_choice
 
     inputs = [
         AttentionInputs(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from dilated_core.positions import Rotation
+from dilated_core.positions.rotary import Rotation
 from torch import Tensor, nn
 
 from dilated_models.layers.feed_forward import Activation, FeedForward

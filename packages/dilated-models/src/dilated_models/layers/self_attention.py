@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dilated_core import MultiheadDilatedAttention
-from dilated_core.positions import Rotation, rotate
+from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor
 
 

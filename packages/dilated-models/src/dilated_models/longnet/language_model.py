@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from dilated_core.positions import Rotation, check_decay_range, rotation_at
+from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     checkpoint,  # pyright: ignore[reportUnknownVariableType]

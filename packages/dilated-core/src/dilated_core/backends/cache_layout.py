@@ -1,0 +1,133 @@
+"""Where a decoding cache keeps what: blocks of rows, and their indices on its device.
+
+B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dilated_core.pattern.branches import Branch, DilatedPattern, head_offset, kept_rows
+
+
+class Block(NamedTuple):
+    """Rows of the cache that belong to one branch and one offset of heads.
+
+    Attributes:
+        offset: Of its heads, in a segment.
+        first_row: Its first row in the cache.
+        num_rows: Rows per head of k and v.
+        kv_heads: The heads of k and v that it stores.
+        q_heads: For each of them, the heads of q that read it: equally many.
+    """
+
+    offset: int
+    first_row: int
+    num_rows: int
+    kv_heads: list[int]
+    q_heads: list[list[int]]
+
+
+def plan_blocks(
+    pattern: DilatedPattern, num_heads: int, num_kv_heads: int, max_seq_len: int | None
+) -> tuple[list[list[Block]], int]:
+    """The blocks of each branch, one behind the other, and the number of their rows."""
+    blocks: list[list[Block]] = []
+    first_row = 0
+    for w, r in pattern.branches:
+        w = w if max_seq_len is None else min(w, max_seq_len)
+        readers: dict[tuple[int, int], list[int]] = {}
+        for head in range(num_heads):
+            offset = head_offset(head, r, num_heads, pattern.head_offsets)
+            kv_head = head // (num_heads // num_kv_heads)
+            readers.setdefault((offset, kv_head), []).append(head)
+        # Where r does not divide H / H_kv, heads of k and v have one reader more or less; a block
+        # holds those with equally many, so that its queries make a dense matrix.
+        regular: dict[tuple[int, int], list[int]] = {}
+        for (offset, kv_head), heads in readers.items():
+            regular.setdefault((offset, len(heads)), []).append(kv_head)
+        branch: list[Block] = []
+        for (offset, _), kv_heads in regular.items():
+            num_rows = kept_rows(w, r, offset)
+            q_heads = [readers[offset, kv_head] for kv_head in kv_heads]
+            branch.append(Block(offset, first_row, num_rows, kv_heads, q_heads))
+            first_row += len(kv_heads) * num_rows
+        blocks.append(branch)
+    return blocks, first_row
+
+
+class IndexedBlock:
+    """A block of the plan with its heads as index tensors on the device of the cache.
+
+    `shape` is (heads of k and v, heads of q that read each of them).
+    """
+
+    def __init__(self, block: Block, device: torch.device) -> None:
+        self.offset = block.offset
+        self.kv_heads = torch.tensor(block.kv_heads, device=device)
+        # Those of one head of k and v are neighbours.
+        self.q_heads = torch.tensor(block.q_heads, device=device).flatten()
+        self._first_row = block.first_row
+        self._num_rows = block.num_rows
+        self.shape = (len(block.kv_heads), len(block.q_heads[0]))
+
+    def view(self, cached: torch.Tensor) -> torch.Tensor:
+        """Its part of the keys or values: `(B, heads of k and v, rows, D)`."""
+        B, _, D = cached.shape
+        G, M = self.shape[0], self._num_rows
+        return cached[:, self._first_row : self._first_row + G * M].view(B, G, M, D)
+
+
+class CacheLayout(NamedTuple):
+    """Which rows of a cache belong to which heads, made once so that a step copies nothing.
+
+    A token at position t has the index i = t mod w in its segment. A branch keeps it for the heads
+    whose offset is i mod r, in row i // r of their block; they see the rows up to that one. Heads
+    with another offset see nothing of the branch. Heads of q that share a head of k and v and an
+    offset have one block.
+
+    Attributes:
+        branches: w and r of each branch, no larger than make a difference.
+        blocks: For each branch, its blocks with their heads.
+        branch_table: int64 `(branches, 2)`: `branches` on the device of the cache.
+        offsets: int64 `(branches, H)`: of each head of q in a segment.
+        first_rows: int64 `(branches, H)`: the first row of the block that each head of q reads.
+    """
+
+    branches: tuple[Branch, ...]
+    blocks: list[list[IndexedBlock]]
+    branch_table: torch.Tensor
+    offsets: torch.Tensor
+    first_rows: torch.Tensor
+
+
+def index_blocks(
+    pattern: DilatedPattern,
+    blocks: list[list[Block]],
+    num_heads: int,
+    max_seq_len: int | None,
+    device: torch.device,
+) -> CacheLayout:
+    """The plan of `plan_blocks` on a device."""
+    # No position is as far as 2^62. A rate beyond w keeps what w as the rate keeps.
+    longest = 2**62 if max_seq_len is None else max_seq_len
+    lengths = [min(w, longest) for w in pattern.segment_lengths]
+    branches = tuple(
+        Branch(w, min(r, w)) for w, r in zip(lengths, pattern.dilation_rates, strict=True)
+    )
+    shape = (len(blocks), num_heads)
+    offsets, first_rows = torch.zeros(2, *shape, dtype=torch.int64).unbind()
+    for index, branch in enumerate(blocks):
+        for block in branch:
+            for i, q_heads in enumerate(block.q_heads):
+                offsets[index, q_heads] = block.offset
+                first_rows[index, q_heads] = block.first_row + i * block.num_rows
+    return CacheLayout(
+        branches,
+        [[IndexedBlock(block, device) for block in branch] for branch in blocks],
+        torch.tensor(branches, device=device),
+        offsets.to(device),
+        first_rows.to(device),
+    )

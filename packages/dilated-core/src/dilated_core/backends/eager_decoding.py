@@ -1,0 +1,87 @@
+"""Decoding with plain PyTorch: append tokens to a cache, and attend from the newest one.
+
+B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dilated_core.backends.cache_layout import CacheLayout
+from dilated_core.merge import AttentionOutput, fold_lse_
+from dilated_core.pattern.branches import kept_rows
+
+
+def append_tokens(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: CacheLayout,
+    position: int,
+) -> None:
+    """Store what the segments of the last of the tokens keep of them.
+
+    Args:
+        k, v: `(B, n, H_kv, D)`, n at least 1.
+        keys, values: `(B, rows, D)`, the cache.
+        layout: Of the cache.
+        position: Of the first of the tokens.
+    """
+    start, stop = position, position + k.shape[1]
+    for (w, r), branch in zip(layout.branches, layout.blocks, strict=True):
+        segment = (stop - 1) // w * w
+        oldest = max(start, segment)
+        for block in branch:
+            row = kept_rows(oldest - segment, r, block.offset)  # the first one not yet stored
+            first = segment + block.offset + row * r
+            if first >= stop:
+                continue
+            last_row = row + kept_rows(stop - first, r, 0)
+            for cached, new in ((keys, k), (values, v)):
+                kept = new[:, first - start : stop - start : r].index_select(2, block.kv_heads)
+                block.view(cached)[:, :, row:last_row] = kept.transpose(1, 2)
+
+
+def attend_newest(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: CacheLayout,
+    *,
+    position: int,
+    scale: float,
+) -> AttentionOutput:
+    """Attention of the token at `position`, which is in the cache already.
+
+    Args:
+        q: `(B, 1, H, D)`.
+        keys, values: `(B, rows, D)`, the cache.
+        layout: Of the cache.
+        position: Of the token.
+        scale: Factor of the scores.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_BHD = q[:, 0].to(dtype) * scale
+    out = torch.zeros_like(q_BHD)
+    lse = q_BHD.new_full(q_BHD.shape[:2], -torch.inf)
+    for (w, r), branch in zip(layout.branches, layout.blocks, strict=True):
+        row, offset = divmod(position % w, r)
+        for block in branch:
+            if block.offset != offset:
+                continue
+            # (B, heads of k and v, rows, D), and heads of q in the place of rows.
+            block_keys, block_values = (
+                block.view(cached)[:, :, : row + 1].to(dtype) for cached in (keys, values)
+            )
+            queries = q_BHD.index_select(1, block.q_heads)
+            scores = queries.view(len(q), *block.shape, q.shape[3]) @ block_keys.mT
+            new_lse = scores.logsumexp(-1, keepdim=True)
+            new_out = ((scores - new_lse).exp() @ block_values).flatten(1, 2)
+            # A head may see other branches: fold this one into what they gave.
+            block_lse = lse.index_select(1, block.q_heads)
+            weight = fold_lse_(block_lse, new_lse.flatten(1))
+            block_out = out.index_select(1, block.q_heads)
+            lse.index_copy_(1, block.q_heads, block_lse)
+            out.index_copy_(1, block.q_heads, block_out.lerp(new_out, weight[..., None]))
+    return AttentionOutput(out.to(q.dtype)[:, None], lse[:, None])

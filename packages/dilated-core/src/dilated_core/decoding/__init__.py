@@ -1,0 +1,1 @@
+"""One token at a time against a cache that does not grow with the context."""

@@ -1,0 +1,324 @@
+"""Decoding one token at a time against a cache that does not grow with the context.
+
+B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
+
+A causal query sees, of each branch, keys of its own segment alone. So the cache keeps, per branch
+and head, the kept rows of the current segment: the position with index i in its segment is row
+i // r, where the position with the same index of the last segment was. A query that its branch
+keeps sees the rows up to its own, all of its segment; what is behind them is never read.
+
+Heads of a branch that share an offset and a head of k and v share its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from dilated_core.backends.cache_layout import index_blocks, plan_blocks
+from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.eager_decoding import append_tokens
+from dilated_core.backends.registry import choose_backend
+from dilated_core.checks import check_float_dtype, check_integer
+from dilated_core.decoding.size import check_sizes
+from dilated_core.inputs import check_scale
+from dilated_core.merge import AttentionOutput
+from dilated_core.pattern.branches import DilatedPattern
+
+
+class DecodingCache:
+    """The keys and values that the next tokens of a causal dilated attention can still see.
+
+    Its memory is allocated once and stays what it is for any length of context. All sequences of
+    the batch are at the same position. It can be copied (the copy shares nothing), pickled and
+    saved (`state_dict`); it holds no gradients.
+
+    Args:
+        pattern: The branches. Causal queries see no zero keys, so `padding` makes no difference.
+        batch_size: B.
+        num_heads: H.
+        num_kv_heads: H_kv, which divides H; H if None.
+        head_dim: D.
+        device: As for `torch.zeros`.
+        dtype: As for `torch.zeros`; a floating-point dtype.
+        max_seq_len: Tokens that it will ever see, if that is known: segments longer than this need
+            no more memory than this, and a token beyond it is an error. None: any number.
+
+    Attributes:
+        keys, values: `(B, rows, D)`, where rows is `decoding_cache_rows(...)`.
+        position: Tokens seen so far, which is the position of the next one.
+
+    Raises:
+        TypeError: If `pattern` is no DilatedPattern, a size is no integer or `dtype` not floating.
+        ValueError: If a size is out of range or H_kv does not divide H.
+
+    Example:
+        >>> pattern = DilatedPattern([64, 256], [1, 4])
+        >>> cache = DecodingCache(pattern, batch_size=1, num_heads=4, head_dim=16)
+        >>> k, v = torch.randn(2, 1, 1000, 4, 16).unbind()
+        >>> cache.prefill(k, v)
+        >>> q_next, k_next, v_next = torch.randn(3, 1, 1, 4, 16).unbind()
+        >>> decode_step(q_next, k_next, v_next, cache).shape
+        torch.Size([1, 1, 4, 16])
+        >>> cache.position
+        1001
+    """
+
+    def __init__(
+        self,
+        pattern: DilatedPattern,
+        *,
+        batch_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_seq_len: int | None = None,
+    ) -> None:
+        num_kv_heads = check_sizes(pattern, num_heads, num_kv_heads, max_seq_len)
+        check_integer("batch_size", batch_size, at_least=0)
+        check_integer("head_dim", head_dim, at_least=1)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_float_dtype(dtype)
+        self.pattern = pattern
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.max_seq_len = max_seq_len
+        self.position = 0
+        blocks, rows = plan_blocks(pattern, num_heads, num_kv_heads, max_seq_len)
+        # A cache made in inference mode can be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            # Zeros, not what was in memory: unread rows of it may be saved.
+            self.keys = torch.zeros(batch_size, rows, head_dim, device=device, dtype=dtype)
+            self.values = torch.zeros_like(self.keys)
+            self._layout = index_blocks(pattern, blocks, num_heads, max_seq_len, self.keys.device)
+
+    @property
+    def batch_size(self) -> int:
+        """B; `reorder` may change it."""
+        return self.keys.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `keys` and `values`."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def reset(self) -> None:
+        """Forget all tokens and start again at position 0; the memory is kept."""
+        self.position = 0
+
+    def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append the keys and values of n tokens at once, as n steps would.
+
+        Costs the rows that the cache keeps of them, whatever n is. It returns no attention: for
+        that of a prompt, call `dilated_attention(..., is_causal=True)`.
+
+        Args:
+            k, v: `(B, n, H_kv, D)`, dtype and device of the cache; any n.
+
+        Raises:
+            TypeError: If one is no tensor or of another dtype.
+            ValueError: If shapes or devices do not fit, the cache would exceed `max_seq_len`, or
+                k or v requires a gradient while gradients are enabled: the cache carries none.
+        """
+        n = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
+        self._check("k", k, n, self.num_kv_heads)
+        self._check("v", v, n, self.num_kv_heads)
+        self._check_room(n)
+        if n:
+            with torch.no_grad():
+                append_tokens(k, v, self.keys, self.values, self._layout, self.position)
+                self.position += n
+
+    def reorder(self, batch_indices: torch.Tensor | Sequence[int]) -> None:
+        """Let batch row i go on from what batch row `batch_indices[i]` was, as in beam search.
+
+        Args:
+            batch_indices: Integers in [0, B), of one dimension. Its length becomes the batch size,
+                so one prompt can go on as several beams.
+
+        Raises:
+            TypeError: If it holds anything but integers.
+            ValueError: If it does not have one dimension, or an index is out of range.
+        """
+        indices = torch.as_tensor(batch_indices)
+        if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
+            raise TypeError(f"batch_indices has dtype {indices.dtype}; it must hold integers.")
+        if indices.dim() != 1:
+            raise ValueError(
+                f"batch_indices has shape {tuple(indices.shape)}; it must have one dimension."
+            )
+        for index in cast(list[int], indices.tolist()):
+            if not 0 <= index < self.batch_size:
+                raise ValueError(
+                    f"batch_indices holds {index}; each must be in [0, B), here B = "
+                    f"{self.batch_size}."
+                )
+        with torch.inference_mode(False), torch.no_grad():
+            indices = indices.to(self.keys.device, torch.int64, copy=True)
+            self.keys = self.keys.index_select(0, indices)
+            self.values = self.values.index_select(0, indices)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of `keys` and `values`, and `position` as an int64 scalar."""
+        return {
+            "keys": self.keys.clone(),
+            "values": self.values.clone(),
+            "position": torch.tensor(self.position),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` of a cache with the same arguments returned.
+
+        Raises:
+            ValueError: If entries are missing or too many, or their shapes or dtypes differ.
+        """
+        expected = {"keys": self.keys, "values": self.values}
+        if set(state_dict) != {*expected, "position"}:
+            raise ValueError(
+                f"state_dict has the entries {sorted(state_dict)}; it must have keys, values and "
+                f"position."
+            )
+        for name, ours in expected.items():
+            given = state_dict[name]
+            if given.shape != ours.shape or given.dtype != ours.dtype:
+                raise ValueError(
+                    f"{name} is {tuple(given.shape)} of {given.dtype} in state_dict and "
+                    f"{tuple(ours.shape)} of {ours.dtype} here; make the cache with the same "
+                    f"arguments."
+                )
+        for name, ours in expected.items():
+            ours.copy_(state_dict[name])
+        self.position = int(state_dict["position"])
+
+    def __copy__(self) -> DecodingCache:
+        # Two caches that write to the same memory would spoil each other.
+        return copy.deepcopy(self)
+
+    def _decode(
+        self, kernel: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> AttentionOutput:
+        """Append one token and attend from it, by a backend that can."""
+        memory = (self.keys, self.values, self._layout)
+        result = kernel.decode_forward(q, k, v, *memory, position=self.position, scale=scale)
+        self.position += 1
+        return result
+
+    def _check(self, name: str, x: torch.Tensor, n: int, heads: int) -> None:
+        """Check one tensor of a step or of a prompt."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
+        expected = (self.batch_size, n, heads, self.head_dim)
+        if x.shape != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must be {expected}: the cache's batch "
+                f"size, the new tokens, the heads and head_dim."
+            )
+        if x.dtype != self.keys.dtype:
+            raise TypeError(
+                f"{name} has dtype {x.dtype} and the cache {self.keys.dtype}; they must be equal, "
+                f"so make the cache with dtype={x.dtype} or convert {name}."
+            )
+        if x.device != self.keys.device:
+            raise ValueError(
+                f"{name} is on {x.device} and the cache on {self.keys.device}; they must be on "
+                f"one device."
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which a cache cannot carry; decode under "
+                f"torch.no_grad() or pass {name}.detach()."
+            )
+
+    def _check_room(self, n: int) -> None:
+        if self.max_seq_len is not None and self.position + n > self.max_seq_len:
+            raise ValueError(
+                f"the cache has seen {self.position} tokens and {n} more are given; max_seq_len is "
+                f"{self.max_seq_len}, so make it with a larger one."
+            )
+
+
+def decode_step_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: DecodingCache,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`decode_step` that also returns the log of the softmax denominators.
+
+    Args, errors: As for `decode_step`.
+
+    Returns:
+        `out` `(B, 1, H, D)` in the dtype of q, and `lse` `(B, 1, H)`, natural logarithm, float32
+        (float64 for float64 inputs); −inf where no branch selects the token.
+    """
+    if not isinstance(cache, DecodingCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; it must be a DecodingCache.")
+    cache._check("q", q, 1, cache.num_heads)  # pyright: ignore[reportPrivateUsage]
+    cache._check("k", k, 1, cache.num_kv_heads)  # pyright: ignore[reportPrivateUsage]
+    cache._check("v", v, 1, cache.num_kv_heads)  # pyright: ignore[reportPrivateUsage]
+    scale = check_scale(scale, cache.head_dim)
+    cache._check_room(1)  # pyright: ignore[reportPrivateUsage]
+    inputs = AttentionInputs(
+        q.device, q.dtype, cache.num_heads, cache.head_dim, num_kv_heads=cache.num_kv_heads
+    )
+    kernel: Any = choose_backend(backend, inputs, for_decoding=True)
+    # Autocast would compute the scores in half precision.
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return cache._decode(kernel, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
+
+
+def decode_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: DecodingCache,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Append one token to the cache and attend from it: one row of causal dilated attention.
+
+    Equal to the last row of `dilated_attention(..., is_causal=True)` over all tokens that the cache
+    has seen. The token sees at most Σ ⌈w/r⌉ keys, so neither time nor memory grows with the
+    context. For inference: it returns no gradient.
+
+    Args:
+        q: `(B, 1, H, D)`, dtype and device of the cache.
+        k, v: `(B, 1, H_kv, D)`, of the same token.
+        cache: What the tokens before left; it is changed in place, unless an error is raised.
+        scale: Factor of the scores; 1/√D if None. The same at every step.
+        backend: Name of a backend that can decode, such as "eager" or "triton", or "auto" for the
+            best that can run here. A named backend is never replaced by another one.
+
+    Returns:
+        `(B, 1, H, D)` in the dtype of q; 0 where no branch selects the token.
+
+    Raises:
+        TypeError: If an argument has the wrong type or another dtype than the cache.
+        ValueError: If shapes or devices do not fit, the cache would exceed its `max_seq_len`, the
+            scale is not finite, q, k or v requires a gradient while gradients are enabled, or the
+            named backend does not exist or cannot decode these.
+
+    Example:
+        >>> pattern = DilatedPattern([4, 16], [1, 2])
+        >>> q, k, v = torch.randn(3, 1, 50, 2, 8).unbind()
+        >>> cache = DecodingCache(pattern, batch_size=1, num_heads=2, head_dim=8)
+        >>> outs = [decode_step(q[:, [t]], k[:, [t]], v[:, [t]], cache) for t in range(50)]
+        >>> whole = dilated_attention(q, k, v, pattern, is_causal=True)
+        >>> torch.testing.assert_close(torch.cat(outs, 1), whole)
+    """
+    return decode_step_with_lse(q, k, v, cache, scale=scale, backend=backend).out

@@ -1,0 +1,1 @@
+"""Tools to see what attention did: rows of its matrix, and its memory."""

@@ -1,0 +1,1 @@
+"""Dilated attention as `nn.Module`s, their configs and the factory."""

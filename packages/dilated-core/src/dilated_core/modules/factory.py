@@ -1,0 +1,153 @@
+"""Build attention modules by name: `auto`, `standard`, `improved`, and what other packages add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dilated_core.modules.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.modules.dilated import DilatedAttention
+from dilated_core.modules.multihead import MultiheadDilatedAttention
+
+ENTRY_POINT_GROUP = "dilated.attention"
+
+# Names of the family, so that asking for one that is not installed can say what to install.
+_PROVIDERS = {
+    "distributed": "dilated-ring",
+    "ring": "dilated-ring",
+    "ring_distributed": "dilated-ring",
+    "ring_hilbert": "dilated-ring",
+    "ring_block_sparse": "dilated-ring",
+    "block_sparse": "dilated-sparse",
+    "block_sparse_adaptive": "dilated-sparse",
+}
+
+
+class AttentionVariant(NamedTuple):
+    """What a factory name stands for; entry points of `dilated.attention` name such a pair.
+
+    Attributes:
+        attention: Builds the module on q, k, v from the keywords of `DilatedAttentionConfig`.
+        multihead: Builds the module with projections from those and the keywords of
+            `MultiheadConfig`.
+    """
+
+    attention: Callable[..., nn.Module]
+    multihead: Callable[..., nn.Module]
+
+
+# Three names, one mathematics and one module: which kernels run is the option `backend`.
+_OWN = dict.fromkeys(
+    ("auto", "improved", "standard"), AttentionVariant(DilatedAttention, MultiheadDilatedAttention)
+)
+
+
+def create_dilated_attention(
+    kind: str = "auto",
+    *,
+    attention_config: DilatedAttentionConfig | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build attention on q, k, v by name.
+
+    Args:
+        kind: `"auto"`, `"standard"` or `"improved"`, which are one module (its option `backend`
+            says which kernels run, by default the fastest), or another package's name.
+        attention_config: Options as an object, which stays as it is.
+        **options: Options as keywords, those of `DilatedAttentionConfig`; they override the object.
+
+    Raises:
+        ValueError: If the name is unknown, is that of a package that is not installed, or that of
+            one that cannot be loaded.
+        TypeError: If an option is unknown, or a config is of another class.
+
+    Example:
+        >>> create_dilated_attention("improved", segment_lengths=[64, 128], dilation_rates=[1, 2])
+        DilatedAttention(segment_lengths=[64, 128], dilation_rates=[1, 2])
+    """
+    settings = {
+        **_fields("attention_config", attention_config, DilatedAttentionConfig),
+        **options,
+    }
+    return _variant(kind).attention(**settings)
+
+
+def create_multihead_dilated_attention(
+    kind: str = "auto",
+    *,
+    multihead_config: MultiheadConfig | None = None,
+    attention_config: DilatedAttentionConfig | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build attention with query, key, value and output projections by name.
+
+    Args:
+        kind: As for `create_dilated_attention`.
+        multihead_config: Options of the projections as an object, which stays as it is.
+        attention_config: Options of the attention as an object, which stays as it is.
+        **options: Options of both as keywords; they override the objects.
+
+    Raises:
+        ValueError, TypeError: As for `create_dilated_attention`.
+
+    Example:
+        >>> mha = create_multihead_dilated_attention("auto", embed_dim=64, num_heads=4)
+        >>> mha.attention.pattern.segment_lengths
+        (2048, 4096, 8192)
+    """
+    settings = {
+        **_fields("multihead_config", multihead_config, MultiheadConfig),
+        **_fields("attention_config", attention_config, DilatedAttentionConfig),
+        **options,
+    }
+    return _variant(kind).multihead(**settings)
+
+
+def _fields(
+    name: str,
+    config: object,
+    expected: type[DilatedAttentionConfig] | type[MultiheadConfig],
+) -> dict[str, Any]:
+    """The options of a config, or the defaults for None."""
+    config = expected() if config is None else config
+    if not isinstance(config, expected):
+        raise TypeError(
+            f"{name} is a {type(config).__name__}; it must be a {expected.__name__}, and single "
+            f"options can be given as keywords instead."
+        )
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def _variant(kind: str) -> AttentionVariant:
+    if kind in _OWN:
+        return _OWN[kind]
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
+        return _load(entry_point)
+    if kind in _PROVIDERS:
+        raise ValueError(
+            f"attention {kind!r} is not installed; it comes with the package {_PROVIDERS[kind]}."
+        )
+    installed = sorted({*_OWN, *entry_points(group=ENTRY_POINT_GROUP).names})
+    raise ValueError(
+        f"attention {kind!r} is unknown; it must be one of {', '.join(map(repr, installed))}."
+    )
+
+
+def _load(entry_point: EntryPoint) -> AttentionVariant:
+    try:
+        variant: object = entry_point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"attention {entry_point.name!r} is installed but cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(variant, AttentionVariant):
+        raise ValueError(
+            f"attention {entry_point.name!r} is installed but cannot be used: {entry_point.value} "
+            f"is a {type(variant).__name__}; it must be a dilated_core.AttentionVariant."
+        )
+    return variant

@@ -1,0 +1,1 @@
+"""Which positions each head keeps: arithmetic on integers."""

@@ -1,0 +1,1 @@
+"""Position encodings that fit dilated attention: rotary, xPos, ALiBi."""

@@ -1,0 +1,1 @@
+"""Sequences larger than memory."""

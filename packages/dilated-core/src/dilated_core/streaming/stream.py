@@ -1,0 +1,196 @@
+"""Dilated attention over sequences larger than memory: rows stream in, results stream out.
+
+A segment attends within itself, so a branch can be computed as soon as one of its segments is
+complete. A window of the latest rows is held; each step reads a chunk, runs the segments that it
+completes, merges what the branches found by lse, hands on the rows that no branch will touch again
+and drops them. The window never holds more than a chunk and the longest segment.
+
+Where all branches complete the same rows at once (chunks that every segment length divides), a step
+is one call of the whole pattern on the rows as they were read, without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from dilated_core.inputs import check_scale
+from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.streaming.journal import check_same_call, read_journal, write_journal
+from dilated_core.streaming.window import BranchRunner, Reader, Source, stream_results
+
+Sink = Callable[[int, int, torch.Tensor], object]
+
+
+@runtime_checkable
+class StatefulSink(Protocol):
+    """A sink whose effects add up, such as a checksum: a journal keeps its state."""
+
+    def __call__(self, start: int, stop: int, out: torch.Tensor, /) -> object:
+        """Take the results of a range."""
+        ...
+
+    def state_dict(self) -> Any:
+        """The state after the ranges so far: numbers, strings, lists and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> object:
+        """Take up a state that `state_dict` returned."""
+        ...
+
+
+_CHUNK_BYTES = 2**23  # of q, k, v and out together; see default_chunk_length
+
+
+def dilated_attention_streamed(
+    source: Source,
+    sink: Sink,
+    pattern: DilatedPattern,
+    *,
+    seq_len: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+    chunk_length: int | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """`dilated_attention` of a sequence that need not fit in memory; without gradients.
+
+    The result is that of the whole sequence at once, for any pattern and length. Memory is that of
+    a chunk and of the longest segment, whatever `seq_len` is.
+
+    With a `journal` the call can be repeated after its process was killed, and goes on behind the
+    last range that the journal records. Outputs are then bit for bit those of an undisturbed run.
+    The range in flight at the kill may reach the sink twice, with the same rows. A sink whose
+    effects add up keeps them consistent by offering `state_dict()`, of JSON values, and
+    `load_state_dict(state)`: its state is recorded together with the range it belongs to.
+
+    Args:
+        source: `source(start, stop)` returns q `(B, stop − start, H, D)` and k, v
+            `(B, stop − start, H_kv, D)` of these positions. It is asked for position 0 alone, to
+            learn the shapes, then for ranges in rising order; after a kill again for up to the
+            longest segment and a chunk before the recorded end. It may reuse its memory in the
+            next call.
+        sink: `sink(start, stop, out)` takes the results `(B, stop − start, H, D)` of these
+            positions, in the dtype of q. Ranges come in order, each position once. `out` is only
+            valid during the call: copy what should stay.
+        pattern: The branches.
+        seq_len: S, in positions.
+        is_causal: Query i sees only keys j ≤ i.
+        scale: Factor of the scores; 1/√D if None.
+        backend: `"auto"`, or a name of `available_backends()`.
+        chunk_length: Positions read at a time. Fastest are multiples of every segment length; a
+            chunk shorter than the longest segment saves no memory and costs time. None: a good
+            length for these shapes.
+        journal: Path of the record of what is done; the file appears with the first range, and
+            stays. It guards against the death of the process, not of the machine. One process at a
+            time may use it.
+        progress: `progress(done, total)` is called with positions after each range.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the source returns something other than
+            three tensors of one floating dtype.
+        ValueError: If a number is out of range, the rows of the source do not fit, require
+            gradients or change in shape, dtype or device, or the journal is of another call.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 1000, 2, 16).unbind()
+        >>> pattern = DilatedPattern([64, 128], [1, 2])
+        >>> out = torch.empty_like(q)
+        >>> dilated_attention_streamed(
+        ...     tensor_source(q, k, v), tensor_sink(out), pattern, seq_len=1000, chunk_length=256
+        ... )
+        >>> bool((out - dilated_attention(q, k, v, pattern)).abs().max() < 1e-6)
+        True
+    """
+    seq_len = _check_count("seq_len", seq_len)
+    if chunk_length is not None:
+        chunk_length = _check_count("chunk_length", chunk_length)
+    for name, function in (("source", source), ("sink", sink), ("progress", progress)):
+        if not callable(function) and (name, function) != ("progress", None):
+            raise TypeError(f"{name} is a {type(function).__name__}; it must be callable.")
+    if hasattr(sink, "state_dict") != hasattr(sink, "load_state_dict"):
+        raise TypeError(
+            "the sink has only one of state_dict and load_state_dict; give it both, so that its "
+            "state is recorded and restored, or none."
+        )
+    with torch.no_grad():
+        reader = Reader(source, pattern)
+        q, k = reader.q, reader.k
+        scale = check_scale(scale, q.shape[-1])
+        path = None if journal is None else Path(journal)
+        record = None if path is None else read_journal(path)
+        if chunk_length is None:
+            # A journal keeps to its own, should a later version choose differently.
+            chunk_length = record["call"].get("chunk_length") if record else None
+            chunk_length = chunk_length or default_chunk_length(
+                pattern, seq_len, 2 * (q.nbytes + k.nbytes)
+            )
+        call = {
+            "segment_lengths": list(pattern.segment_lengths),
+            "dilation_rates": list(pattern.dilation_rates),
+            "head_offsets": pattern.head_offsets,
+            "padding": pattern.padding,
+            "seq_len": seq_len,
+            "is_causal": bool(is_causal),
+            "scale": scale,
+            "backend": backend,
+            "chunk_length": chunk_length,
+            "batch_size": q.shape[0],
+            "num_heads": q.shape[2],
+            "num_kv_heads": k.shape[2],
+            "head_dim": q.shape[3],
+            "dtype": str(q.dtype),
+            "device": q.device.type,
+        }
+        done = 0
+        if path is not None and record is not None:
+            check_same_call(path, record["call"], call)
+            done = record["done"]
+            if isinstance(sink, StatefulSink):
+                sink.load_state_dict(record["sink_state"])
+            if progress is not None:
+                progress(done, seq_len)
+        runner = BranchRunner(_clipped(pattern, seq_len), seq_len, bool(is_causal), scale, backend)
+        for start, stop, out in stream_results(reader, runner, chunk_length, done):
+            sink(start, stop, out)
+            if path is not None:
+                state = sink.state_dict() if isinstance(sink, StatefulSink) else None
+                write_journal(path, call, stop, state)
+            if progress is not None:
+                progress(stop, seq_len)
+
+
+def default_chunk_length(pattern: DilatedPattern, seq_len: int, bytes_per_row: int) -> int:
+    """Positions to read at a time: a few megabytes of rows, whole segments of every branch.
+
+    Args:
+        pattern: The branches.
+        seq_len: S.
+        bytes_per_row: Of q, k, v and out together, for one position.
+    """
+    lengths = _clipped(pattern, seq_len).segment_lengths
+    least = max(_CHUNK_BYTES // bytes_per_row, *lengths, 1)
+    common = math.lcm(*lengths)
+    # Where segments do not nest within a reasonable length, the longest still end with the chunk.
+    unit = common if common <= 2 * least else max(lengths)
+    return -(-least // unit) * unit
+
+
+def _clipped(pattern: DilatedPattern, seq_len: int) -> DilatedPattern:
+    return replace(pattern, segment_lengths=[min(w, seq_len) for w in pattern.segment_lengths])
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an integer.")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1.")
+    return value

@@ -1,0 +1,31 @@
+import pytest
+import torch
+from dilated_core.pattern.hilbert import hilbert_order
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(height=st.integers(0, 40), width=st.integers(0, 40))
+def test_every_cell_once(height, width):
+    order = hilbert_order(height, width)
+    assert torch.equal(order.sort().values, torch.arange(height * width))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (2, 6), (4, 64), (64, 16), (32, 1)])
+def test_steps_lead_to_a_neighbour(height, width):
+    order = hilbert_order(height, width)
+    rows, columns = order // width, order % width
+    assert order[0] == 0
+    assert (rows.diff().abs() + columns.diff().abs() == 1).all()
+
+
+def test_parts_of_the_curve_are_compact():
+    """What makes it worth having: 64 successive cells lie in an 8 × 8 square, not in one row."""
+    order = hilbert_order(32, 32).view(-1, 64)
+    for cells in (order // 32, order % 32):
+        assert (cells.amax(1) - cells.amin(1) == 7).all()
+
+
+def test_negative_sides_are_refused():
+    with pytest.raises(ValueError, match="the grid is 3 × -1"):
+        hilbert_order(3, -1)

@@ -1,0 +1,1 @@
+"""PyTorch's FlexAttention as a backend."""

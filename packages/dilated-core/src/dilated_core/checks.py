@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,15 +31,29 @@ def check_integer(
         TypeError: If it is not an integer; True and False are none.
         ValueError: If it is out of range.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = _integer(value)
+    if number is None:
         raise TypeError(f"{name} is {value!r}; it must be an integer.")
-    # A SymInt stays symbolic: int() would fix the compiled graph to one length.
-    number = value if isinstance(value, torch.SymInt) else int(value.__index__())
     if at_least is not None and number < at_least:
         raise ValueError(f"{name} is {number}; it must be at least {at_least}.")
     if at_most is not None and number > at_most:
         raise ValueError(f"{name} is {number}; it must be at most {at_most}.")
-    return number  # pyright: ignore[reportReturnType]
+    return number
+
+
+def _integer(value: Any) -> int | None:
+    """`value` as an int; None if it is not an integer, or is a bool."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        # A SymInt stays symbolic: int() would fix the compiled graph to one length.
+        return value  # pyright: ignore[reportReturnType]
+    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, fix: str = "") -> float:
@@ -52,13 +69,18 @@ def check_number(name: str, value: Any, *, above: float | None = None, fix: str 
         TypeError: If it is not a number; True and False are none.
         ValueError: If it is infinite, NaN or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} is {value!r}; it must be a number{fix}.")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer above 1e308
+        number = math.inf
+    # Not math.isfinite, which no compiler can trace when the number is an input of the graph.
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} is {value}; it must be finite.")
-    if above is not None and not value > above:
+    if above is not None and not number > above:
         raise ValueError(f"{name} is {value}; it must be above {above}.")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -98,13 +120,47 @@ def check_head_groups(num_heads: int, num_kv_heads: int | None) -> int:
         TypeError: If a count is not an integer.
         ValueError: If a count is below 1 or H_kv does not divide H.
     """
-    check_integer("num_heads", num_heads, at_least=1)
+    num_heads = check_integer("num_heads", num_heads, at_least=1)
     if num_kv_heads is None:
         return num_heads
-    check_integer("num_kv_heads", num_kv_heads, at_least=1)
+    num_kv_heads = check_integer("num_kv_heads", num_kv_heads, at_least=1)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; num_kv_heads must divide "
             f"num_heads, so that each head of k and v serves equally many of q."
         )
     return num_kv_heads
+
+
+def check_head_range(head_range: Sequence[int] | None, num_heads: int) -> tuple[int, int]:
+    """Which heads of the whole attention the `num_heads` at hand are, as `(first, total)`.
+
+    They are heads first to first + H − 1 of `total` heads, and have the offsets of these. None
+    stands for (0, H): the heads at hand are all.
+
+    Example:
+        >>> check_head_range((6, 12), num_heads=4)  # heads 6 to 9 of 12
+        (6, 12)
+        >>> check_head_range(None, num_heads=4)
+        (0, 4)
+
+    Raises:
+        TypeError: If it is neither None nor a pair of integers.
+        ValueError: If `first` is negative, or the heads reach beyond `total`.
+    """
+    if head_range is None:
+        return 0, num_heads
+    if not isinstance(head_range, (tuple, list)) or len(head_range) != 2:
+        raise TypeError(
+            f"head_range is {head_range!r}; it must be a pair (first, total), such as (6, 12) for "
+            f"the heads from 6 on of 12, or None."
+        )
+    first = check_integer("the first head of head_range", head_range[0], at_least=0)
+    total = check_integer("the total of head_range", head_range[1])
+    if first + num_heads > total:
+        raise ValueError(
+            f"head_range is ({first}, {total}) and there are {num_heads} heads; the heads "
+            f"{first} to {first + num_heads - 1} must be among the {total} of the whole, so give "
+            f"the first of these heads and the number of all."
+        )
+    return first, total

@@ -6,6 +6,7 @@ environments are reused, and one package's tests cannot lean on another package'
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
@@ -41,17 +42,23 @@ def tests(session: nox.Session, target: str) -> None:
 @nox.session(reuse_venv=False)  # pip removes nothing
 @nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
 def lowest(session: nox.Session, target: str) -> None:
-    """Tests of one package with the oldest versions that it allows; meant for Python 3.11."""
-    project = f"packages/{target}"
-    session.install(
-        "--resolution=lowest-direct",
-        "--editable",
-        project,
-        "--group",
-        f"{project}/pyproject.toml:test",
-    )
+    """Tests of one package with the oldest versions that it allows; meant for Python 3.11.
+
+    The only session that resolves: old versions need others than the pinned ones, so what it
+    installs depends on the day. That is why `tests` does not include it.
+    """
+    project = ROOT / "packages" / target
+    # Inside the workspace uv would apply the pins, which are not the oldest versions.
+    with tempfile.TemporaryDirectory() as outside, session.chdir(outside):
+        session.install(
+            "--resolution=lowest-direct",
+            "--editable",
+            str(project),
+            "--group",
+            f"{project}/pyproject.toml:test",
+        )
     # An old library may use what a newer one that it depends on has deprecated.
-    run_pytest(session, f"{project}/tests", "-W", "ignore::DeprecationWarning")
+    run_pytest(session, f"packages/{target}/tests", "-W", "ignore::DeprecationWarning")
 
 
 @nox.session
@@ -71,9 +78,15 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def structure(session: nox.Session) -> None:
-    """Import layers, sibling ranges, file lengths, public names, requirements.lock."""
+    """Import layers, sibling ranges, file lengths, public names, pinned versions."""
     sync_workspace(session)
     check_structure(session)
+
+
+@nox.session(venv_backend="none")  # an environment could not be made when a pin leaves its range
+def lock(session: nox.Session) -> None:
+    """Resolve; write the pins and requirements.lock. `-- --upgrade [NAME ...]` moves versions."""
+    session.run(sys.executable, "-m", "tools.lock", "--write", *session.posargs)
 
 
 @nox.session
@@ -149,5 +162,5 @@ def run_pytest(session: nox.Session, *arguments: str) -> None:
 def check_structure(session: nox.Session) -> None:
     """The rules about files and imports that need no test run."""
     session.run("lint-imports", "--no-logo", "--no-cache")
-    for check in ["siblings", "lengths", "api", "lock"]:
-        session.run("python", "-m", f"tools.check_{check}")
+    for check in ["check_siblings", "check_lengths", "check_api", "lock"]:
+        session.run("python", "-m", f"tools.{check}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.lock import read_pins
 from tools.packages import ROOT, Package, find_packages
 
 PACKAGES = find_packages()
@@ -30,10 +31,11 @@ def wheels() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def constraints(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Siblings come from dist/, everything else in the version of requirements.lock."""
+    """Siblings come from dist/, everything else in the pinned version."""
     path = tmp_path_factory.mktemp("constraints") / "constraints.txt"
-    built = [f"{name} @ {wheel.as_uri()}\n" for name, wheel in wheels.items()]
-    path.write_text("".join(built) + (ROOT / "requirements.lock").read_text())
+    built = [f"{name} @ {wheel.as_uri()}" for name, wheel in wheels.items()]
+    pins = read_pins((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    path.write_text("\n".join([*built, *pins.locked, *pins.vendors]))
     return path
 
 

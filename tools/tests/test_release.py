@@ -124,6 +124,10 @@ def test_the_built_files_are_checked(
     core: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, commands = subprocess.run, []
+    # The installed hatchling builds: another environment would be filled from an index.
+    monkeypatch.setenv("UV_NO_BUILD_ISOLATION", "1")
+    monkeypatch.setenv("UV_PYTHON", sys.executable)
+    monkeypatch.setenv("UV_OFFLINE", "1")
 
     def record(command: list[str], **options: object) -> object:
         commands.append(command)

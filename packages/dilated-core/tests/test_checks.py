@@ -11,6 +11,7 @@ from dilated_core.checks import (
     check_head_groups,
     check_head_range,
     check_integer,
+    check_names,
     check_number,
 )
 
@@ -119,3 +120,28 @@ def test_a_range_of_heads(head_range, expected):
 def test_mistakes_in_a_range_of_heads(error, message, head_range):
     with pytest.raises(error, match=message):
         check_head_range(head_range, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("causal", "it is called is_causal, and is passed to forward."),
+        ("is_causal", "it is passed to forward."),
+        ("softmax_scale", "it is called scale."),
+        ("sm_scale", "it is called scale."),
+        ("dropout_rate", "it is called dropout."),
+        ("attn_dropout", "it is called dropout."),
+        ("attention_dropout", "it is called dropout."),
+        ("dropout_p", "it is called dropout."),
+        # The owner has neither of the words for embed_dim.
+        ("dim", "its arguments are scale, dropout, heads."),
+        ("num_heads", "it is called heads."),
+        ("colour", "its arguments are scale, dropout, heads."),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_right_one(name, answer):
+    known, elsewhere = ("scale", "dropout", "heads"), {"is_causal": "is passed to forward"}
+    with pytest.raises(TypeError) as caught:
+        check_names("Layer", ["scale", name], known, elsewhere)
+    assert str(caught.value) == f"Layer has no argument {name!r}; {answer}"
+    check_names("Layer", known, known)

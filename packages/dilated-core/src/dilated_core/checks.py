@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -164,3 +164,68 @@ def check_head_range(head_range: Sequence[int] | None, num_heads: int) -> tuple[
             f"the first of these heads and the number of all."
         )
     return first, total
+
+
+# The words that this library and its neighbours have for one thing, ours among them.
+_SYNONYMS: tuple[frozenset[str], ...] = tuple(
+    frozenset(words.split())
+    for words in (
+        "is_causal causal use_causal_mask",
+        "scale softmax_scale sm_scale attn_scale qk_scale scaling",
+        "dropout dropout_p dropout_rate dropout_prob attn_dropout attention_dropout attn_pdrop",
+        "segment_lengths segment_length segment_sizes segment_size segment_lens segment_len",
+        "dilation_rates dilation_rate dilation_ratios dilation_ratio dilations dilation "
+        "dilated_ratios dilated_ratio",
+        "embed_dim embedding_dim d_model dim hidden_size model_dim",
+        "num_heads heads nhead nheads n_heads n_head num_attention_heads",
+        "num_kv_heads kv_heads n_kv_heads num_key_value_heads",
+        "layer_norm layernorm use_layer_norm subln sub_ln",
+        "layer_norm_eps layernorm_eps eps",
+        "gamma_init gamma init_gamma",
+        "bias qkv_bias use_bias",
+        "key_padding_mask padding_mask",
+        "cu_seqlens cu_seqlens_q cu_seqlens_k cu_seq_q cu_seq_k",
+        "backend attn_backend attn_implementation implementation impl kernel",
+        "max_workspace_bytes workspace_bytes max_memory memory_limit",
+    )
+)
+
+
+def check_names(
+    owner: str,
+    given: Iterable[str],
+    known: Collection[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse keyword arguments that `owner` does not have, naming the one that is meant.
+
+    A function declares `**unknown: Never`, which type checkers refuse in every call, and passes
+    `unknown` here first.
+
+    Args:
+        owner: The function or class that was called.
+        given: Names that the call gave.
+        known: Names that the owner has.
+        elsewhere: What `owner` lacks and users give it all the same, such as
+            `{"is_causal": "is passed to forward"}`.
+
+    Raises:
+        TypeError: If a name is not known.
+    """
+    elsewhere = elsewhere or {}
+    for name in given:
+        if name in known:
+            continue
+        raise TypeError(f"{owner} has no argument {name!r}; {_advice(name, known, elsewhere)}.")
+
+
+def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
+    """What to write instead of an unknown name."""
+    if name in elsewhere:
+        return f"it {elsewhere[name]}"
+    synonyms = sorted(next((words for words in _SYNONYMS if name in words), ()))
+    for word in filter(known.__contains__, synonyms):
+        return f"it is called {word}"
+    for word in filter(elsewhere.__contains__, synonyms):
+        return f"it is called {word}, and {elsewhere[word]}"
+    return f"its arguments are {', '.join(known)}"

@@ -72,9 +72,9 @@ def only_core(monkeypatch):
     monkeypatch.setattr(registry, "_registered", own)
     monkeypatch.setattr(registry, "_broken", {})
     monkeypatch.setattr(registry, "_entry_points_read", True)
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
     yield
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.fixture

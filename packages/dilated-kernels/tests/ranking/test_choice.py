@@ -35,7 +35,7 @@ def gpu(monkeypatch):
     """Make PyTorch see a GPU of some compute capability."""
 
     def set_capability(*capability):
-        registry.choose_backend.cache_clear()
+        registry.forget_choices()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -48,9 +48,9 @@ def empty_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.setattr(registry, "_broken", {})
     monkeypatch.setattr(registry, "_entry_points_read", True)
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
     yield
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_each_step_of_the_chain_falls_back_to_the_next(gpu, fakes, dtype):
         # An explicit name is not replaced, whatever else could run.
         assert registry.choose_backend(name, inputs) is fakes[name]
         fakes[name].why_not = lambda inputs, name=name: [f"{name} is on holiday."]
-        registry.choose_backend.cache_clear()
+        registry.forget_choices()
         with pytest.raises(ValueError, match=f"'{name}' cannot run .* {name} is on holiday. Use"):
             registry.choose_backend(name, inputs)
     with pytest.raises(ValueError, match=r"(?s)no backend can run.*flex      only by name"):

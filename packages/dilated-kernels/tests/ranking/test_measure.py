@@ -83,7 +83,7 @@ def backends(monkeypatch):
     )
     monkeypatch.setattr(registry, "_registered", {t.name: t() for t in types})
     monkeypatch.setattr(registry, "_entry_points_read", True)
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
     yield
     use_measured_choice(None)
 

@@ -32,7 +32,7 @@ def three_backends(monkeypatch):
     monkeypatch.setattr(registry, "_registered", backends)
     monkeypatch.setattr(registry, "_broken", {})
     monkeypatch.setattr(registry, "_entry_points_read", True)
-    registry.choose_backend.cache_clear()
+    registry.forget_choices()
     yield
     use_measured_choice(None)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dilated_core import available_backends, dilated_attention, register_backend
 from dilated_core.backends.eager import EagerBackend
-from dilated_core.backends.registry import choose_backend, unregister_backend
+from dilated_core.backends.registry import forget_choices, unregister_backend
 from dilated_core.testing import AWKWARD_CASES, BackendConformance, Case, random_cases
 from dilated_kernels import availability
 from dilated_kernels.vendors import cuda_sdpa, flash
@@ -340,13 +340,13 @@ def vendor(request, monkeypatch):
     is_registered = backend.name in available_backends()
     if not is_registered:
         register_backend(backend)
-    for cache in (choose_backend, availability.import_problem):
-        cache.cache_clear()
+    forget_choices()
+    availability.import_problem.cache_clear()
     yield backend.name
     if not is_registered:
         unregister_backend(backend.name)
-    for cache in (choose_backend, availability.import_problem):
-        cache.cache_clear()
+    forget_choices()
+    availability.import_problem.cache_clear()
 
 
 def suite(name):

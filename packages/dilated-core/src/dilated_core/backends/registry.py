@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from threading import Lock, RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from dilated_core.backends.sdpa import SdpaBackend
 
 ENTRY_POINT_GROUP = "dilated.backends"
 
-# Names of the family, so that asking for one that is not installed can say what to install.
+# Names of the family, so that the error for one that is not installed names its package.
 _PROVIDERS = dict.fromkeys(
     ("triton", "flash4", "flash3", "flash2", "cudnn", "xformers", "efficient", "flex"),
     "dilated-kernels",
@@ -24,10 +25,16 @@ _PROVIDERS = dict.fromkeys(
 Ranking = Callable[[AttentionInputs], Mapping[str, tuple[int, str]]]
 """From inputs to ranks, each with where it comes from, of the backends it knows of, by name."""
 
+# Dictionaries are replaced and never changed, so that threads read them without a lock.
 _registered: dict[str, AttentionBackend] = {}
 _broken: dict[str, str] = {}
-_entry_points_read = False
 _ranking: Ranking | None = None
+_generation = 0  # counts the changes of the three above; a choice is remembered for one of them
+_changing = Lock()  # never held during an import: another thread's import may register a backend
+
+_entry_points_read = False
+_is_loading = False
+_loading = RLock()  # held while the packages are imported, so that other threads wait for them
 
 
 def register_backend(backend: AttentionBackend) -> None:
@@ -50,10 +57,12 @@ def register_backend(backend: AttentionBackend) -> None:
             f"backend {backend.name!r} was written for backend contract {backend.contract}, and "
             f"this dilated-core has {CONTRACT_VERSION}; update the older package of the two."
         )
-    if backend.name in _registered or backend.name == "auto":
-        raise ValueError(f"backend name {backend.name!r} is taken; choose another name.")
-    _registered[backend.name] = backend
-    choose_backend.cache_clear()
+    global _registered
+    with _changing:
+        if backend.name in _registered or backend.name == "auto":
+            raise ValueError(f"backend name {backend.name!r} is taken; choose another name.")
+        _registered = {**_registered, backend.name: backend}
+        forget_choices()
 
 
 def unregister_backend(name: str) -> None:
@@ -62,10 +71,14 @@ def unregister_backend(name: str) -> None:
     Raises:
         ValueError: If no backend has that name.
     """
-    if name not in _registered:
-        raise ValueError(f"no backend {name!r} is registered, so there is nothing to take back.")
-    del _registered[name]
-    choose_backend.cache_clear()
+    global _registered
+    with _changing:
+        if name not in _registered:
+            raise ValueError(
+                f"no backend {name!r} is registered, so there is nothing to take back."
+            )
+        _registered = {other: _registered[other] for other in _registered if other != name}
+        forget_choices()
 
 
 def use_ranking(ranking: Ranking | None) -> None:
@@ -75,8 +88,20 @@ def use_ranking(ranking: Ranking | None) -> None:
     leaves out, the backend's own rank holds.
     """
     global _ranking
-    _ranking = ranking
-    choose_backend.cache_clear()
+    with _changing:
+        _ranking = ranking
+        forget_choices()
+
+
+def forget_choices() -> None:
+    """Let every choice be made anew, after a change of what it depends on.
+
+    A choice that another thread makes meanwhile, from the state before, is stored under the old
+    generation, where no later call finds it. Clearing a cache would come too early for such a
+    choice.
+    """
+    global _generation
+    _generation += 1
 
 
 def own_rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
@@ -93,12 +118,12 @@ def get_backend(name: str) -> AttentionBackend:
     Raises:
         ValueError: If there is none; the message says what to install or what there is.
     """
-    # A call that has come this far has been here before, so the look-up must cost nothing.
+    # Hot path: most names were looked up before. It takes no lock.
     if (backend := _registered.get(name)) is not None:
         return backend
     _read_entry_points()
-    if name in _registered:
-        return _registered[name]
+    if (backend := _registered.get(name)) is not None:
+        return backend
     if name in _broken:
         raise ValueError(f"backend {name!r} is installed but cannot be loaded: {_broken[name]}")
     if name in _PROVIDERS:
@@ -121,10 +146,10 @@ def available_backends() -> tuple[str, ...]:
         True
     """
     _read_entry_points()
-    return tuple(sorted(_registered, key=lambda name: -_registered[name].priority))
+    backends = sorted(_registered.items(), key=lambda item: -item[1].priority)
+    return tuple(name for name, _ in backends)
 
 
-@lru_cache(maxsize=256)  # a training step asks the same thing for each layer
 def choose_backend(
     name: str, inputs: AttentionInputs, *, for_decoding: bool = False
 ) -> AttentionBackend:
@@ -136,6 +161,14 @@ def choose_backend(
         ValueError: If the named backend does not exist or cannot run, with all its reasons. A named
             backend is never replaced by another one.
     """
+    return _choose_backend(name, inputs, for_decoding, _generation)
+
+
+@lru_cache(maxsize=256)  # every layer of a training step repeats the same choice
+def _choose_backend(
+    name: str, inputs: AttentionInputs, for_decoding: bool, generation: int
+) -> AttentionBackend:
+    """`choose_backend`, remembered as long as `generation` is the latest."""
     if name != "auto":
         backend = get_backend(name)
         if reasons := _why_not(backend, inputs, for_decoding):
@@ -204,7 +237,8 @@ class _Candidate(NamedTuple):
 def _in_order(inputs: AttentionInputs) -> list[_Candidate]:
     """Every installed backend, in the order in which `"auto"` tries them."""
     _read_entry_points()
-    overruling: Mapping[str, tuple[int, str]] = {} if _ranking is None else _ranking(inputs)
+    ranking = _ranking  # read once: another thread may take the ranking back
+    overruling: Mapping[str, tuple[int, str]] = {} if ranking is None else ranking(inputs)
     candidates: list[_Candidate] = []
     for name, backend in _registered.items():
         rank, origin = overruling.get(name) or own_rank(backend, inputs)
@@ -237,22 +271,37 @@ def _explain(inputs: AttentionInputs) -> str:
 
 
 def _read_entry_points() -> None:
-    """Load the backends of installed packages, once, when somebody first asks for a choice."""
-    global _entry_points_read
+    """Load the backends of installed packages, once, when a call first needs them.
+
+    Threads wait for the one that loads, since a look-up before the end would miss backends. An
+    import that itself looks up a backend, in the loading thread, finds those loaded so far.
+    """
+    global _entry_points_read, _is_loading
     if _entry_points_read:
         return
-    _entry_points_read = True
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        _load(entry_point)
+    with _loading:
+        if _entry_points_read or _is_loading:
+            return
+        _is_loading = True
+        try:
+            for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+                _load(entry_point)
+            _entry_points_read = True
+        finally:
+            _is_loading = False
 
 
 def _load(entry_point: EntryPoint) -> None:
+    global _broken
     try:
-        register_backend(entry_point.load())
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        # "auto" must work whatever else is installed; the reason is kept for explain_backends and
-        # for whoever asks for this backend by name.
-        _broken[entry_point.name] = f"{type(error).__name__}: {error}"
+        backend = entry_point.load()
+        # An import may have registered the backend itself.
+        if _registered.get(getattr(backend, "name", "")) is not backend:
+            register_backend(backend)
+    except Exception as error:
+        # "auto" must work whatever else is installed. explain_backends shows the reason, and so
+        # does the error for a call that names this backend.
+        _broken = {**_broken, entry_point.name: f"{type(error).__name__}: {error}"}
 
 
 register_backend(EagerBackend())

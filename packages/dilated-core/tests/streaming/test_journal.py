@@ -74,7 +74,7 @@ def test_killed_at_each_step_it_goes_on_bit_for_bit(pattern, tmp_path, monkeypat
         def __call__(self, *arguments):
             killing(super().__call__)(*arguments)
 
-    monkeypatch.setattr("dilated_core.streaming.journal.os.replace", killing(replace))
+    monkeypatch.setattr("os.replace", killing(replace))
     for step in range(1, 100):
         path = tmp_path / f"{step}.journal"
         out, kills = torch.full_like(q, float("nan")), 0

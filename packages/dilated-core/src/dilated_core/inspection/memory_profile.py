@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dilated_core.atomic_write import write_atomically
+
 # c10::DeviceType, which the profiler records by number.
 _DEVICE_TYPES = {0: "cpu", 1: "cuda", 12: "xpu"}
 
@@ -57,7 +59,8 @@ class MemoryProfile:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON; the timeline as [seconds, bytes, device] lists."""
         numbers = {name: getattr(self, name) for name in MemoryProfile.__slots__}
-        Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        with write_atomically(path) as part:
+            part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Draw the timeline as a page that needs nothing but itself.
@@ -89,7 +92,8 @@ class MemoryProfile:
             yaxis_title="MiB",
             showlegend=True,
         )
-        figure.write_html(os.fspath(path), include_plotlyjs=True)
+        with write_atomically(path) as part:
+            figure.write_html(os.fspath(part), include_plotlyjs=True)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TypedDict
+
+from dilated_core.atomic_write import write_atomically
 
 _FORMAT = 1
 
@@ -82,6 +83,5 @@ def write_journal(path: Path, call: dict[str, Any], done: int, sink_state: Any) 
             f"state_dict() of the sink returned {type(sink_state).__name__} that JSON cannot hold "
             f"({error}); return numbers, strings, lists and dicts of them."
         ) from error
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with write_atomically(path) as part:
+        part.write_text(text, encoding="utf-8")

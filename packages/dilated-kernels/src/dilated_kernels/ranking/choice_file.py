@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from dilated_core import DilatedPattern
+from dilated_core.atomic_write import write_atomically
 
 FORMAT = 1
 """Raised when the fields of the file change meaning."""
@@ -103,7 +104,8 @@ class MeasuredChoice:
     def save(self, path: Path | str) -> None:
         """Write a JSON file that `use_measured_choice` reads."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        with write_atomically(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> MeasuredChoice:

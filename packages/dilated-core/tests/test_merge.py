@@ -4,6 +4,14 @@ import pytest
 import torch
 from dilated_core import AttentionOutput, DilatedPattern, dilated_attention_with_lse, merge_partials
 from dilated_core.merge import add_zero_keys, fold_lse_
+from hypothesis import given
+from hypothesis import strategies as st
+
+INF, NAN = math.inf, math.nan
+
+# Differences of lse up to 600, so that no weight underflows: 0 · inf would be NaN.
+LSES = st.floats(-300, 300) | st.sampled_from([-INF, -INF, 300.0, NAN, INF])
+OUTS = st.floats(-1e3, 1e3) | st.sampled_from([NAN, INF, -INF, 1e308])
 
 
 def _attend(q, k, v):
@@ -52,6 +60,92 @@ def test_empty_rows():
     assert other_lse.grad.tolist() == [0.0, 1.0, 0.0]
 
 
+def _merged_row(partials: list[tuple[float, float]]) -> tuple[float, float]:
+    """(out, lse) from (lse, out) of one row, by the definition."""
+    partials = [(lse, out) for lse, out in partials if lse != -INF]
+    if not partials:
+        return 0.0, -INF
+    if any(lse == INF or lse != lse for lse, _ in partials):
+        return NAN, NAN
+    largest = max(lse for lse, _ in partials)
+    weights = [math.exp(lse - largest) for lse, _ in partials]
+    total = math.fsum(weights)
+    out = sum(weight / total * out for weight, (_, out) in zip(weights, partials, strict=True))
+    return out, largest + math.log(total)
+
+
+@given(rows=st.integers(1, 5).flatmap(
+    lambda count: st.lists(
+        st.lists(st.tuples(LSES, OUTS), min_size=count, max_size=count), min_size=1, max_size=6
+    )
+))  # fmt: skip
+def test_any_rows(rows):
+    """Each row is what the definition gives, with NaN, infinities and empty partials in others."""
+    lses, outs = torch.tensor(rows, dtype=torch.float64).permute(2, 1, 0)
+    merged = merge_partials(
+        [AttentionOutput(out.unsqueeze(-1), lse) for lse, out in zip(lses, outs, strict=True)]
+    )
+    expected = torch.tensor([_merged_row(row) for row in rows], dtype=torch.float64)
+    got = torch.stack([merged.out.squeeze(-1), merged.lse], -1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@given(rows=st.integers(1, 5).flatmap(
+    lambda count: st.lists(
+        st.lists(
+            st.tuples(st.floats(-1e5, 1e5) | st.sampled_from([-INF, NAN]), st.floats(-1e3, 1e3)),
+            min_size=count,
+            max_size=count,
+        ),
+        min_size=1,
+        max_size=6,
+    )
+))  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_folding_any_rows(dtype, rows):
+    """Folding one partial after the other, in float32 as in float64; a NaN stays in its row."""
+    lses, outs = torch.tensor(rows, dtype=dtype).permute(2, 1, 0).unbind()
+    outs = outs.masked_fill(lses == -INF, 0).unsqueeze(-1)
+    out, lse = torch.zeros_like(outs[0]), torch.full_like(lses[0], -INF)
+    for partial_out, partial_lse in zip(outs, lses, strict=True):
+        out.lerp_(partial_out, fold_lse_(lse, partial_lse).unsqueeze(-1))
+    exact = [list(zip(*row, strict=True)) for row in zip(lses.T, outs[..., 0].T, strict=True)]
+    expected = torch.tensor([_merged_row(row) for row in exact], dtype=torch.float64)
+    eps = torch.finfo(dtype).eps
+
+    def finite(x):
+        return x.double().nan_to_num(nan=1e30, neginf=-1e30)
+
+    # The rounding of lse, at its size, is what remains of a weight.
+    bound = len(lses) * eps * (1e3 * finite(lses).masked_fill(lses == -INF, 0).abs().amax(0) + 1e4)
+    assert ((finite(out[:, 0]) - finite(expected[:, 0])).abs() <= bound).all()
+    assert ((finite(lse) - finite(expected[:, 1])).abs() <= bound).all()
+
+
+def test_an_empty_partial_may_hold_anything():
+    """A kernel may leave garbage in rows that see no key."""
+    garbage = torch.tensor([[NAN], [INF], [3.0]], requires_grad=True)
+    empty = torch.full((3,), -INF, requires_grad=True)
+    out = torch.tensor([[1.0], [2.0], [0.0]], requires_grad=True)
+    lse = torch.tensor([0.5, 0.5, -INF], requires_grad=True)
+    for order in (1, -1):
+        parts = [AttentionOutput(garbage, empty), AttentionOutput(out, lse)][::order]
+        merged = merge_partials(parts)
+        assert merged.out.tolist() == [[1.0], [2.0], [0.0]]
+        assert merged.lse.tolist() == [0.5, 0.5, -INF]
+        grads = torch.autograd.grad(merged.out.sum(), (garbage, out, empty, lse))
+        assert [grad.flatten().tolist() for grad in grads] == [
+            [0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]
+        ]  # fmt: skip
+
+
+def test_large_outs_do_not_overflow():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        largest = torch.tensor([torch.finfo(dtype).max], dtype=dtype)
+        parts = [AttentionOutput(largest, torch.tensor(lse)) for lse in (0.1, 0.2, 0.3)]
+        assert merge_partials(parts).out.isfinite().all()
+
+
 def test_extreme_lse_does_not_overflow():
     parts = [
         AttentionOutput(torch.tensor([float(i)]), torch.tensor(lse))
@@ -81,6 +175,23 @@ def test_mistakes():
         merge_partials([part, AttentionOutput(torch.zeros(3, 3), torch.zeros(3))])
     with pytest.raises(ValueError, match="lse must have the shape of out without"):
         merge_partials([AttentionOutput(torch.zeros(2, 3), torch.zeros(3))])
+    with pytest.raises(TypeError, match=r"have out of dtypes .*; they must be equal, so convert"):
+        merge_partials([part, AttentionOutput(torch.zeros(2, 3).bfloat16(), torch.zeros(2))])
+    with pytest.raises(TypeError, match=r"lse of dtype torch\.int64; both must be floating-point"):
+        merge_partials([part, AttentionOutput(part.out, part.lse.long())])
+    with pytest.raises(TypeError, match=r"have out of dtype torch\.int64 and lse"):
+        merge_partials([AttentionOutput(part.out.long(), part.lse)])
+
+
+def test_the_widest_dtype_is_computed_in():
+    """An lse in float64 beside an out in float32 is not rounded."""
+    out = torch.tensor([1.0])
+    lses = torch.tensor([1e6, 1e6 + 1e-3], dtype=torch.float64)
+    merged = merge_partials([AttentionOutput(out * i, lse) for i, lse in enumerate(lses)])
+    assert merged.out.dtype == torch.float32
+    assert merged.lse.dtype == torch.float64
+    assert merged.out.item() == pytest.approx(1 / (1 + math.exp(-1e-3)), abs=1e-7)
+    assert merged.lse.item() == pytest.approx(1e6 + math.log(1 + math.exp(1e-3)), abs=1e-9)
 
 
 def test_fold_in_place_equals_merge():

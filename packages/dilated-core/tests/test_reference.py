@@ -47,6 +47,28 @@ def test_worked_example():
     assert lse[0, 2, 1].item() == pytest.approx(math.log(math.exp(2) + math.exp(3)), abs=1e-12)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_masked_row_holds_anything(is_causal):
+    """Its key and value count as nothing, and have gradient 0."""
+    q, k, v, dout = torch.randn(4, 2, 12, 2, 4, dtype=torch.float64).unbind()
+    mask = torch.rand(2, 12) < 0.5
+    pattern = DilatedPattern([4, 12], [1, 2])
+    results = []
+    for value in (0.0, math.nan, math.inf, 1e300):
+        leaves = [
+            q.clone().requires_grad_(),
+            *(x.masked_fill(mask[..., None, None], value).requires_grad_() for x in (k, v)),
+        ]
+        out, lse = reference_dilated_attention_with_lse(
+            *leaves, pattern, is_causal=is_causal, key_padding_mask=mask
+        )
+        grads = torch.autograd.grad((out, lse.exp()), leaves, (dout, dout[..., 0]))
+        results.append((out, lse, *grads))
+        assert all((grad[mask] == 0).all() for grad in grads[1:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_mixing_by_denominators_is_the_union_softmax():
     """The paper's equations 9 and 10, written out, give what the oracle computes."""
     q, k, v = torch.randn(3, 1, 16, 1, 4, dtype=torch.float64).unbind()

@@ -29,14 +29,16 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
     of the paper (arXiv 2307.02486, eq. 10). Differentiable through `out` and `lse` both.
 
     Args:
-        partials: Results of equal shapes, `out` `(…, D)` and `lse` `(…)`. A partial whose query
-            sees no key has lse −inf and whatever finite `out`, and adds nothing.
+        partials: Results of equal shapes, `out` `(…, D)` of one dtype and `lse` `(…)`. A partial
+            whose query sees no key has lse −inf and adds nothing, whatever its `out` holds there.
 
     Returns:
-        The merged result, computed in float32 (float64 if a partial is float64); `out` in the
-        dtype of the partials, and 0 with lse −inf where every partial is empty.
+        The merged result, computed in the widest dtype of the partials, at least float32. `out`
+        has the dtype of the partials, and is 0 with lse −inf where every partial is empty. A row
+        is NaN where a partial has a NaN or an lse of +inf; other rows are not affected.
 
     Raises:
+        TypeError: If the dtypes of `out` differ, or a dtype is not floating.
         ValueError: If there is no partial, or their shapes differ.
 
     Example:
@@ -54,7 +56,19 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
             f"have the shape of out without its last dimension."
         )
     dtype = partials[0].out.dtype
+    if any(p.out.dtype != dtype for p in partials):
+        raise TypeError(
+            f"partials have out of dtypes {[str(p.out.dtype) for p in partials]}; they must be "
+            f"equal, so convert them with .to(...) first."
+        )
     wide = torch.promote_types(dtype, torch.float32)
+    for p in partials:
+        if not (dtype.is_floating_point and p.lse.dtype.is_floating_point):
+            raise TypeError(
+                f"partials have out of dtype {dtype} and lse of dtype {p.lse.dtype}; both must be "
+                f"floating-point dtypes."
+            )
+        wide = torch.promote_types(wide, p.lse.dtype)
     lses = torch.stack([p.lse.to(wide) for p in partials])
     # Shifting by a finite maximum keeps −inf − −inf from ever being formed, also in backward.
     largest = lses.detach().amax(0)
@@ -63,12 +77,15 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
     total = weights.sum(0)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    mixed = sum(
-        weight.unsqueeze(-1) * p.out.to(wide) for weight, p in zip(weights, partials, strict=True)
-    )
-    assert isinstance(mixed, torch.Tensor)
+    # Divided before they are mixed, so that the mixture of finite outs cannot overflow.
+    weights = weights / total
+    mixed = torch.zeros_like(partials[0].out, dtype=wide)
+    for weight, p in zip(weights, partials, strict=True):
+        # A weight of 0 does not hide a NaN: 0 · NaN is NaN.
+        out = p.out.to(wide).masked_fill((p.lse == -math.inf).unsqueeze(-1), 0)
+        mixed = mixed + weight.unsqueeze(-1) * out
     lse = (largest + total.log()).masked_fill(empty, -math.inf)
-    return AttentionOutput((mixed / total.unsqueeze(-1)).to(dtype), lse)
+    return AttentionOutput(mixed.to(dtype), lse)
 
 
 def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
@@ -78,11 +95,11 @@ def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
 
     Args:
         lse: float32 or float64, any shape; −inf where nothing has been folded yet.
-        partial_lse: Same shape and dtype.
+        partial_lse: Same shape and dtype; −inf where the partial is empty, which has weight 0.
     """
-    # −inf − −inf is NaN: a row that is empty so far and in the partial. Its weight is 0. A NaN that
-    # comes from the inputs is not hidden by this: it is in the merged lse and in the partial's out.
-    weight = (partial_lse - lse).sigmoid_().nan_to_num_(0.0)
+    # −inf − −inf would be NaN, for a row that is empty so far and in the partial. A NaN of either
+    # lse stays a NaN.
+    weight = (partial_lse - lse.clamp(min=torch.finfo(lse.dtype).min)).sigmoid_()
     torch.logaddexp(lse, partial_lse, out=lse)
     return weight
 

@@ -37,7 +37,8 @@ def reference_dilated_attention_with_lse(
         pattern: The branches.
         is_causal: Query i sees only the keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
-        key_padding_mask: `(B, S)` bool, True for keys that nobody sees.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees. Their rows of k and v may
+            hold anything, NaN too, and have gradient 0.
         cu_seqlens: `(N + 1,)`, where each of N documents begins and the last one ends; then q, k
             and v are `(T, H, D)`, and each document is a sequence of its own.
 
@@ -58,6 +59,9 @@ def reference_dilated_attention_with_lse(
         )
     B, S, H, D = q.shape
     q, k, v = q.double(), k.double(), v.double()
+    if key_padding_mask is not None:
+        # A probability of 0 does not hide a NaN: 0 · NaN is NaN.
+        k, v = (x.masked_fill(key_padding_mask[:, :, None, None], 0) for x in (k, v))
     scale = 1 / math.sqrt(D) if scale is None else scale
     # Grouped queries: consecutive heads of q share a head of k and v.
     kv_head = torch.arange(H, device=q.device) // (H // k.shape[2])

@@ -48,6 +48,7 @@ def test_public_names():
         "DilatedAttentionConfig",
         "DilatedPattern",
         "DynamicDilatedAttention",
+        "DynamicDilatedAttentionConfig",
         "MappedTensor",
         "MemoryProfile",
         "MultiheadConfig",

@@ -22,7 +22,11 @@ from dilated_core.decoding.size import decoding_cache_nbytes, decoding_cache_row
 from dilated_core.inspection.attention_rows import AttentionRows, attention_rows
 from dilated_core.inspection.memory_profile import MemoryProfile, memory_profile
 from dilated_core.merge import AttentionOutput, merge_partials
-from dilated_core.modules.config import DilatedAttentionConfig, MultiheadConfig
+from dilated_core.modules.config import (
+    DilatedAttentionConfig,
+    DynamicDilatedAttentionConfig,
+    MultiheadConfig,
+)
 from dilated_core.modules.dilated import DilatedAttention
 from dilated_core.modules.dynamic import DynamicDilatedAttention
 from dilated_core.modules.factory import (
@@ -83,6 +87,7 @@ __all__ = [
     "DilatedAttention",
     "DilatedAttentionConfig",
     "DynamicDilatedAttention",
+    "DynamicDilatedAttentionConfig",
     "MultiheadConfig",
     "MultiheadDilatedAttention",
     "create_dilated_attention",

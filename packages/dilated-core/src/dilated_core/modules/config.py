@@ -1,40 +1,54 @@
-"""Options of the modules as immutable objects, for code that builds modules from files."""
+"""Options of the modules as immutable objects. Each option is declared here and nowhere else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 
-from dilated_core.checks import check_head_groups, check_integer, check_number
+from dilated_core.checks import (
+    check_bool,
+    check_float_dtype,
+    check_head_groups,
+    check_integer,
+    check_number,
+)
 from dilated_core.inputs import check_dropout, check_max_workspace_bytes, check_scale
+from dilated_core.modules.options import answers_names
 from dilated_core.pattern.branches import DilatedPattern, HeadOffsets, Padding
+from dilated_core.pattern.ladder import select_segments
 
 DEFAULT_SEGMENT_LENGTHS = (2048, 4096, 8192)
 DEFAULT_DILATION_RATES = (1, 2, 4)
 
+# What `check_names` answers to arguments that users give to constructors and that belong elsewhere.
+FORWARD_ARGUMENTS: dict[str, str] = dict.fromkeys(
+    ("is_causal", "key_padding_mask", "cu_seqlens"), "is passed to forward"
+)
+DYNAMIC_ARGUMENTS = {
+    "is_causal": "is passed to forward",
+    "key_padding_mask": "is passed to forward",
+    "segment_lengths": "follows the length of each call, so set first_segment_length and growth",
+    "dilation_rates": "follows the length of each call, so set growth",
+}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DilatedAttentionConfig:
-    """What `DilatedAttention` is built from.
+MULTIHEAD_ARGUMENTS = FORWARD_ARGUMENTS | {
+    "attn_mask": "is passed to forward",
+    "need_weights": "is passed to forward",
+    "batch_first": "is always true, since inputs are (B, S, E), so leave it out",
+    "kdim": "is always embed_dim, so leave it out",
+    "vdim": "is always embed_dim, so leave it out",
+    "add_bias_kv": "has no counterpart, so leave it out",
+    "add_zero_attn": "has no counterpart, so leave it out",
+}
 
-    Attributes:
-        segment_lengths: w of each branch, in positions.
-        dilation_rates: r of each branch, in positions.
-        head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
-        padding: `"masked"` or `"attended"`, see `DilatedPattern`.
-        scale: Factor of the scores; 1/√head_dim if None.
-        dropout: Probability of dropping each attention probability in training.
-        max_workspace_bytes: Limit of what forward allocates, see `dilated_attention`.
-        backend: `"auto"` or the name of a backend.
 
-    Raises:
-        TypeError, ValueError: As `DilatedPattern` does.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _SharedOptions:
+    """Options of attention but for its branches; `DilatedAttentionConfig` explains them."""
 
-    segment_lengths: Sequence[int] = DEFAULT_SEGMENT_LENGTHS
-    dilation_rates: Sequence[int] = DEFAULT_DILATION_RATES
     head_offsets: HeadOffsets = "interleaved"
     padding: Padding = "masked"
     scale: float | None = None
@@ -43,25 +57,109 @@ class DilatedAttentionConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        pattern = self.pattern
+        self.pattern_of((1,), (1,))
         check_scale(self.scale, head_dim=1)
-        check_dropout(self.dropout, name="dropout")
         check_max_workspace_bytes(self.max_workspace_bytes)
-        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
-        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        _set(self, dropout=check_dropout(self.dropout, name="dropout"))
+        if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"backend is {self.backend!r}; it must be a name, such as 'auto'.")
 
-    @property
-    def pattern(self) -> DilatedPattern:
-        """The pattern these options describe."""
+    def pattern_of(
+        self, segment_lengths: Sequence[int], dilation_rates: Sequence[int]
+    ) -> DilatedPattern:
+        """The pattern with these branches and the options given."""
         return DilatedPattern(
-            self.segment_lengths,
-            self.dilation_rates,
+            segment_lengths,
+            dilation_rates,
             head_offsets=self.head_offsets,
             padding=self.padding,
         )
 
+    def call_options(self, *, is_training: bool) -> dict[str, Any]:
+        """Keyword arguments of `dilated_attention`, beside the pattern."""
+        return {
+            "scale": self.scale,
+            "dropout_p": self.dropout if is_training else 0.0,
+            "max_workspace_bytes": self.max_workspace_bytes,
+            "backend": self.backend,
+        }
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@answers_names(FORWARD_ARGUMENTS)
+@dataclass(frozen=True, kw_only=True)
+class DilatedAttentionConfig(_SharedOptions):
+    """What `DilatedAttention` is built from.
+
+    Attributes:
+        segment_lengths: w of each branch, in positions.
+        dilation_rates: r of each branch, in positions.
+        head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
+        padding: `"masked"` or `"attended"`, see `DilatedPattern`.
+        scale: Factor of the scores; 1/√head_dim if None.
+        dropout: Probability of dropping each attention probability in training mode.
+        max_workspace_bytes: Limit of what forward allocates, see `dilated_attention`.
+        backend: `"auto"` or the name of a backend.
+
+    Raises:
+        TypeError: If a value has the wrong type, or an argument is unknown.
+        ValueError: If a value is out of range, as for `DilatedPattern`.
+
+    Example:
+        >>> DilatedAttentionConfig(segment_lengths=[8, 32], dilation_rates=[1, 4]).pattern.branches
+        (Branch(segment_length=8, dilation_rate=1), Branch(segment_length=32, dilation_rate=4))
+    """
+
+    segment_lengths: Sequence[int] = DEFAULT_SEGMENT_LENGTHS
+    dilation_rates: Sequence[int] = DEFAULT_DILATION_RATES
+
+    def __post_init__(self) -> None:
+        _SharedOptions.__post_init__(self)
+        pattern = self.pattern
+        _set(self, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The pattern these options describe."""
+        return self.pattern_of(self.segment_lengths, self.dilation_rates)
+
+
+@answers_names(DYNAMIC_ARGUMENTS)
+@dataclass(frozen=True, kw_only=True)
+class DynamicDilatedAttentionConfig(_SharedOptions):
+    """What `DynamicDilatedAttention` is built from.
+
+    The other options are those of `DilatedAttentionConfig`.
+
+    Attributes:
+        first_segment_length: w₀, in positions, as in `select_segments`.
+        growth: Ratio of neighbouring branches' lengths and rates, as there.
+        keep_every_position: Whether rates stop at the number of heads, as there.
+        memory_budget: Bytes of the keys and values that one query may see, as there.
+
+    Raises:
+        TypeError, ValueError: As for `select_segments` and `DilatedAttentionConfig`.
+    """
+
+    first_segment_length: int = 2048
+    growth: int = 2
+    keep_every_position: bool = False
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _SharedOptions.__post_init__(self)
+        if self.memory_budget is not None:
+            _set(self, memory_budget=check_integer("memory_budget", self.memory_budget, at_least=1))
+        select_segments(
+            1,
+            1,
+            first_segment_length=self.first_segment_length,
+            growth=self.growth,
+            keep_every_position=check_bool("keep_every_position", self.keep_every_position),
+        )
+
+
+@answers_names(MULTIHEAD_ARGUMENTS)
+@dataclass(frozen=True, kw_only=True)
 class MultiheadConfig:
     """What `MultiheadDilatedAttention` has around the attention itself.
 
@@ -77,7 +175,7 @@ class MultiheadConfig:
         dtype: Their dtype.
 
     Raises:
-        TypeError: If a count is not an integer.
+        TypeError: If a value has the wrong type, or an argument is unknown.
         ValueError: If a number is out of range or `num_heads` does not divide `embed_dim`.
     """
 
@@ -92,15 +190,48 @@ class MultiheadConfig:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_integer("embed_dim", self.embed_dim, at_least=1)
-        check_head_groups(self.num_heads, self.num_kv_heads)
-        if self.embed_dim % self.num_heads:
+        embed_dim = check_integer("embed_dim", self.embed_dim, at_least=1)
+        num_heads = check_integer("num_heads", self.num_heads, at_least=1)
+        if self.num_kv_heads is not None:
+            _set(self, num_kv_heads=check_head_groups(num_heads, self.num_kv_heads))
+        if embed_dim % num_heads:
             raise ValueError(
-                f"embed_dim is {self.embed_dim} and num_heads {self.num_heads}; num_heads must "
-                f"divide embed_dim, so that all heads have the same head_dim."
+                f"embed_dim is {embed_dim} and num_heads {num_heads}; num_heads must divide "
+                f"embed_dim, so that all heads have the same head_dim."
             )
-        for name, gain in (
-            ("layer_norm_eps", self.layer_norm_eps),
-            ("gamma_init", self.gamma_init),
-        ):
-            check_number(name, gain, above=0)
+        check_bool("bias", self.bias)
+        check_bool("layer_norm", self.layer_norm)
+        _set(
+            self,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            layer_norm_eps=check_number("layer_norm_eps", self.layer_norm_eps, above=0),
+            gamma_init=check_number("gamma_init", self.gamma_init, above=0),
+        )
+        if self.dtype is not None:
+            check_float_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class DilatedAttentionArguments(DilatedAttentionConfig):
+    """The signature of `DilatedAttention`: the branches come first and are required."""
+
+    segment_lengths: Sequence[int] = field()
+    dilation_rates: Sequence[int] = field()
+
+
+@dataclass(frozen=True)
+class MultiheadArguments(DilatedAttentionConfig, MultiheadConfig):
+    """The signature of `MultiheadDilatedAttention`: both configs, with four required options."""
+
+    embed_dim: int = field()
+    num_heads: int = field()
+    _: KW_ONLY
+    segment_lengths: Sequence[int] = field()
+    dilation_rates: Sequence[int] = field()
+
+
+def _set(config: object, **values: object) -> None:
+    """Replace values of a frozen config by their checked forms."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)

@@ -123,6 +123,8 @@ def _fields(
 
 
 def _variant(kind: str) -> AttentionVariant:
+    if not isinstance(kind, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"kind is {kind!r}; it must be a name, such as 'auto'.")
     if kind in _OWN:
         return _OWN[kind]
     for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=kind):

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
 
-from dilated_core.modules.config import MultiheadConfig
+from dilated_core.checks import check_bool
+from dilated_core.modules.config import (
+    FORWARD_ARGUMENTS,
+    MULTIHEAD_ARGUMENTS,
+    DilatedAttentionConfig,
+    MultiheadArguments,
+    MultiheadConfig,
+)
+from dilated_core.modules.conversion import convert_multihead_attention, options_of
 from dilated_core.modules.dilated import DilatedAttention
-from dilated_core.pattern.branches import HeadOffsets, Padding
+from dilated_core.modules.masks import as_bool_mask, check_mask_is_causal
+from dilated_core.modules.options import check_forward_names, from_options, show_options
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -19,29 +29,31 @@ class MultiheadDilatedAttention(nn.Module):
 
     Query, key and value projections, dilated attention, LayerNorm on its output, output projection.
     Initialised as in MAGNETO (arXiv 2210.06423): xavier-uniform, with gain 1/√2 on q and k, γ/√2 on
-    v and γ on the output; biases 0. It stands in for `nn.MultiheadAttention(batch_first=True)`, in
-    `nn.TransformerEncoderLayer` too.
+    v and γ on the output; biases 0.
+
+    Two differences from `nn.MultiheadAttention` raise no error, because no call shows them:
+
+    - Inputs are `(B, S, E)`, always. A layer of PyTorch around this module must be built with
+      `batch_first=True`; with its default, `(S, B, E)`, attention would run across the batch.
+    - A call returns one tensor. `y, w = mha(x, x, x)` would unpack a batch of two. Pass
+      `need_weights=False` to get the pair `(y, None)`.
+
+    In `nn.TransformerEncoder`, with the weights of the layer's own attention:
+
+        layer = nn.TransformerEncoderLayer(32, 4, batch_first=True)
+        layer.self_attn = MultiheadDilatedAttention.from_multihead_attention(
+            layer.self_attn, segment_lengths=[8, 32], dilation_rates=[1, 4]
+        )
+        encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
 
     Args:
-        embed_dim: E, the width of inputs and outputs; a multiple of `num_heads`.
-        num_heads: H.
-        segment_lengths: w of each branch, in positions.
-        dilation_rates: r of each branch, in positions.
-        dropout: Probability of dropping each attention probability in training mode.
-        bias: Whether the projections add a bias.
-        layer_norm: Whether to normalise the attention's output before the output projection.
-        layer_norm_eps: Epsilon of that LayerNorm.
-        gamma_init: γ, the gain of the initial v and output projections.
-        num_kv_heads: Heads of keys and values, which divide `num_heads`; `num_heads` if None.
-        head_offsets: `"interleaved"` or `"blocked"`, see `DilatedPattern`.
-        padding: `"masked"` or `"attended"`, see `DilatedPattern`.
-        scale: Factor of the scores; 1/√head_dim if None.
-        max_workspace_bytes: Limit of what attention allocates, see `dilated_attention`.
-        backend: `"auto"` or the name of a backend.
-        device, dtype: Of the parameters.
+        multihead_config, attention_config: A `MultiheadConfig` and a `DilatedAttentionConfig`. Or,
+            instead of them, their options by name, which those classes explain; `embed_dim`,
+            `num_heads`, `segment_lengths` and `dilation_rates` are required, and the first two may
+            be positional.
 
     Raises:
-        TypeError, ValueError: As `MultiheadConfig` and `DilatedPattern` do.
+        TypeError, ValueError: As `MultiheadConfig` and `DilatedAttentionConfig` do.
 
     Example:
         >>> mha = MultiheadDilatedAttention(
@@ -52,69 +64,50 @@ class MultiheadDilatedAttention(nn.Module):
         torch.Size([2, 50, 32])
     """
 
-    # nn.TransformerEncoderLayer looks at these to decide on its fused path for inference, which
-    # would go round this module; they say "not for me".
+    # nn.TransformerEncoderLayer reads these three. The last two keep it from its fused inference
+    # path, which would read weights that this module does not have.
     batch_first = True
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
+    @from_options(
+        MultiheadArguments,
+        elsewhere=MULTIHEAD_ARGUMENTS,
+        multihead_config=MultiheadConfig,
+        attention_config=DilatedAttentionConfig,
+    )
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        segment_lengths: Sequence[int],
-        dilation_rates: Sequence[int],
-        dropout: float = 0.0,
-        bias: bool = True,
-        layer_norm: bool = True,
-        layer_norm_eps: float = 1e-5,
-        gamma_init: float = 1.0,
-        num_kv_heads: int | None = None,
-        head_offsets: HeadOffsets = "interleaved",
-        padding: Padding = "masked",
-        scale: float | None = None,
-        max_workspace_bytes: int | None = None,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, multihead_config: MultiheadConfig, attention_config: DilatedAttentionConfig
     ) -> None:
         super().__init__()
-        self.config = MultiheadConfig(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            bias=bias,
-            layer_norm=layer_norm,
-            layer_norm_eps=layer_norm_eps,
-            gamma_init=gamma_init,
-            device=device,
-            dtype=dtype,
-        )
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.head_dim = embed_dim // num_heads
-        self.attention = DilatedAttention(
-            segment_lengths,
-            dilation_rates,
-            head_offsets=head_offsets,
-            padding=padding,
-            scale=scale,
-            dropout=dropout,
-            max_workspace_bytes=max_workspace_bytes,
-            backend=backend,
-        )
-        kv_dim = (num_kv_heads or num_heads) * self.head_dim
+        config = self.config = multihead_config
+        self.embed_dim, self.num_heads = config.embed_dim, config.num_heads
+        self.head_dim = config.embed_dim // config.num_heads
+        self.attention = DilatedAttention(attention_config)
+        kv_dim = (config.num_kv_heads or config.num_heads) * self.head_dim
 
         def linear(out_features: int) -> nn.Linear:
-            return nn.Linear(embed_dim, out_features, bias=bias, device=device, dtype=dtype)
+            return nn.Linear(
+                config.embed_dim,
+                out_features,
+                bias=config.bias,
+                device=config.device,
+                dtype=config.dtype,
+            )
 
-        self.q_proj, self.k_proj, self.v_proj = linear(embed_dim), linear(kv_dim), linear(kv_dim)
+        self.q_proj = linear(config.embed_dim)
+        self.k_proj, self.v_proj = linear(kv_dim), linear(kv_dim)
         self.layer_norm = (
-            nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
-            if layer_norm
+            nn.LayerNorm(
+                config.embed_dim,
+                eps=config.layer_norm_eps,
+                device=config.device,
+                dtype=config.dtype,
+            )
+            if config.layer_norm
             else None
         )
-        self.out_proj = linear(embed_dim)
+        self.out_proj = linear(config.embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,6 +125,49 @@ class MultiheadDilatedAttention(nn.Module):
                 nn.init.zeros_(projection.bias)
         if self.layer_norm is not None:
             self.layer_norm.reset_parameters()
+
+    @classmethod
+    def from_multihead_attention(cls, attention: nn.MultiheadAttention, **options: Any) -> Self:
+        """Build the module that replaces an `nn.MultiheadAttention`, with a copy of its weights.
+
+        Args:
+            attention: The module to replace, built with `batch_first=True`. It stays as it is.
+            **options: `segment_lengths`, `dilation_rates` and other options of
+                `DilatedAttentionConfig`. Sizes, bias, dropout, device, dtype and training mode are
+                those of `attention`, and there is no LayerNorm.
+
+        Raises:
+            TypeError: If `attention` is of another class, or an option is unknown.
+            ValueError: If `attention` does what this module cannot do.
+
+        Example:
+            >>> dense = nn.MultiheadAttention(32, 4, batch_first=True)
+            >>> mha = MultiheadDilatedAttention.from_multihead_attention(
+            ...     dense, segment_lengths=[64], dilation_rates=[1]
+            ... )
+            >>> x = torch.randn(2, 50, 32)  # no longer than the segment, so both are dense
+            >>> torch.allclose(mha(x, x, x), dense(x, x, x)[0], atol=1e-6)
+            True
+        """
+        module = cls(**(options_of(attention) | options))
+        module.load_multihead_attention(attention.state_dict())
+        return module.train(attention.training)
+
+    def load_multihead_attention(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Copy the weights of an `nn.MultiheadAttention` with the same `num_heads`.
+
+        Parameters keep their device and dtype. Nothing is copied if there is an error.
+
+        Args:
+            state_dict: That of the module, as in `layer.self_attn.state_dict()`. Its keys and
+                shapes must be exactly those expected.
+
+        Raises:
+            TypeError: If an entry is no tensor.
+            ValueError: If a key or shape does not fit, or this module has a part without
+                counterpart there: LayerNorm, or fewer heads of k and v.
+        """
+        self.load_state_dict(convert_multihead_attention(state_dict, self.config, self))
 
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -158,6 +194,7 @@ class MultiheadDilatedAttention(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Dilated attention of q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
+        # A module in the place of `attention` may lack the masks, and is then called without.
         masks = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
         given = {name: mask for name, mask in masks.items() if mask is not None}
         return self.attention(q, k, v, is_causal=is_causal, **given)
@@ -211,25 +248,32 @@ class MultiheadDilatedAttention(nn.Module):
         Args:
             query, key, value: `(B, S, E)`, of one shape; `(T, E)` with `cu_seqlens`.
             is_causal: Position i sees only positions j ≤ i.
-            attn_mask: Accepted where it says what `is_causal=True` says, as in calls from
+            attn_mask: The causal mask that accompanies `is_causal=True`, as in calls from
                 `nn.TransformerEncoderLayer`; any other mask is refused.
             key_padding_mask: `(B, S)`, True for keys that nobody sees; or, as
                 `nn.TransformerEncoderLayer` passes it on, floating with −inf for these and 0 for
                 the others.
             cu_seqlens: Where documents begin that are packed one after another, see
                 `dilated_attention`.
-            need_weights: If passed at all, the result is `(tensor, None)`, as callers written for
-                `nn.MultiheadAttention` expect. The weights themselves are never formed.
+            need_weights: If passed at all, True or False, the result is `(tensor, None)`, as
+                callers written for `nn.MultiheadAttention` expect. The weights themselves are never
+                formed.
 
         Returns:
-            Shape of the query, or the pair of it and None if `need_weights` is passed.
+            One tensor of the query's shape; or that tensor and None, if `need_weights` is passed.
+            To unpack the one tensor, as in `y, w = mha(x, x, x)`, is a mistake that raises no error
+            for a batch of two.
 
         Raises:
             TypeError: If an unknown keyword is given.
             ValueError: If a shape does not fit, or a mask is given that cannot be honoured.
         """
-        if unknown := need_weights.keys() - {"need_weights"}:
-            raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}.")
+        wants_pair = "need_weights" in need_weights
+        if wants_pair:
+            check_bool("need_weights", need_weights["need_weights"])
+        unknown = {name: value for name, value in need_weights.items() if name != "need_weights"}
+        known = ("need_weights", "attn_mask", *FORWARD_ARGUMENTS)
+        check_forward_names(self, unknown, known, self.config, self.attention.config)
         dims, rows = (3, "batch, sequence") if cu_seqlens is None else (2, "positions")
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() != dims or x.shape[-1] != self.embed_dim:
@@ -237,41 +281,17 @@ class MultiheadDilatedAttention(nn.Module):
                     f"{name} has shape {tuple(x.shape)}; it must be ({rows}, {self.embed_dim})."
                 )
         if attn_mask is not None:
-            _check_mask_is_causal(attn_mask, query.shape[-2], is_causal)
-        if key_padding_mask is not None and key_padding_mask.is_floating_point():
-            key_padding_mask = _as_bool(key_padding_mask)
+            check_mask_is_causal(attn_mask, query, is_causal)
+        if key_padding_mask is not None:
+            key_padding_mask = as_bool_mask(key_padding_mask, query)
         q, k, v = self.project(query, key, value)
         out = self.attend(
             q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens
         )
         y = self.combine(out)
-        return (y, None) if need_weights else y
+        return (y, None) if wants_pair else y
 
     def extra_repr(self) -> str:
-        """The sizes, for `repr`."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
-
-
-def _check_mask_is_causal(mask: torch.Tensor, seq_len: int, is_causal: bool) -> None:
-    """Refuse every `attn_mask` but the causal one that accompanies `is_causal=True`."""
-    if is_causal and mask.shape == (seq_len, seq_len):
-        hides = mask if mask.dtype == torch.bool else mask == float("-inf")
-        causal = torch.ones_like(hides).triu(1)
-        adds_nothing = mask.dtype == torch.bool or not mask.masked_fill(causal, 0).any()
-        if adds_nothing and torch.equal(hides, causal):
-            return
-    raise ValueError(
-        f"attn_mask has shape {tuple(mask.shape)} with is_causal={is_causal}; the pattern decides "
-        f"which keys a query sees, so pass attn_mask=None, and is_causal=True for causality."
-    )
-
-
-def _as_bool(key_padding_mask: torch.Tensor) -> torch.Tensor:
-    """A mask of 0 and −inf, as PyTorch's own layers make it of a bool one, back to bool."""
-    hidden = key_padding_mask == float("-inf")
-    if key_padding_mask.masked_fill(hidden, 0).any():
-        raise ValueError(
-            "key_padding_mask holds values other than 0 and -inf; scores cannot be biased, so give "
-            "a bool mask, True for keys to ignore."
-        )
-    return hidden
+        """The sizes, and other options but device and dtype if not the default, for `repr`."""
+        placed = replace(self.config, device=None, dtype=None)
+        return show_options(placed, "embed_dim", "num_heads")

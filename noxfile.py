@@ -7,6 +7,7 @@ environments are reused, and one package's tests cannot lean on another package'
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -33,10 +34,20 @@ def tests(session: nox.Session, target: str) -> None:
     if target == "tools":
         sync_workspace(session)
         check_structure(session)
-        run_pytest(session, "tools", "tests-integration", "-m", "not slow")
+        run_pytest(session, "tools", "tests-integration", "-m", "not slow and not exhaustive")
     else:
         sync(session, "--package", target, "--group", "test")
         run_pytest(session, f"packages/{target}/tests")
+
+
+@nox.session
+@nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
+def exhaustive(session: nox.Session, target: str) -> None:
+    """The large sweeps of one package: tests marked `exhaustive`, which `tests` leaves out."""
+    sync(session, "--package", target, "--group", "test")
+    sweeps = ["-m", "exhaustive", "--timeout=3600"]
+    none_selected = 5  # pytest's exit code for a package without sweeps
+    run_pytest(session, f"packages/{target}/tests", *sweeps, success_codes=[0, none_selected])
 
 
 @nox.session(reuse_venv=False)  # pip removes nothing
@@ -100,7 +111,8 @@ def integration(session: nox.Session) -> None:
 def wheels(session: nox.Session) -> None:
     """Build all packages; install each alone in an empty environment and run its tests there."""
     sync_workspace(session)
-    run_pytest(session, "tests-integration/test_wheels.py")
+    # One process, because it fills dist/; the tests that it runs use more.
+    run_pytest(session, "tests-integration/test_wheels.py", "--numprocesses=0", "--timeout=3600")
 
 
 @nox.session
@@ -154,9 +166,15 @@ def sync_workspace(session: nox.Session) -> None:
     sync(session, "--all-packages")
 
 
-def run_pytest(session: nox.Session, *arguments: str) -> None:
-    """Run pytest as a module: worker processes then start without re-importing a script."""
-    session.run("python", "-m", "pytest", *arguments, *session.posargs)
+def run_pytest(session: nox.Session, *arguments: str, success_codes: Sequence[int] = (0,)) -> None:
+    """Run pytest with a process for each core, up to four, and an end for a test that hangs."""
+    processes = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", "--timeout=600"]
+    session.run(
+        # As a module: processes that a test starts do not import a script again.
+        *("python", "-m", "pytest", *processes, *arguments, *session.posargs),
+        env={"OMP_NUM_THREADS": "1"},  # the processes share the cores
+        success_codes=success_codes,
+    )
 
 
 def check_structure(session: nox.Session) -> None:

@@ -77,6 +77,7 @@ def test_a_package_passes_its_own_tests_alone(
     shutil.copytree(package.folder / "tests", environment / "tests")
     install(environment, constraints, *map(str, package.test_group))
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(environment), "-q"]
+    options += ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
     run(".venv/bin/python", "-m", "pytest", *options, "tests", cwd=environment)
 
 

@@ -103,6 +103,21 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor.")
 
 
+def check_positions(name: str, positions: torch.Tensor) -> None:
+    """Refuse what is not one integer per row.
+
+    Raises:
+        TypeError: If it is no tensor, or its dtype is not an integer.
+        ValueError: If it does not have one dimension.
+    """
+    check_tensor(name, positions)
+    dtype = positions.dtype
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise TypeError(f"{name} has dtype {dtype}; it must be an integer dtype.")
+    if positions.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(positions.shape)}; it must have one dimension.")
+
+
 def check_float_dtype(dtype: object) -> None:
     """Refuse what is no floating-point dtype.
 

@@ -159,6 +159,107 @@ def test_half_inputs_are_computed_in_float32(dtype, autocast):
     torch.testing.assert_close(scattered(got, 40), want.float(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_masked_key_may_hold_anything(is_causal, value):
+    """Key 0 too, which is what the gather reads where a row has no more keys."""
+    mask = torch.zeros(2, 61, dtype=torch.bool)
+    mask[0, :5] = mask[1, 30:40] = mask[1, 0] = True
+    q, k = torch.randn(2, 2, 61, 3, 8, dtype=torch.float64).unbind()
+    k = k.masked_fill(mask[..., None, None], 0).requires_grad_()
+    q.requires_grad_()
+    poisoned = k.detach().masked_fill(mask[..., None, None], value).requires_grad_()
+    options = {"rows": range(61), "is_causal": is_causal, "key_padding_mask": mask}
+    clean = attention_rows(q, k, PATTERN, **options)
+    got = attention_rows(q, poisoned, PATTERN, **options)
+    assert torch.equal(got.probabilities, clean.probabilities)
+    gradient = torch.randn_like(clean.probabilities)
+    want = torch.autograd.grad(clean.probabilities, (q, k), gradient)
+    have = torch.autograd.grad(got.probabilities, (q, poisoned), gradient)
+    for a, b in zip(have, want, strict=True):
+        assert torch.equal(a, b)
+    assert not have[1][mask].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_key_that_a_row_does_not_see_may_hold_anything(value):
+    q, k = torch.randn(2, 1, 24, 2, 4, dtype=torch.float64).unbind()
+    k[:, 0] = value  # in the first segment only
+    q, k = q.requires_grad_(), k.requires_grad_()
+    positions, probabilities = attention_rows(q, k, DilatedPattern([8, 6], [1, 2]), [9, 20])
+    assert (positions == -1).any()
+    dq, dk = torch.autograd.grad(probabilities, (q, k), torch.randn_like(probabilities))
+    assert probabilities.isfinite().all()
+    assert dq.isfinite().all()
+    assert not dk[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x.flatten()[: 60 + 8].unfold(0, 8, 1)[None, :, None].expand(2, -1, 3, -1),
+        lambda x: x.flip(-1)[..., ::2].repeat(1, 1, 1, 2),
+    ],
+    ids=["heads first", "expanded", "overlapping", "copied"],
+)
+def test_any_strides(strided):
+    q, k = (strided(x) for x in torch.randn(2, 2, 61, 3, 8, dtype=torch.float64).unbind())
+    leaves = [x.detach().requires_grad_() for x in (q, k)]
+    copies = [
+        x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k)
+    ]
+    got, want = (attention_rows(*pair, PATTERN, range(0, 61, 3)) for pair in (leaves, copies))
+    assert torch.equal(got.probabilities, want.probabilities)
+    gradient = torch.randn_like(want.probabilities)
+    for a, b in zip(
+        torch.autograd.grad(got.probabilities, leaves, gradient),
+        torch.autograd.grad(want.probabilities, copies, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
+def test_a_range_of_heads_is_a_slice_of_all(head_offsets):
+    pattern = DilatedPattern([8, 24, 40], [1, 3, 4], head_offsets=head_offsets)
+    q, k = torch.randn(2, 1, 61, 12, 8).unbind()
+    whole = attention_rows(q, k, pattern, range(61))
+    for first, stop in ((0, 3), (3, 8), (7, 12)):
+        part = attention_rows(
+            q[:, :, first:stop], k[:, :, first:stop], pattern, range(61), head_range=(first, 12)
+        )
+        dense = scattered(whole, 61)[:, first:stop]
+        torch.testing.assert_close(scattered(part, 61), dense, rtol=0, atol=1e-7)
+    # Heads of k and v are shared within the range: here 6 heads of q by 2.
+    grouped = attention_rows(q, k[:, :, ::3], pattern, range(61))
+    part = attention_rows(q[:, :, 6:], k[:, :, 6::3], pattern, range(61), head_range=(6, 12))
+    dense = scattered(grouped, 61)[:, 6:]
+    torch.testing.assert_close(scattered(part, 61), dense, rtol=0, atol=1e-7)
+
+
+def test_index_tensors_are_on_the_device_of_the_data():
+    q, k = torch.randn(2, 1, 61, 3, 8).unbind()
+    want = attention_rows(q, k, PATTERN, [3, 60])
+    with torch.device("meta"):  # what torch.set_default_device("meta") does
+        got = attention_rows(q, k, PATTERN, [3, 60])
+    assert torch.equal(got.positions, want.positions)
+    assert torch.equal(got.probabilities, want.probabilities)
+    shapes = attention_rows(q.to("meta"), k.to("meta"), PATTERN, [3, 60])
+    assert shapes.positions.shape == want.positions.shape
+    assert shapes.probabilities.device.type == "meta"
+    assert shapes.probabilities.shape == want.probabilities.shape
+
+
+def test_lengths_and_rates_beyond_64_bits():
+    q, k = torch.randn(2, 1, 20, 3, 8).unbind()
+    got = attention_rows(q, k, DilatedPattern([2**70, 2**80], [1, 2**65]), range(20))
+    want = attention_rows(q, k, DilatedPattern([20, 20], [1, 20]), range(20))
+    assert torch.equal(got.positions, want.positions)
+    assert torch.equal(got.probabilities, want.probabilities)
+
+
 class LargestResult(TorchDispatchMode):
     """Notes the most elements that an operator had to write or to look at."""
 
@@ -206,8 +307,13 @@ Q = torch.zeros(2, 8, 4, 6)
         (ValueError, "head_dim must be at least 1", {"q": Q[..., :0], "k": Q[..., :0]}),
         (TypeError, "rows is a int; it must be", {"rows": 3}),
         (TypeError, "rows is a str; it must be", {"rows": "3"}),
-        (TypeError, "rows holds 1.0, which is not an integer", {"rows": [1.0]}),
-        (TypeError, "rows holds True", {"rows": [True]}),
+        (TypeError, "an entry of rows is 1.0; it must be an integer", {"rows": [1.0]}),
+        (TypeError, "an entry of rows is True; it must be an integer", {"rows": [True]}),
+        (TypeError, "is_causal is 'False'; it must be True or False", {"is_causal": "False"}),
+        (TypeError, "is_causal is None; it must be True or False", {"is_causal": None}),
+        (TypeError, "attention_rows has no argument 'causal'; it is called is_c", {"causal": True}),
+        (TypeError, "no argument 'softmax_scale'; it is called scale", {"softmax_scale": 1.0}),
+        (ValueError, r"head_range is \(1, 4\) and there are 4 heads", {"head_range": (1, 4)}),
         (TypeError, "rows has dtype torch.bool", {"rows": torch.ones(8, dtype=torch.bool)}),
         (TypeError, "rows has dtype torch.float32", {"rows": torch.ones(2)}),
         (ValueError, r"rows has shape \(\); it must have one", {"rows": torch.tensor(3)}),

@@ -1,3 +1,5 @@
+"""ALiBi through channels of q and k is the dense bias, at every position and in every dtype."""
+
 import math
 
 import pytest
@@ -130,6 +132,64 @@ def test_a_shard_is_widened_as_the_whole_is(dtype):
         assert a.dtype == dtype
 
 
+@pytest.mark.parametrize("total", [8, 12])
+def test_a_range_of_heads_is_a_slice_of_all(total):
+    q, k, v = torch.randn(3, 1, 96, total, 16).unbind()
+    positions = torch.arange(96)
+    whole = with_alibi(q, k, v, positions)
+    for first, stop in ((0, 3), (3, 7), (5, total)):
+        heads = (x[:, :, first:stop] for x in (q, k, v))
+        part = with_alibi(*heads, positions, head_range=(first, total))
+        for a, b in zip(whole[:3], part[:3], strict=True):
+            assert torch.equal(a[:, :, first:stop], b)
+        slopes = alibi_slopes(stop - first, head_range=(first, total))
+        assert slopes == alibi_slopes(total)[first:stop]
+    with pytest.raises(ValueError, match=r"head_range is \(6, 8\) and there are 3 heads"):
+        alibi_slopes(3, head_range=(6, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_positions_of_every_integer_dtype(dtype):
+    q, k, v = torch.randn(3, 1, 60, 4, 16).unbind()
+    wide = torch.arange(60) + 60
+    for a, b in zip(with_alibi(q, k, v, wide), with_alibi(q, k, v, wide.to(dtype)), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    slopes = alibi_slopes(4)
+    want = alibi_bias(wide, wide, slopes)
+    assert torch.equal(alibi_bias(wide.to(dtype), wide.to(dtype), slopes), want)
+
+
+def test_tensors_are_made_on_the_device_of_the_data():
+    q, k, v = torch.randn(3, 1, 60, 4, 16).unbind()
+    positions = torch.arange(60)
+    want, bias = with_alibi(q, k, v, positions), alibi_bias(positions, positions, alibi_slopes(4))
+    with torch.device("meta"):  # what torch.set_default_device("meta") does
+        got = with_alibi(q, k, v, positions)
+        assert torch.equal(alibi_bias(positions, positions, alibi_slopes(4)), bias)
+    for a, b in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(a, b)
+    shapes = with_alibi(*(x.to("meta") for x in (q, k, v)), positions.to("meta"))
+    assert [x.shape for x in shapes[:3]] == [x.shape for x in want[:3]]
+
+
+def test_overlapping_and_expanded_inputs():
+    """Widening copies, so any strides will do."""
+    u = torch.randn(1, 30).unfold(-1, 8, 1)[:, :, None].expand(2, -1, 4, -1)
+    for a, b in zip(
+        with_alibi(u, u, u, torch.arange(23)),
+        with_alibi(*(u.contiguous() for _ in "qkv"), torch.arange(23)),
+        strict=True,
+    ):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_bias_mistakes():
+    with pytest.raises(TypeError, match=r"k_positions has dtype torch.float32; it must be an int"):
+        alibi_bias(torch.arange(3), torch.arange(3.0), [1.0])
+    with pytest.raises(ValueError, match=r"q_positions has shape \(1, 3\); it must have one dim"):
+        alibi_bias(torch.arange(3)[None], torch.arange(3), [1.0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_widths_are_multiples_of_eight(dtype):
     extra = 8 if dtype in (torch.float64, torch.float32) else 16
@@ -154,6 +214,12 @@ def test_no_graph_break():
         ({"k": torch.randn(1, 4, 2, 8).double()}, TypeError, "q has dtype torch.float32 and k tor"),
         ({"v": torch.ones(1, 4, 2, 8, dtype=torch.int64)}, TypeError, "v has dtype torch.int64; A"),
         ({"positions": torch.arange(4.0)}, TypeError, "positions has dtype torch.float32; it must"),
+        ({"positions": [0, 1, 2, 3]}, TypeError, "positions is a list; it must be a tensor"),
+        ({"positions": torch.arange(4)[None]}, ValueError, r"positions has shape \(1, 4\); it mus"),
+        ({"positions": torch.arange(4, device="meta")}, ValueError, "positions is on meta and q o"),
+        ({"q": [1.0]}, TypeError, "q is a list; it must be a tensor"),
+        ({"head_range": (7, 8)}, ValueError, r"head_range is \(7, 8\) and there are 2 heads"),
+        ({"head_range": (0, 8), "slopes": [1.0, 2.0]}, ValueError, "slopes and head_range are bo"),
         ({"positions": torch.arange(5)}, ValueError, r"positions has shape \(5,\) and q 4 rows"),
         ({"positions": torch.arange(4) - 1}, ValueError, "positions go from -1 to 2; they must li"),
         ({"positions": torch.arange(4) + 2**24 - 3}, ValueError, "16777216; they must lie between"),

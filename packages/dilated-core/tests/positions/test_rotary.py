@@ -105,3 +105,60 @@ def test_the_range_check_is_where_factors_leave_the_range() -> None:
     rotation = rotation_at(torch.tensor([500_000]), HEAD_DIM, scale_base=base, center=0)
     assert rotation.k_cos.isfinite().all()
     assert (rotation.q_cos.abs() + rotation.q_sin.abs()).min() > torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_positions_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    """Before the center too, where an unsigned difference would wrap."""
+    positions = torch.arange(100)
+    want = rotation_at(positions, HEAD_DIM, scale_base=64.0, center=50)
+    for a, b in zip(
+        rotation_at(positions.to(dtype), HEAD_DIM, scale_base=64.0, center=50), want, strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_far_positions_keep_their_distances() -> None:
+    """At 10⁹ tokens a float32 angle would be wrong by a turn."""
+    near = scores(torch.arange(4), scale_base=None)
+    far = scores(torch.arange(4) + 10**9, scale_base=None)
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-5)
+
+
+def test_tensors_are_made_on_the_device_of_the_data() -> None:
+    positions = torch.arange(9)
+    want = rotation_at(positions, HEAD_DIM)
+    with torch.device("meta"):  # what torch.set_default_device("meta") does
+        got = rotation_at(positions, HEAD_DIM)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    shapes = rotation_at(positions.to("meta"), HEAD_DIM)
+    assert [x.shape for x in shapes] == [x.shape for x in want]
+
+
+def test_any_strides_are_rotated() -> None:
+    x = torch.randn(2, 30, dtype=torch.float64).unfold(-1, HEAD_DIM, 1)[:, :, None]
+    rotation = rotation_at(torch.arange(x.shape[1]), HEAD_DIM, dtype=torch.float64)
+    got = rotate(x, rotation.q_cos, rotation.q_sin)
+    assert torch.equal(got, rotate(x.contiguous(), rotation.q_cos, rotation.q_sin))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positions": [1, 2]}, TypeError, "positions is a list; it must be a tensor"),
+        ({"positions": torch.ones(3)}, TypeError, "positions has dtype torch.float32; it must be"),
+        ({"positions": torch.ones(3) > 0}, TypeError, "positions has dtype torch.bool; it must be"),
+        ({"positions": torch.tensor(3)}, ValueError, r"positions has shape \(\); it must have one"),
+        ({"head_dim": 7}, ValueError, "head_dim is 7; it must be even"),
+        ({"head_dim": 0}, ValueError, "head_dim is 0; it must be at least 2"),
+        ({"head_dim": 8.0}, TypeError, r"head_dim is 8\.0; it must be an integer"),
+        ({"scale_base": 0}, ValueError, "scale_base is 0; it must be above 0"),
+        ({"scale_base": "512"}, TypeError, "scale_base is '512'; it must be a number, or None for"),
+        ({"center": 0.5}, TypeError, r"center is 0\.5; it must be an integer"),
+        ({"dtype": torch.bfloat16}, TypeError, "dtype is torch.bfloat16; it must be torch.float32"),
+    ],
+)
+def test_mistakes(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rotation_at(**{"positions": torch.arange(3), "head_dim": 8, **change})

@@ -6,16 +6,25 @@ B batch, H heads, N rows asked for, K keys that the widest of them sees, D head_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Never, cast
 
 import torch
 
+from dilated_core.checks import (
+    check_bool,
+    check_head_range,
+    check_integer,
+    check_names,
+    check_tensor,
+)
 from dilated_core.inputs import check_key_padding_mask, check_scale
-from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern, check_pattern
 from dilated_core.pattern.visible import unchecked_visible_keys
 
 _GATHERED_ELEMENTS = 2**24
 """Elements of k that are gathered at once: 64 MiB in float32."""
+
+_ARGUMENTS = ("is_causal", "scale", "key_padding_mask", "head_range")
 
 
 class AttentionRows(NamedTuple):
@@ -41,16 +50,18 @@ def attention_rows(
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    head_range: Sequence[int] | None = None,
+    **unknown: Never,
 ) -> AttentionRows:
     """Attention probabilities of chosen queries, as `dilated_attention` uses them.
 
-    For heat-maps and for asking what a query looked at. Time and memory grow with the keys that the
-    chosen queries see, not with S: row i holds n(i, j)·exp(s(i, j)) / Σ, where n(i, j) is how many
-    branches let query i see key j (arXiv 2307.02486, eq. 9–10, as one softmax). Differentiable in
-    q and k; the gradient of k has the size of k.
+    For heat-maps, and to see which keys mattered to a query. Time and memory grow with the keys
+    that the chosen queries see, not with S: row i holds n(i, j)·exp(s(i, j)) / Σ, where n(i, j) is
+    how many branches let query i see key j (arXiv 2307.02486, eq. 9–10, as one softmax).
+    Differentiable in q and k; the gradient of k has the size of k.
 
     Args:
-        q: `(B, S, H, D)`, floating.
+        q: `(B, S, H, D)`, floating. Any strides.
         k: `(B, S, H_kv, D)`; H_kv divides H. Dtype and device of q.
         pattern: The branches. With `padding="attended"`, what a row lacks to a sum of 1 is the
             share of its zero keys.
@@ -58,8 +69,10 @@ def attention_rows(
             a sequence of integers.
         is_causal: Query i sees only the keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
-        key_padding_mask: `(B, S)` bool, True for keys that nobody sees. They keep their entries in
-            `positions`, which all batch rows share, with probability 0.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees, whatever they hold. They
+            keep their entries in `positions`, which all batch rows share, with probability 0.
+        head_range: `(first, total)` if the H heads are those from `first` on of `total` heads, as
+            for `dilated_attention`.
 
     Returns:
         The positions and the probabilities. A row that no branch selects has positions −1, and one
@@ -78,13 +91,25 @@ def attention_rows(
         >>> probabilities[0, 0, 0]
         tensor([0.1667, 0.1667, 0.3333, 0.1667, 0.1667])
     """
+    check_names("attention_rows", unknown, _ARGUMENTS)
     _check(q, k, pattern)
+    check_bool("is_causal", is_causal)
+    first_head, num_heads = check_head_range(head_range, q.shape[2])
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, q)
     scale = check_scale(scale, q.shape[-1])
     chosen = _checked_rows(rows, q.shape[1])
-    positions, counts, zero_keys = _keys_of_rows(
-        pattern, chosen, q.shape[1], q.shape[2], q.device, is_causal=bool(is_causal)
+    # On the CPU: the numbers come from Python, and the size of the result depends on them.
+    positions, counts, zero_keys = (
+        x.to(q.device)
+        for x in _keys_of_rows(
+            pattern,
+            chosen,
+            q.shape[1],
+            range(first_head, first_head + q.shape[2]),
+            num_heads,
+            is_causal=is_causal,
+        )
     )
     H, N, K = positions.shape
     if q.shape[0] * H * N * K == 0:
@@ -92,8 +117,9 @@ def attention_rows(
         return AttentionRows(positions, q.new_zeros((q.shape[0], H, N, K), dtype=dtype))
     rows_at_once = max(1, _GATHERED_ELEMENTS // (q.shape[0] * H * K * q.shape[3]))
     row_index = torch.tensor(chosen, device=q.device)
-    # Autocast would compute the scores in half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast would compute the scores in half precision. Meta tensors have no autocast.
+    device_type = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"
+    with torch.autocast(device_type, enabled=False):
         parts = [
             _probabilities(
                 q[:, row_index[chunk]].transpose(1, 2),
@@ -122,14 +148,16 @@ def _probabilities(
     dtype = torch.promote_types(k.dtype, torch.float32)
     H = q_BHND.shape[1]
     kv_head = torch.arange(H, device=k.device) // (H // k.shape[2])
-    # Any key will do where there is none: its count is 0.
+    # Key 0 is read where there is none; its count is 0.
     read_HNK = positions_HNK.clamp(min=0)
-    k_BHNKD = k[:, read_HNK, kv_head[:, None, None]]
-    scores = torch.einsum("bhnd,bhnkd->bhnk", q_BHND.to(dtype) * scale, k_BHNKD.to(dtype))
     counts = counts_HNK.to(dtype)
     if key_padding_mask is not None:
         counts = counts * ~key_padding_mask[:, read_HNK]
-    scores = scores.masked_fill(counts == 0, -torch.inf)
+    hidden = (counts == 0).expand(k.shape[0], *positions_HNK.shape)
+    # A hidden key becomes 0, since 0 · NaN in the backward of the product would reach q.
+    k_BHNKD = k[:, read_HNK, kv_head[:, None, None]].masked_fill(hidden[..., None], 0)
+    scores = torch.einsum("bhnd,bhnkd->bhnk", q_BHND.to(dtype), k_BHNKD.to(dtype)) * scale
+    scores = scores.masked_fill(hidden, -torch.inf)
     # Zero keys have score 0. A finite shift keeps −inf − −inf from ever being formed.
     largest = scores.detach().amax(-1, keepdim=True)
     has_zero_keys = zero_keys_HN[..., None] > 0
@@ -146,22 +174,22 @@ def _keys_of_rows(
     pattern: DilatedPattern,
     rows: list[int],
     seq_len: int,
+    heads: range,
     num_heads: int,
-    device: torch.device,
     *,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct positions and their counts, int64 `(H, N, K)`, and zero keys, int64 `(H, N)`."""
-    H, N = num_heads, len(rows)
+    H, N, device = len(heads), len(rows), "cpu"
     if H * N == 0:
         empty = torch.empty(H, N, 0, dtype=torch.int64, device=device)
         return empty, empty, empty.sum(-1)
     seen = [
         [
-            unchecked_visible_keys(pattern, row, head, H, seq_len, is_causal=is_causal)
+            unchecked_visible_keys(pattern, row, head, num_heads, seq_len, is_causal=is_causal)
             for row in rows
         ]
-        for head in range(H)
+        for head in heads
     ]
     zero_keys = torch.tensor([[keys.zero_keys for keys in head] for head in seen], device=device)
     parts: list[torch.Tensor] = []
@@ -171,7 +199,9 @@ def _keys_of_rows(
         first = torch.tensor([[[x.start] for x in head] for head in ranges], device=device)
         length = torch.tensor([[[len(x)] for x in head] for head in ranges], device=device)
         index = torch.arange(max(len(x) for head in ranges for x in head), device=device)
-        parts.append((first + rate * index).masked_fill(index >= length, seq_len))
+        # A rate beyond S, which may exceed 64 bits, is never stepped by.
+        step = min(rate, seq_len)
+        parts.append((first + step * index).masked_fill(index >= length, seq_len))
     # Equal positions become neighbours, and S, which stands for no key, comes last.
     positions = torch.cat(parts, dim=-1).sort(dim=-1).values
     is_new = positions < seq_len
@@ -185,14 +215,9 @@ def _keys_of_rows(
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, pattern: DilatedPattern) -> None:
-    if not isinstance(pattern, DilatedPattern):
-        raise TypeError(
-            f"pattern is a {type(pattern).__name__}; it must be a DilatedPattern, such as "
-            f"DilatedPattern([2048, 4096], [1, 2])."
-        )
+    check_pattern(pattern)
     for name, x in (("q", q), ("k", k)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
@@ -234,10 +259,7 @@ def _checked_rows(rows: torch.Tensor | Sequence[int], seq_len: int) -> list[int]
             )
         chosen = cast(list[int], rows.tolist())
     elif isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
-        for row in rows:
-            if isinstance(row, bool) or not hasattr(row, "__index__"):
-                raise TypeError(f"rows holds {row!r}, which is not an integer.")
-        chosen = [row.__index__() for row in rows]
+        chosen = [check_integer("an entry of rows", row) for row in rows]
     else:
         raise TypeError(
             f"rows is a {type(rows).__name__}; it must be an integer tensor or a sequence of "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dilated_core.checks import check_head_range, check_integer, check_positions, check_tensor
 from dilated_core.inputs import check_scale
 
 # Positions have so many bits at most.
@@ -59,7 +60,7 @@ class AlibiInputs(NamedTuple):
     scale: float
 
 
-def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+def alibi_slopes(num_heads: int, *, head_range: Sequence[int] | None = None) -> tuple[float, ...]:
     """The slopes m of ALiBi (arXiv 2108.12409, section 3), one per head.
 
     2^(−8·(h+1)/H) for H a power of two. Otherwise those of the next smaller power of two, followed
@@ -67,28 +68,30 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
     Args:
         num_heads: H.
+        head_range: `(first, total)` if the H heads are those from `first` on of `total` heads,
+            which then have the slopes of these.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is below 1.
+        TypeError: If a number is not an integer.
+        ValueError: If `num_heads` is below 1, or the heads are not among `total`.
 
     Example:
         >>> alibi_slopes(4)
         (0.25, 0.0625, 0.015625, 0.00390625)
         >>> alibi_slopes(6) == alibi_slopes(4) + alibi_slopes(8)[0:4:2]
         True
+        >>> alibi_slopes(2, head_range=(4, 6)) == alibi_slopes(6)[4:]
+        True
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads is {num_heads!r}; it must be an integer.")
-    if num_heads < 1:
-        raise ValueError(f"num_heads is {num_heads}; it must be at least 1.")
+    num_heads = check_integer("num_heads", num_heads, at_least=1)
+    first, total = check_head_range(head_range, num_heads)
 
     def of_power_of_two(heads: int) -> tuple[float, ...]:
         return tuple(2.0 ** (-8 * (head + 1) / heads) for head in range(heads))
 
-    smaller = 1 << (num_heads.bit_length() - 1)
-    between = of_power_of_two(2 * smaller)[::2]
-    return of_power_of_two(smaller) + between[: num_heads - smaller]
+    smaller = 1 << (total.bit_length() - 1)
+    slopes = of_power_of_two(smaller) + of_power_of_two(2 * smaller)[::2]
+    return slopes[first : first + num_heads]
 
 
 def alibi_bias(
@@ -109,12 +112,19 @@ def alibi_bias(
     Returns:
         `(H, M, N)`; −∞ where j > i.
 
+    Raises:
+        TypeError: If positions are not integers.
+        ValueError: If positions do not have one dimension.
+
     Example:
         >>> alibi_bias(torch.arange(2), torch.arange(2), [0.5])
         tensor([[[ 0.0000,    -inf],
                  [-0.5000,  0.0000]]])
     """
-    difference = (k_positions - q_positions[:, None]).to(dtype)
+    check_positions("q_positions", q_positions)
+    check_positions("k_positions", k_positions)
+    # Narrow integers, unsigned ones above all, cannot hold differences of their values.
+    difference = (k_positions.long() - q_positions.long()[:, None]).to(dtype)
     m = torch.tensor(tuple(slopes), dtype=dtype, device=difference.device)
     return torch.where(difference <= 0, m[:, None, None] * difference, -math.inf)
 
@@ -127,6 +137,7 @@ def with_alibi(
     *,
     scale: float | None = None,
     slopes: Sequence[float] | None = None,
+    head_range: Sequence[int] | None = None,
 ) -> AlibiInputs:
     """Widen q, k and v so that causal attention on them is attention with ALiBi.
 
@@ -151,8 +162,9 @@ def with_alibi(
             2²⁴ − 1, whichever shard the rows are. The range is checked on the CPU outside
             `torch.compile`, where that costs no synchronisation; beyond it results are wrong.
         scale: Factor of q·k; 1/√D if None. It does not apply to the bias.
-        slopes: m of each head of q; `alibi_slopes(H)` if None. Pass the slopes of the heads at hand
-            if they are a part of a model's.
+        slopes: m of each head of q; `alibi_slopes(H, head_range=head_range)` if None.
+        head_range: `(first, total)` if the H heads are those from `first` on of `total` heads, as
+            for `dilated_attention`. Only without `slopes`, which are those of the heads at hand.
 
     Returns:
         q, k, v of D' = D + 8 channels (D + 16 in bfloat16 and float16), rounded up to a multiple of
@@ -160,8 +172,9 @@ def with_alibi(
 
     Raises:
         TypeError: If the dtype has no such digits, or positions are not integers.
-        ValueError: If shapes do not fit, positions are out of range, scale is 0 or not finite, or
-            the slopes over the scale exceed what float16 holds.
+        ValueError: If shapes or devices do not fit, positions are out of range, scale is 0 or not
+            finite, the slopes over the scale exceed what float16 holds, or `slopes` and
+            `head_range` are both given.
 
     Example:
         >>> from dilated_core import DilatedPattern, dilated_attention
@@ -174,13 +187,20 @@ def with_alibi(
     """
     scale = _check(q, k, v, positions, scale)
     H, D = q.shape[2:]
-    slopes = alibi_slopes(H) if slopes is None else tuple(map(float, slopes))
+    if slopes is not None and head_range is not None:
+        raise ValueError(
+            "slopes and head_range are both given; slopes are those of the heads at hand, so leave "
+            "out head_range."
+        )
+    if slopes is None:
+        slopes = alibi_slopes(H, head_range=head_range)
+    slopes = tuple(map(float, slopes))
     if len(slopes) != H:
         raise ValueError(f"slopes has {len(slopes)} entries and q {H} heads; give one per head.")
     # The kernel multiplies every channel by the scale; these are to come out as m.
     per_channel = [m / scale for m in slopes]
     _check_range(per_channel, scale, q.dtype)
-    q_position, k_position = _position_channels(positions, per_channel, q.dtype)
+    q_position, k_position = _position_channels(positions.long(), per_channel, q.dtype)
     width = q_position.shape[-1] + D
     filler = -width % _CHANNEL_MULTIPLE
 
@@ -242,6 +262,7 @@ def _split(x: float, bits: int, parts: int) -> list[float]:
 def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float | None) -> float:
     """Refuse what cannot be widened; return the scale to use."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
@@ -257,8 +278,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float | No
                 f"q has dtype {q.dtype} and {name} {x.dtype}; they must be equal, so convert them "
                 f"with .to(...) first."
             )
-    if positions.dtype.is_floating_point or positions.dtype == torch.bool:
-        raise TypeError(f"positions has dtype {positions.dtype}; it must be an integer dtype.")
+    check_positions("positions", positions)
+    if positions.device != q.device:
+        raise ValueError(
+            f"positions is on {positions.device} and q on {q.device}; they must be on one device."
+        )
     if positions.shape != q.shape[1:2]:
         raise ValueError(
             f"positions has shape {tuple(positions.shape)} and q {q.shape[1]} rows; give one "

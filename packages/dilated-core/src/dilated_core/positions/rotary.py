@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilated_core.checks import check_integer, check_number, check_positions
+
 _ROTARY_BASE = 10_000.0
 # The largest part of a dtype's exponent range that a decay may use; the rest is left to q and k.
 _RANGE_SHARE = 0.9
@@ -56,10 +58,16 @@ def rotation_at(
         scale_base: Distance over which the decay is one factor ζ, in tokens; None is plain RoPE.
         center: Position at which the xPos factor is 1. It cancels in every score and only keeps
             the factors in range; it must be the same wherever q and k of one sequence are rotated.
-        dtype: float32 or float64, of the factors.
+        dtype: float32 or float64, of the factors. Angles are computed in float64, so they are
+            off by 1e-16 of the position; on Apple's GPUs, which lack float64, in float32.
 
     Returns:
         Factors that broadcast over `(B, S, H, D)`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If positions do not have one dimension, `head_dim` is not even, or `scale_base`
+            is not above 0.
 
     Example:
         >>> rotation = rotation_at(torch.arange(3), head_dim=4)
@@ -68,6 +76,15 @@ def rotation_at(
         >>> rotation.q_cos[0].tolist()  # position 0 is left as it is
         [[1.0, 1.0, 1.0, 1.0]]
     """
+    check_positions("positions", positions)
+    head_dim = check_integer("head_dim", head_dim, at_least=2)
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; it must be even, as channels turn in pairs.")
+    if scale_base is not None:
+        check_number("scale_base", scale_base, above=0, fix=", or None for plain RoPE")
+    center = check_integer("center", center)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype is {dtype!r}; it must be torch.float32 or torch.float64.")
     # Angles grow with the position: in float32 they would be wrong by 0.06 rad at a million tokens.
     # Apple's GPUs have no float64.
     precise = torch.float32 if positions.device.type == "mps" else torch.float64
@@ -77,7 +94,8 @@ def rotation_at(
     if scale_base is None:
         factors = (cos, sin, cos, sin)
     else:
-        exponent = (positions - center).to(precise)[:, None] / scale_base
+        # Narrow integers, unsigned ones above all, cannot hold differences of their values.
+        exponent = (positions.long() - center).to(precise)[:, None] / scale_base
         decay = ((pair + 0.4) / 1.4) ** exponent
         factors = (cos * decay, sin * decay, cos / decay, sin / decay)
     return Rotation(*(f.to(dtype).repeat_interleave(2, dim=-1)[:, None] for f in factors))
@@ -92,7 +110,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: `(S, 1, D)` from the same rotation.
 
     Returns:
-        Same shape and dtype as `x`; computed in the dtype of `cos`.
+        Same shape and dtype as `x`; computed in the dtype of `cos`, or that of `x` if it is wider.
     """
     even, odd = x[..., ::2], x[..., 1::2]
     quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)

@@ -12,14 +12,12 @@ what it does not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, currently_in_test_context, given, reject, settings
+from hypothesis import HealthCheck, given, settings
 
-from dilated_core.attention import dilated_attention_with_lse
 from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.registry import get_backend
 from dilated_core.pattern.branches import DilatedPattern
@@ -30,38 +28,13 @@ from dilated_core.testing.error_budget import (
     pytorch_errors,
     relative_error,
 )
-
-# Accumulated rounding of float64 over a few hundred keys, with room for cancellation.
-_FLOAT64_ERROR = 1e-10
+from dilated_core.testing.hostile_inputs import HostileInputs
 
 BUDGET_PATTERN = DilatedPattern([128, 256, 512], [1, 2, 4])
 
 
-class BackendConformance:
-    """Base class of each backend's tests; see the module.
-
-    Attributes:
-        backend: Name of the backend.
-        device: Where to run it.
-        dtypes: Dtypes it runs. With float64 it is held to exactness, otherwise to budgets.
-        multiple: head_dims are filled with zeros up to a multiple of this, for kernels that load
-            several numbers at once.
-        may_refuse: Whether inputs that its `why_not` refuses are skipped; otherwise they fail.
-    """
-
-    backend: ClassVar[str]
-    device: ClassVar[str] = "cpu"
-    dtypes: ClassVar[tuple[torch.dtype, ...]]
-    multiple: ClassVar[int] = 1
-    may_refuse: ClassVar[bool] = False
-
-    @pytest.fixture(autouse=True)
-    def poisoned_memory(self) -> Iterator[None]:
-        """Fill what `torch.empty` returns with NaN, so that reading it shows."""
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-        torch.use_deterministic_algorithms(before)
+class BackendConformance(HostileInputs):
+    """The tests that every backend passes; see the module. `BackendSuite` lists its attributes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse subclasses that replace a test."""
@@ -72,26 +45,6 @@ class BackendConformance:
                 f"{cls.__name__} replaces {', '.join(replaced)}; a backend passes the conformance "
                 f"tests as they are."
             )
-
-    def _attend(
-        self, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        D, options = q.shape[-1], case.options(device=self.device)
-        if options["scale"] is None:
-            options["scale"] = D**-0.5
-        q, k, v = (torch.nn.functional.pad(x, (0, -D % self.multiple)) for x in (q, k, v))
-        inputs = AttentionInputs(
-            *(q.device, q.dtype, q.shape[-2], q.shape[-1]),
-            has_key_padding_mask=options["key_padding_mask"] is not None,
-        )
-        if self.may_refuse and (reasons := get_backend(self.backend).why_not(inputs)):
-            if currently_in_test_context():
-                reject()
-            pytest.skip(" ".join(reasons))
-        out, lse = dilated_attention_with_lse(
-            q, k, v, case.pattern, **options, backend=self.backend
-        )
-        return out[..., :D], lse
 
     def _compare_with_oracle(self, case: Case, dtype: torch.dtype, bound: float) -> None:
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
@@ -175,34 +128,6 @@ class BackendConformance:
             want = torch.autograd.grad(exact, (q, k, v), (dout.double(), dlse.double()))
             for a, e in zip(got, want, strict=True):
                 assert relative_error(a, e) <= bound
-
-    def test_any_strides(self) -> None:
-        """Transposed, sliced, expanded and reversed-layout inputs give the contiguous result."""
-        dtype, bound = self._sharpest()
-        case = Case(seq_len=40, batch_size=2, pattern=DilatedPattern([8, 40], [1, 4]))
-        q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
-        packed = torch.stack([q, k, v], 2).detach().requires_grad_()
-        layouts = [
-            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
-            list(packed.unbind(2)),
-            [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)],
-            [x.repeat_interleave(2, 0)[::2] for x in (q, k, v)],
-        ]
-        expected, _ = self._attend(case, q, k, v)
-        for tensors in layouts:
-            out, _ = self._attend(case, *tensors)
-            assert relative_error(out, expected) <= bound
-            got = torch.autograd.grad(out, tensors, dout.expand_as(out))
-            want = torch.autograd.grad(expected, (q, k, v), dout, retain_graph=True)
-            for a, e in zip(got, want, strict=True):
-                assert relative_error(a, e) <= bound
-        one = q[:1, :1].expand(2, 40, -1, -1)
-        a, _ = self._attend(case, one, one, one)
-        b, _ = self._attend(case, *(one.contiguous() for _ in range(3)))
-        assert torch.equal(a, b)
-        # The gradient of a plain sum is an expanded scalar.
-        expanded = torch.autograd.grad(expected.sum(), q)[0]
-        assert torch.isfinite(expanded).all()
 
     def test_future_does_not_matter(self) -> None:
         """Causal results before a changed position stay the same to the bit."""
@@ -299,18 +224,6 @@ class BackendConformance:
             assert relative_error(a, e) <= bound
         assert relative_error(lse.nan_to_num(neginf=0), exact_lse.nan_to_num(neginf=0)) <= bound
 
-    def test_nan_propagates(self) -> None:
-        """A NaN in one key makes NaN of the rows that see it, and of no other."""
-        dtype, _ = self._sharpest()
-        case = Case(seq_len=32, num_heads=2, pattern=DilatedPattern([8, 16], [1, 2]))
-        q, k, v, _ = (x.detach() for x in case.tensors(dtype=dtype, device=self.device))
-        k[0, 3, 0] = torch.nan
-        out, lse = self._attend(case, q, k, v)
-        sees = case.pattern.materialize(32, 2)[:, :, 3].T > 0
-        sees[:, 1] = False
-        assert torch.equal(out.isnan().all(-1)[0].cpu(), sees)
-        assert torch.equal(lse.isnan()[0].cpu(), sees)
-
     def test_repeated_calls_are_equal(self) -> None:
         """Forward and backward give the same bits twice."""
         dtype, _ = self._sharpest()
@@ -322,13 +235,5 @@ class BackendConformance:
             results.append([out, lse, *torch.autograd.grad(out, (q, k, v), dout)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    def _sharpest(self) -> tuple[torch.dtype, float]:
-        """The most precise dtype it runs, and what exactness means in it."""
-        dtype = max(self.dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
-        if dtype == torch.float64:
-            return dtype, _FLOAT64_ERROR
-        # A few hundred roundings of the dtype; budgets are what holds it to more.
-        return dtype, 200 * torch.finfo(dtype).eps
 
-
-_TEST_NAMES = frozenset(name for name in vars(BackendConformance) if name.startswith("test_"))
+_TEST_NAMES = frozenset(name for name in dir(BackendConformance) if name.startswith("test_"))

@@ -1,4 +1,4 @@
-"""The profile of known allocations is exactly what they are."""
+"""The profile of known allocations has their sizes, to the byte."""
 
 import json
 import sys

@@ -1,3 +1,5 @@
+"""Factory names build the documented modules, and other packages can add names."""
+
 import copy
 import sys
 from importlib.metadata import entry_points

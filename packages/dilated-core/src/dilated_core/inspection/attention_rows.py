@@ -1,4 +1,4 @@
-"""Rows of the attention matrix: what chosen queries look at, exactly, in sequences of any length.
+"""Rows of the attention matrix: exact probabilities of chosen queries, in sequences of any length.
 
 B batch, H heads, N rows asked for, K keys that the widest of them sees, D head_dim.
 """

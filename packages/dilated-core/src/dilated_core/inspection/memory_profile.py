@@ -22,11 +22,11 @@ _DEVICE_TYPES = {0: "cpu", 1: "cuda", 12: "xpu"}
 
 
 class MemoryEvent(NamedTuple):
-    """An allocation or a release, and what it leads to.
+    """An allocation or a release, and how much memory is held after it.
 
     Attributes:
-        seconds: Since the first event.
-        bytes: What tensors of this device then hold that were allocated within the profile.
+        seconds: Time since the first event.
+        bytes: Memory on this device that was allocated within the profile and is still held.
         device: Such as "cpu" or "cuda:0".
     """
 
@@ -37,16 +37,16 @@ class MemoryEvent(NamedTuple):
 
 @dataclass(slots=True)
 class MemoryProfile:
-    """What `memory_profile` measured; filled when its `with` block ends, whichever way.
+    """What `memory_profile` measured; filled when its `with` block ends, by an exception too.
 
-    All numbers are about memory that PyTorch's allocators gave out within the block. Releasing
-    something older does not count.
+    All numbers count memory that PyTorch's allocators gave out within the block. The release of
+    older memory does not count.
 
     Attributes:
-        peak_bytes: The most that was held at once, on all devices together.
-        allocated_bytes: All allocations added up, released or not.
-        num_allocations: How many there were.
-        held_bytes: What was still held at the end.
+        peak_bytes: The most memory that was held at once, on all devices together.
+        allocated_bytes: Sum of all allocations, released or not.
+        num_allocations: Number of allocations.
+        held_bytes: Memory that was still held at the end.
         timeline: Every allocation and release in order.
     """
 
@@ -63,7 +63,7 @@ class MemoryProfile:
             part.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Draw the timeline as a page that needs nothing but itself.
+        """Draw the timeline as one HTML file that loads nothing else.
 
         Raises:
             ImportError: If plotly is not installed.
@@ -100,14 +100,14 @@ class MemoryProfile:
 def memory_profile() -> Generator[MemoryProfile, None, None]:
     """Measure what the `with` block allocates, on the CPU and on the GPU if there is one.
 
-    Every allocation of a tensor counts, the temporary ones within operators too; memory that is no
-    tensor's (Python objects, files, a kernel's stack) does not. It is the profiler of PyTorch that
-    records, in this thread and in those that autograd runs for it; it slows the code down, and
-    writes a record of every operator, so measure short pieces. Profiles do not nest.
+    Every allocation of a tensor counts, temporary ones within operators too. Other memory, such as
+    Python objects, files and a kernel's stack, does not. PyTorch's profiler records this thread and
+    the threads of autograd that work for it. The profiler slows the code down and records every
+    operator, so measure short pieces. Profiles do not nest.
 
     Yields:
-        The profile, empty until the block ends. An exception passes, and what happened until then
-        is in the profile.
+        The profile, empty until the block ends. An exception is passed on, and the profile then
+        holds all events up to it.
 
     Raises:
         RuntimeError: If a profiler is already running.
@@ -120,7 +120,7 @@ def memory_profile() -> Generator[MemoryProfile, None, None]:
         >>> profile.peak_bytes, profile.num_allocations, profile.held_bytes
         (8192, 2, 4096)
     """
-    # A second profiler would cancel the first, which would then lose what it recorded.
+    # A second profiler would cancel the first, and its record would be lost.
     if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
         raise RuntimeError(
             "a profiler is already running in this thread, and PyTorch can run only one; end it "
@@ -142,7 +142,7 @@ def memory_profile() -> Generator[MemoryProfile, None, None]:
 def _recorded(profiler: profile) -> list[dict[str, Any]]:
     """The profiler's memory events in the order of time."""
     with tempfile.TemporaryDirectory() as folder:
-        # The public form of the record; it is written to a file and in no other way.
+        # The public form of the record, which PyTorch can only write to a file.
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def _recorded(profiler: profile) -> list[dict[str, Any]]:
 
 
 def _fill(result: MemoryProfile, events: list[dict[str, Any]]) -> None:
-    # The totals that the profiler records go on from earlier profiles; so they are added up anew.
+    # The profiler's own totals continue from earlier profiles, so totals are summed here.
     live: dict[tuple[str, int], int] = {}
     held: dict[str, int] = {}
     for event in events:

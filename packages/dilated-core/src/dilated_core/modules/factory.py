@@ -15,7 +15,7 @@ from dilated_core.modules.multihead import MultiheadDilatedAttention
 
 ENTRY_POINT_GROUP = "dilated.attention"
 
-# Names of the family, so that asking for one that is not installed can say what to install.
+# For names of packages that are not installed, the error tells what to install.
 _PROVIDERS = {
     "distributed": "dilated-ring",
     "ring": "dilated-ring",
@@ -28,19 +28,19 @@ _PROVIDERS = {
 
 
 class AttentionVariant(NamedTuple):
-    """What a factory name stands for; entry points of `dilated.attention` name such a pair.
+    """The two builders behind a factory name. Entry points of `dilated.attention` point to one.
 
     Attributes:
-        attention: Builds the module on q, k, v from the keywords of `DilatedAttentionConfig`.
-        multihead: Builds the module with projections from those and the keywords of
-            `MultiheadConfig`.
+        attention: Builds the module on q, k, v from the options of `DilatedAttentionConfig`.
+        multihead: Builds the module with projections from the options of `DilatedAttentionConfig`
+            and `MultiheadConfig`.
     """
 
     attention: Callable[..., nn.Module]
     multihead: Callable[..., nn.Module]
 
 
-# Three names, one mathematics and one module: which kernels run is the option `backend`.
+# Three names of one module, for users of earlier libraries. The option `backend` chooses kernels.
 _OWN = dict.fromkeys(
     ("auto", "improved", "standard"), AttentionVariant(DilatedAttention, MultiheadDilatedAttention)
 )
@@ -55,14 +55,13 @@ def create_dilated_attention(
     """Build attention on q, k, v by name.
 
     Args:
-        kind: `"auto"`, `"standard"` or `"improved"`, which are one module (its option `backend`
-            says which kernels run, by default the fastest), or another package's name.
-        attention_config: Options as an object, which stays as it is.
-        **options: Options as keywords, those of `DilatedAttentionConfig`; they override the object.
+        kind: `"auto"`, `"standard"` or `"improved"`, which build the same module (its option
+            `backend` chooses kernels, by default the fastest), or the name of another package.
+        attention_config: Options as an object, which is not changed.
+        **options: Options of `DilatedAttentionConfig` as keywords. They override the object.
 
     Raises:
-        ValueError: If the name is unknown, is that of a package that is not installed, or that of
-            one that cannot be loaded.
+        ValueError: If the name is unknown, or its package is not installed or cannot be loaded.
         TypeError: If an option is unknown, or a config is of another class.
 
     Example:
@@ -87,9 +86,9 @@ def create_multihead_dilated_attention(
 
     Args:
         kind: As for `create_dilated_attention`.
-        multihead_config: Options of the projections as an object, which stays as it is.
-        attention_config: Options of the attention as an object, which stays as it is.
-        **options: Options of both as keywords; they override the objects.
+        multihead_config: Options of the projections as an object, which is not changed.
+        attention_config: Options of the attention as an object, which is not changed.
+        **options: Options of both configs as keywords. They override the objects.
 
     Raises:
         ValueError, TypeError: As for `create_dilated_attention`.

@@ -1,10 +1,10 @@
-"""ALiBi, which is a bias of the scores, through attention that takes no bias.
+"""ALiBi, a bias of the scores, as extra channels of q and k: attention itself takes no bias.
 
 Legend: B batch, S sequence, H heads, D head_dim, M query rows, N key rows.
 
 ALiBi (Press et al., arXiv 2108.12409) adds −mₕ·(i − j) to the score of query i and key j ≤ i. Both
-parts are products of something of the query and something of the key, so a few more channels of q
-and k carry them, and every backend computes biased attention without knowing it.
+−mₕ·i and mₕ·j are products of a factor of the query and a factor of the key, so a few more channels
+of q and k add them to the score, in every backend.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 from dilated_core.checks import check_head_range, check_integer, check_positions, check_tensor
 from dilated_core.inputs import check_scale
 
-# Positions have so many bits at most.
+# Positions have at most this many bits.
 _POSITION_BITS = 24
-# Factor that moves from a query's channel to the key's, so that float16 can hold both.
+# Moved from the channel of the query to that of the key, so that float16 can hold both.
 _CONSTANT = 2.0**15
 # GPU kernels load rows in units of this many channels.
 _CHANNEL_MULTIPLE = 8
@@ -45,13 +45,13 @@ _DIGITS = {
 
 
 class AlibiInputs(NamedTuple):
-    """What to call attention with, so that it computes ALiBi.
+    """Arguments of attention that make it compute ALiBi.
 
     Attributes:
-        q: `(B, S, H, D')`, the channels of positions first, then the D given ones, then zeros.
-        k: `(B, S, H_kv, D')`.
-        v: `(B, S, H_kv, D')`, the D given channels first, then zeros.
-        scale: Factor of the scores, to be passed on: the default would be that of D'.
+        q: `(B, S, H, D')`: the channels of positions, the D channels of the given q, zeros.
+        k: `(B, S, H_kv, D')`, likewise.
+        v: `(B, S, H_kv, D')`: the D channels of the given v, zeros.
+        scale: Factor of the scores, to be passed to attention; its default would be 1/√D'.
     """
 
     q: Tensor
@@ -63,8 +63,8 @@ class AlibiInputs(NamedTuple):
 def alibi_slopes(num_heads: int, *, head_range: Sequence[int] | None = None) -> tuple[float, ...]:
     """The slopes m of ALiBi (arXiv 2108.12409, section 3), one per head.
 
-    2^(−8·(h+1)/H) for H a power of two. Otherwise those of the next smaller power of two, followed
-    by every second one of the next larger, as the authors' code has it.
+    2^(−8·(h+1)/H) if H is a power of two. Otherwise the slopes of the next smaller power of two,
+    followed by every second slope of the next larger one, as in the authors' code.
 
     Args:
         num_heads: H.
@@ -141,26 +141,26 @@ def with_alibi(
 ) -> AlibiInputs:
     """Widen q, k and v so that causal attention on them is attention with ALiBi.
 
-    With D channels in v, `dilated_attention(q', k', v', pattern, is_causal=True, scale=scale')` has
-    the result in its first D channels, and lse is that of the biased scores. Gradients of q, k and
-    v are exact. The symmetric bias −m·|i − j| of attention that is not causal is no such product:
-    without `is_causal=True` the result means nothing.
+    The first D channels of `dilated_attention(q', k', v', pattern, is_causal=True, scale=scale')`
+    are the result, and lse is that of the biased scores. Gradients of q, k and v are exact. The
+    symmetric bias −m·|i − j| of non-causal attention is no such product, so `is_causal=True` is
+    required: without it the result has no meaning.
 
-    Low precision cannot represent positions, so a position is written in digits, and a slope as a
-    sum of parts that together have 24 bits; digits, parts and their products are exact in float32.
-    Channels go from high digits to low ones, and −m·i is subtracted on the way, so an accumulator
-    that sums exact products in this order keeps the accuracy of the dtype at any position. But
-    kernels choose their order, and some multiply q by the scale first: what holds for all is that a
-    score is off by no more than about m·position·2⁻²⁴, in absolute terms (2⁻⁵³ in float64). For a
-    slope of ½ that is 2·10⁻³ at position 65 536 and 3·10⁻² at a million. Only differences count, so
-    let the positions of each document begin at 0.
+    Low precision cannot represent positions. A position is therefore written in digits, and a slope
+    as a sum of parts that together have 24 bits; digits, parts and their products are exact in
+    float32. Channels go from high digits to low ones and subtract −m·i on the way, so an
+    accumulator that sums exact products in this order keeps the accuracy of the dtype at any
+    position. Kernels choose their own order, and some multiply q by the scale first. In every
+    kernel, a score is off by at most about m·position·2⁻²⁴ in absolute terms (2⁻⁵³ in float64). For
+    a slope of ½, this is 2·10⁻³ at position 65 536 and 3·10⁻² at a million. Only differences of
+    positions count, so let the positions of each document begin at 0.
 
     Args:
         q: `(B, S, H, D)`.
         k, v: `(B, S, H_kv, D)`, H_kv dividing H.
-        positions: `(S,)`, integer, the position of each row in the whole sequence, from 0 to
-            2²⁴ − 1, whichever shard the rows are. The range is checked on the CPU outside
-            `torch.compile`, where that costs no synchronisation; beyond it results are wrong.
+        positions: `(S,)`, integer, the position of each row in the whole sequence (not in its
+            shard), from 0 to 2²⁴ − 1. The range is checked only on the CPU outside `torch.compile`,
+            where the check needs no synchronisation. Positions beyond it give wrong results.
         scale: Factor of q·k; 1/√D if None. It does not apply to the bias.
         slopes: m of each head of q; `alibi_slopes(H, head_range=head_range)` if None.
         head_range: `(first, total)` if the H heads are those from `first` on of `total` heads, as
@@ -197,7 +197,7 @@ def with_alibi(
     slopes = tuple(map(float, slopes))
     if len(slopes) != H:
         raise ValueError(f"slopes has {len(slopes)} entries and q {H} heads; give one per head.")
-    # The kernel multiplies every channel by the scale; these are to come out as m.
+    # The kernel multiplies every channel by the scale, and the product must be m.
     per_channel = [m / scale for m in slopes]
     _check_range(per_channel, scale, q.dtype)
     q_position, k_position = _position_channels(positions.long(), per_channel, q.dtype)
@@ -217,10 +217,10 @@ def _position_channels(
 ) -> tuple[Tensor, Tensor]:
     """Channels `(S, H, C)` of q and `(S, 1, C)` of k whose dot product is about m·(j − i).
 
-    From the highest digit to the lowest: what the digit of j contributes, part by part of the
-    slope, and after the first part as much of −m·i as one number of the dtype can hold, so that the
-    sum is small before the finer parts come. Since −m·i is the same for all keys of a query, its
-    own rounding cancels in the softmax.
+    For each digit of j, from the highest to the lowest: one channel per part of the slope, and
+    after the first part a channel with as much of −m·i as one number of the dtype can hold, so that
+    the sum is small before the finer parts are added. −m·i is the same for all keys of a query, so
+    its rounding cancels in the softmax.
     """
     slope_bits, slope_parts, digit_bits = _DIGITS[dtype]
     # Apple's GPUs have no float64.
@@ -233,7 +233,7 @@ def _position_channels(
     k_channels: list[Tensor] = []
     for low_bit in reversed(range(0, _POSITION_BITS, digit_bits)):
         digit_S = (positions >> low_bit) & ((1 << digit_bits) - 1)
-        # The digit's weight, half of it on either side, to stay in float16's range.
+        # q and k share the weight of the digit, to stay in the range of float16.
         q_weight = 2.0 ** (low_bit - low_bit // 2)
         k_weight = 2.0 ** (low_bit // 2)
         constant_SH = (rest_SH / _CONSTANT).to(dtype)
@@ -260,7 +260,7 @@ def _split(x: float, bits: int, parts: int) -> list[float]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float | None) -> float:
-    """Refuse what cannot be widened; return the scale to use."""
+    """Check the arguments of `with_alibi`, and return the scale to use."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:

@@ -1,9 +1,9 @@
-"""Rotary positions, with and without xPos's decay, at positions the caller names.
+"""Rotary positions, with and without xPos's decay, at the positions that the caller gives.
 
 Legend: B batch, S sequence, H heads, D head_dim.
 
-Positions are an argument, never a count of what happens to be in the tensor, so a shard of a
-sequence is rotated exactly as the whole sequence is.
+Positions are an argument and are never counted from the tensor, so a shard of a sequence is rotated
+exactly as the whole sequence is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from dilated_core.checks import check_integer, check_number, check_positions
 
 _ROTARY_BASE = 10_000.0
-# The largest part of a dtype's exponent range that a decay may use; the rest is left to q and k.
+# The part of a dtype's exponent range that a decay may use. The rest is left to q and k.
 _RANGE_SHARE = 0.9
 
 

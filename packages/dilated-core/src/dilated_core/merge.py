@@ -96,6 +96,9 @@ def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     Args:
         lse: float32 or float64, any shape; −inf where nothing has been folded yet.
         partial_lse: Same shape and dtype; −inf where the partial is empty, which has weight 0.
+
+    Returns:
+        The weight, in that dtype.
     """
     # −inf − −inf would be NaN, for a row that is empty so far and in the partial. A NaN of either
     # lse stays a NaN.
@@ -115,3 +118,12 @@ def add_zero_keys(partial: AttentionOutput, count: int) -> AttentionOutput:
         (partial.out * keep).to(partial.out.dtype),
         torch.logaddexp(partial.lse, torch.full_like(partial.lse, zero_lse)),
     )
+
+
+def lse_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which lse is merged: float64, where the device has it.
+
+    At an lse of 100 000 float32 has a spacing of 0.008, and weights exp(lse_i − lse) would be wrong
+    by as much. MPS has no float64.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dilated_core.backends.cache_layout import CacheLayout
-from dilated_core.merge import AttentionOutput, fold_lse_
+from dilated_core.merge import AttentionOutput, fold_lse_, lse_dtype
 from dilated_core.pattern.branches import kept_rows
 
 
@@ -62,9 +62,9 @@ def attend_newest(
         scale: Factor of the scores.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_BHD = q[:, 0].to(dtype) * scale
+    q_BHD = q[:, 0].to(dtype)
     out = torch.zeros_like(q_BHD)
-    lse = q_BHD.new_full(q_BHD.shape[:2], -torch.inf)
+    lse = q_BHD.new_full(q_BHD.shape[:2], -torch.inf, dtype=lse_dtype(q.device))
     for (w, r), branch in zip(layout.branches, layout.blocks, strict=True):
         row, offset = divmod(position % w, r)
         for block in branch:
@@ -75,13 +75,16 @@ def attend_newest(
                 block.view(cached)[:, :, : row + 1].to(dtype) for cached in (keys, values)
             )
             queries = q_BHD.index_select(1, block.q_heads)
-            scores = queries.view(len(q), *block.shape, q.shape[3]) @ block_keys.mT
-            new_lse = scores.logsumexp(-1, keepdim=True)
-            new_out = ((scores - new_lse).exp() @ block_values).flatten(1, 2)
+            p = (queries.view(len(q), *block.shape, q.shape[3]) @ block_keys.mT).mul_(scale)
+            largest = p.amax(-1, keepdim=True)
+            total = p.sub_(largest).exp_().sum(-1, keepdim=True)
+            # Divided by its sum: exp(score − lse) would carry the rounding of a large lse.
+            new_out = (p @ block_values).div_(total).flatten(1, 2)
+            new_lse = largest.to(lse.dtype) + total.to(lse.dtype).log()
             # A head may see other branches: fold this one into what they gave.
             block_lse = lse.index_select(1, block.q_heads)
-            weight = fold_lse_(block_lse, new_lse.flatten(1))
+            weight = fold_lse_(block_lse, new_lse.flatten(1)).to(dtype)
             block_out = out.index_select(1, block.q_heads)
             lse.index_copy_(1, block.q_heads, block_lse)
             out.index_copy_(1, block.q_heads, block_out.lerp(new_out, weight[..., None]))
-    return AttentionOutput(out.to(q.dtype)[:, None], lse[:, None])
+    return AttentionOutput(out.to(q.dtype)[:, None], lse.to(dtype)[:, None])

@@ -1,12 +1,18 @@
+"""A pattern checks its numbers, and counts the keys that its definition selects, at any size."""
+
 import copy
 import pickle
+import time
+from fractions import Fraction
 
 import pytest
 import torch
-from dilated_core import Branch, DilatedPattern
-from dilated_core.pattern.branches import head_offset, kept_rows
+from dilated_core import Branch, DilatedPattern, select_segments
+from dilated_core.pattern.branches import clip_pattern, head_offset, kept_rows
+from dilated_core.pattern.visible import visible_keys
 from dilated_core.testing import random_cases
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_branches_keep_their_order():
@@ -41,11 +47,11 @@ def test_immutable():
         ([], [], {}, ValueError, "segment_lengths is empty; a pattern needs at least one branch"),
         ([4], [], {}, ValueError, "dilation_rates is empty"),
         ([4, 8], [1], {}, ValueError, "segment_lengths has 2 entries and dilation_rates 1; each"),
-        ([4, 0], [1, 2], {}, ValueError, "segment_lengths holds 0; each value must be at least 1"),
-        ([4], [-3], {}, ValueError, "dilation_rates holds -3; each value must be at least 1"),
-        ([4.0], [1], {}, TypeError, "segment_lengths holds 4.0, which is not an integer"),
-        ([True], [1], {}, TypeError, "segment_lengths holds True, which is not an integer"),
-        (["4"], [1], {}, TypeError, "segment_lengths holds '4', which is not an integer"),
+        ([4, 0], [1, 2], {}, ValueError, r"segment_lengths\[1\] is 0; it must be at least 1"),
+        ([4], [-3], {}, ValueError, r"dilation_rates\[0\] is -3; it must be at least 1"),
+        ([4.0], [1], {}, TypeError, r"segment_lengths\[0\] is 4.0; it must be an integer"),
+        ([True], [1], {}, TypeError, r"segment_lengths\[0\] is True; it must be an integer"),
+        (["4"], [1], {}, TypeError, r"segment_lengths\[0\] is '4'; it must be an integer"),
         ("48", [1], {}, TypeError, "segment_lengths is '48'; give a list of integers"),
         (4, [1], {}, TypeError, "segment_lengths is 4; give a list of integers"),
         ([4], [1], {"head_offsets": "mod"}, ValueError, "head_offsets is 'mod'; it must be one of "
@@ -109,3 +115,110 @@ def test_keys_per_query_is_the_papers_sum():
     assert pattern.keys_per_query(8192) == 2048 + 4096 / 4 + 8192 / 16
     with pytest.raises(ValueError, match="seq_len is 0; it must be at least 1"):
         pattern.keys_per_query(0)
+
+
+def keys_per_query_by_the_loop(pattern, seq_len):
+    """Every offset of every segment, as the definition has it."""
+    pairs = Fraction(0)
+    for w, r in pattern.branches:
+        for start in range(0, seq_len, w):
+            for offset in range(r):
+                kept = len(range(start + offset, min(start + w, seq_len), r))
+                pairs += Fraction(kept**2, r)
+    return float(pairs / seq_len)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    branches=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 80)), min_size=1, max_size=4),
+    seq_len=st.integers(1, 90),
+)
+def test_keys_per_query_is_exactly_the_loop_over_offsets(branches, seq_len):
+    pattern = DilatedPattern(*zip(*branches, strict=True))
+    assert pattern.keys_per_query(seq_len) == keys_per_query_by_the_loop(pattern, seq_len)
+
+
+@pytest.mark.parametrize("exponent", [21, 63, 100])
+def test_arithmetic_takes_no_time_proportional_to_lengths_or_rates(exponent):
+    n = 2**exponent
+    pattern = DilatedPattern([n, n, n - 1], [1, n, n - 3])
+    start = time.perf_counter()
+    # Dense: n keys. One kept position a head: 1/n. The last: n − 3 pairs of one row and, for the
+    # two offsets that keep two, 2 · 4 − 2 more of n − 1 positions, and one of the position left.
+    last = Fraction((n - 3) - 2 + 2 * 4 + 1, (n - 3) * n)
+    assert pattern.keys_per_query(n) == float(n + Fraction(1, n) + last)
+    assert pattern.flops(n, 4, 1, is_causal=True) == 4 * (4 * n * (n + 1) // 2 + 4 + 2 * 3 + 2 + 1)
+    segments = select_segments(n, 4, first_segment_length=n)
+    assert segments == ((n,), (1,))
+    assert len(select_segments(n, 4, first_segment_length=1).segment_lengths) == exponent + 1
+    assert time.perf_counter() - start < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=random_cases(max_seq_len=30), power=st.sampled_from([0, 63, 100]))
+def test_a_clipped_pattern_selects_the_same_keys(case, power):
+    S, H = case.seq_len, case.num_heads
+    lengths, rates = (
+        [n if i % 2 else n * 2**power for i, n in enumerate(numbers)]
+        for numbers in (case.pattern.segment_lengths, case.pattern.dilation_rates)
+    )
+    options = {"head_offsets": case.pattern.head_offsets}
+    pattern = DilatedPattern(lengths, rates, **options)
+    clipped = clip_pattern(pattern, S, H)
+    assert clipped.head_offsets == pattern.head_offsets
+    assert max(*clipped.segment_lengths, *clipped.dilation_rates) <= max(S, H)
+    for head in range(H):
+        for position in range(S):
+            want, got = (
+                visible_keys(p, position, head, num_heads=H, seq_len=S).positions
+                for p in (pattern, clipped)
+            )
+            assert [list(keys) for keys in got] == [list(keys) for keys in want]
+    assert torch.equal(pattern.materialize(S, H), clipped.materialize(S, H))
+
+
+@pytest.mark.parametrize("n", [2**63, 2**100])
+def test_counts_of_huge_lengths_and_rates(n):
+    counts = DilatedPattern([n, n, 4], [1, n, n]).materialize(6, 3)
+    whole, at_offset = torch.ones(6, 6), torch.zeros(3, 6, 6)
+    for head in range(3):
+        at_offset[head, head, head] += 2
+    at_offset[0, 4, 4] += 1  # the second segment of 4 has the positions 4 and 5
+    at_offset[1, 5, 5] += 1
+    assert torch.equal(counts, (whole + at_offset).long())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: p.materialize(-1, 2), ValueError, "seq_len is -1; it must be at least 0"),
+        (lambda p: p.materialize(4, 2.0), TypeError, "num_heads is 2.0; it must be an integer"),
+        (
+            lambda p: p.materialize(4, 2, is_causal="False"),
+            TypeError,
+            "is_causal is 'False'; it must be",
+        ),
+        (lambda p: p.keys_per_query(4.0), TypeError, "seq_len is 4.0; it must be an integer"),
+        (lambda p: p.flops(-1, 2, 3), ValueError, "seq_len is -1; it must be at least 0"),
+        (lambda p: p.flops(4, 0, 3), ValueError, "num_heads is 0; it must be at least 1"),
+        (lambda p: p.flops(4, 2, True), TypeError, "head_dim is True; it must be an integer"),
+        (
+            lambda p: p.flops(4, 2, 3, batch_size=1.5),
+            TypeError,
+            "batch_size is 1.5; it must be an integer",
+        ),
+        (
+            lambda p: p.flops(4, 2, 3, is_causal=None),
+            TypeError,
+            "is_causal is None; it must be True or",
+        ),
+        (
+            lambda p: p.flops(4, 2, 3, backward=1),
+            TypeError,
+            "backward is 1; it must be True or False",
+        ),
+    ],
+)
+def test_mistakes_in_a_question(call, error, message):
+    with pytest.raises(error, match=message):
+        call(DilatedPattern([4], [2]))

@@ -7,12 +7,13 @@ Everything here is arithmetic on Python integers; no tensor is touched except in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from dilated_core.checks import check_choice, check_integer
+from dilated_core.checks import check_bool, check_choice, check_integer
 
 HeadOffsets = Literal["interleaved", "blocked"]
 Padding = Literal["masked", "attended"]
@@ -108,18 +109,25 @@ class DilatedPattern:
             is_causal: Drop the keys behind each query.
 
         Returns:
-            int64 `(H, S, S)`; entry `[h, i, j]` is the number of branches that let query i of head
-            h see key j. Zero keys of `padding="attended"` have no position, hence no entry.
+            int64 `(H, S, S)` on the CPU; entry `[h, i, j]` is the number of branches that let query
+            i of head h see key j. Zero keys of `padding="attended"` have no position, hence no
+            entry.
+
+        Raises:
+            TypeError: If a size is no integer or `is_causal` no bool.
+            ValueError: If a size is negative.
         """
-        counts = torch.zeros(num_heads, seq_len, seq_len, dtype=torch.int64)
-        for w, r in self.branches:
+        seq_len = check_integer("seq_len", seq_len, at_least=0)
+        num_heads = check_integer("num_heads", num_heads, at_least=0)
+        check_bool("is_causal", is_causal)
+        counts = torch.zeros(num_heads, seq_len, seq_len, dtype=torch.int64, device="cpu")
+        for w, r in clip_pattern(self, seq_len, num_heads).branches:
             for head in range(num_heads):
                 offset = head_offset(head, r, num_heads, self.head_offsets)
                 for start in range(0, seq_len, w):
-                    first = start + offset
                     # A short segment may end before the offset: then it keeps nothing.
-                    rows = torch.arange(first, max(first, min(start + w, seq_len)), r)
-                    counts[head, rows[:, None], rows[None, :]] += 1
+                    kept = slice(start + offset, min(start + w, seq_len), r)
+                    counts[head, kept, kept] += 1
         return counts.tril_() if is_causal else counts
 
     def keys_per_query(self, seq_len: int) -> float:
@@ -131,16 +139,13 @@ class DilatedPattern:
         Args:
             seq_len: S, in positions; at least 1.
         """
-        check_integer("seq_len", seq_len, at_least=1)
-        pairs = sum(
-            sum(
-                self._pairs(Branch(w, r), offset, seq_len, is_causal=False)
-                for offset in range(min(r, w))
-            )
-            / r
-            for w, r in self.branches
-        )
-        return pairs / seq_len
+        seq_len = check_integer("seq_len", seq_len, at_least=1)
+        pairs = Fraction(0)
+        for w, r in self.branches:
+            segments, tail = divmod(seq_len, w)
+            total = segments * _pairs_of_all_offsets(w, r) + _pairs_of_all_offsets(tail, r)
+            pairs += Fraction(total, r)
+        return float(pairs / seq_len)
 
     def flops(
         self,
@@ -164,7 +169,17 @@ class DilatedPattern:
             batch_size: B.
             is_causal: Count only the pairs that causality leaves.
             backward: Count the backward pass instead of the forward pass.
+
+        Raises:
+            TypeError: If a size is no integer, or `is_causal` or `backward` no bool.
+            ValueError: If a size is negative, or `num_heads` below 1.
         """
+        seq_len = check_integer("seq_len", seq_len, at_least=0)
+        num_heads = check_integer("num_heads", num_heads, at_least=1)
+        head_dim = check_integer("head_dim", head_dim, at_least=0)
+        batch_size = check_integer("batch_size", batch_size, at_least=0)
+        check_bool("is_causal", is_causal)
+        check_bool("backward", backward)
         pairs = sum(
             self._pairs(
                 branch,
@@ -189,6 +204,34 @@ class DilatedPattern:
         return total
 
 
+def _pairs_of_all_offsets(length: int, rate: int) -> int:
+    """Query-key pairs in `length` positions of a segment, summed over the offsets 0 to r − 1.
+
+    With length = q·r + m, m offsets keep q + 1 positions and the others q.
+    """
+    q, m = divmod(length, rate)
+    return m * (q + 1) ** 2 + (rate - m) * q**2
+
+
+def clip_pattern(pattern: DilatedPattern, seq_len: int, num_heads: int) -> DilatedPattern:
+    """The pattern with the same result on S positions and H heads, and no needlessly large number.
+
+    A segment longer than the sequence is the sequence. A rate of at least w and H keeps, of each
+    segment, the position at the head's offset or nothing, and so does a rate of max(w, H). Behind
+    this, lengths and rates fit the 64-bit integers of strides and of tensors.
+
+    Args:
+        pattern: The branches.
+        seq_len: S.
+        num_heads: H; of the whole, where only some heads are at hand.
+    """
+    lengths = [max(1, min(w, seq_len)) for w in pattern.segment_lengths]
+    rates = [
+        min(r, max(w, num_heads)) for w, r in zip(lengths, pattern.dilation_rates, strict=True)
+    ]
+    return replace(pattern, segment_lengths=lengths, dilation_rates=rates)
+
+
 def check_pattern(pattern: object) -> None:
     """Refuse what is no DilatedPattern.
 
@@ -205,14 +248,7 @@ def check_pattern(pattern: object) -> None:
 def _positive_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} is {values!r}; give a list of integers, such as [2048, 4096].")
-    checked: list[int] = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} holds {value!r}, which is not an integer.")
-        number = int(value)
-        if number < 1:
-            raise ValueError(f"{name} holds {number}; each value must be at least 1.")
-        checked.append(number)
+    checked = [check_integer(f"{name}[{i}]", value, at_least=1) for i, value in enumerate(values)]
     if not checked:
         raise ValueError(f"{name} is empty; a pattern needs at least one branch.")
     return tuple(checked)

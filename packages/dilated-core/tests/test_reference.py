@@ -30,6 +30,20 @@ def test_one_undilated_branch_is_dense_attention(is_causal):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("n", [2**63, 2**64 + 3, 2**100])
+@pytest.mark.parametrize("options", [{}, {"head_offsets": "blocked", "padding": "attended"}])
+def test_lengths_and_rates_beyond_64_bits(n, options):
+    """No position is as far as 2^63, so S + 1 stands for n."""
+    q, k, v = torch.randn(3, 1, 20, 4, 8, dtype=torch.float64).unbind()
+    got, want = (
+        reference_dilated_attention(
+            q, k, v, DilatedPattern([m, 7, m, m], [1, m, m - 1, 3], **options)
+        )
+        for m in (n, 21)
+    )
+    assert torch.equal(got, want)
+
+
 def test_worked_example():
     """Two heads, four positions, w = 4, r = 2, beside w = 2, r = 1: head 0, query 2 by hand."""
     q = torch.ones(1, 4, 2, 1)

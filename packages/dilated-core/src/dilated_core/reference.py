@@ -133,14 +133,15 @@ def _counts(
         w = min(w, S)
         segment, index = position // w, position % w
         for h in range(H):
-            offset = h % r if pattern.head_offsets == "interleaved" else h // math.ceil(H / r)
-            kept = index % r == offset
+            offset = h % r if pattern.head_offsets == "interleaved" else h // -(-H // r)
+            # A rate beyond w keeps what w as the rate keeps, and may exceed 64 bits.
+            kept = index % min(r, max(w, 1)) == offset
             sees = kept[:, None] & kept[None, :] & (segment[:, None] == segment[None, :])
             counts[h] += sees
             if pattern.padding == "attended" and not is_causal:
                 # The segment is filled with zero keys up to w rounded up to a multiple of r, of
                 # which each head keeps one in r.
-                zero_keys[h] += kept * (math.ceil(w / r) - sees.sum(-1))
+                zero_keys[h] += kept * (-(-w // r) - sees.sum(-1))
     if is_causal:
         counts *= position[:, None] >= position[None, :]
     return counts, zero_keys

@@ -214,7 +214,7 @@ def test_configs_are_immutable_values():
         config.scale = 1.0
     assert config == DilatedAttentionConfig(segment_lengths=(4,), dilation_rates=(1,))
     assert hash(config) == hash(copy.deepcopy(config))
-    with pytest.raises(ValueError, match="segment_lengths holds 0"):
+    with pytest.raises(ValueError, match=r"segment_lengths\[0\] is 0"):
         DilatedAttentionConfig(segment_lengths=[0], dilation_rates=[1])
 
 

@@ -188,6 +188,16 @@ def test_counts_of_huge_lengths_and_rates(n):
     assert torch.equal(counts, (whole + at_offset).long())
 
 
+def test_counts_are_on_the_cpu_whatever_the_default_device():
+    pattern = DilatedPattern([4, 8], [1, 2])
+    torch.set_default_device("meta")
+    try:
+        counts = pattern.materialize(8, 2)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(counts, pattern.materialize(8, 2))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -1,3 +1,5 @@
+"""The order visits every cell once and keeps neighbours together."""
+
 import pytest
 import torch
 from dilated_core.pattern.hilbert import hilbert_order
@@ -26,6 +28,18 @@ def test_parts_of_the_curve_are_compact():
         assert (cells.amax(1) - cells.amin(1) == 7).all()
 
 
-def test_negative_sides_are_refused():
-    with pytest.raises(ValueError, match="the grid is 3 × -1"):
+def test_what_is_no_side_is_refused():
+    with pytest.raises(ValueError, match="width is -1; it must be at least 0"):
         hilbert_order(3, -1)
+    with pytest.raises(TypeError, match=r"height is 3\.0; it must be an integer"):
+        hilbert_order(3.0, 1)
+
+
+def test_the_order_is_on_the_cpu_whatever_the_default_device():
+    torch.set_default_device("meta")
+    try:
+        orders = hilbert_order(3, 5), hilbert_order(0, 5)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(orders[0], hilbert_order(3, 5))
+    assert orders[1].device.type == "cpu"

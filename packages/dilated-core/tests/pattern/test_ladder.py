@@ -1,3 +1,5 @@
+"""`select_segments` covers any length within any budget of memory."""
+
 import pytest
 import torch
 from dilated_core import (
@@ -121,6 +123,14 @@ def test_a_budget_counts_heads_of_k_and_bytes():
         ({"head_dim": 0}, ValueError, "head_dim is 0; it must be at least 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget is 0; it must be at least 1"),
         ({"memory_budget": 1e9}, TypeError, "memory_budget is 1000000000.0; it must be an integer"),
+        ({"keep_every_position": 1}, TypeError, "keep_every_position is 1; it must be True or"),
+        (
+            {"dtype": torch.int8},
+            TypeError,
+            "dtype is torch.int8; it must be a floating-point",
+        ),
+        ({"dtype": "float32"}, TypeError, "dtype is 'float32'; it must be a floating-point dtype"),
+        ({"num_kv_heads": 3}, ValueError, "num_heads is 2 and num_kv_heads 3; num_kv_heads must"),
     ],
 )
 def test_mistakes(arguments, error, message):

@@ -52,11 +52,28 @@ def test_a_billion_positions_cost_nothing():
     assert seen.zero_keys == 999_997
 
 
+@pytest.mark.parametrize("n", [2**63, 2**100])
+def test_sequences_lengths_and_rates_of_any_size(n):
+    pattern = DilatedPattern([n, n, 8, 3 * n], [1, n, n, 4], padding="attended")
+    seen = visible_keys(pattern, n - 7, 1, num_heads=4, seq_len=n)
+    assert seen.positions == (range(n), range(0), range(n - 7, n, n), range(1, n, 4))
+    assert seen.zero_keys == 0
+    # The second segment of n is short of all but 5 keys, and the query is the third of them.
+    two = DilatedPattern([n], [1], padding="attended")
+    seen = visible_keys(two, n + 2, 0, num_heads=1, seq_len=n + 5)
+    assert seen == VisibleKeys((range(n, n + 5),), n - 5)
+    assert visible_keys(two, n + 2, 0, num_heads=1, seq_len=n + 5, is_causal=True) == VisibleKeys(
+        (range(n, n + 3),), 0
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "message", "changes"),
     [
         (TypeError, "pattern is a list", {"pattern": [1, 2]}),
         (TypeError, "position is 1.0; it must be an integer", {"position": 1.0}),
+        (TypeError, "is_causal is 'False'; it must be True or False", {"is_causal": "False"}),
+        (TypeError, "is_causal is None; it must be True or False", {"is_causal": None}),
         (TypeError, "head is True", {"head": True}),
         (TypeError, "seq_len is None", {"seq_len": None}),
         (TypeError, "num_heads is '2'", {"num_heads": "2"}),

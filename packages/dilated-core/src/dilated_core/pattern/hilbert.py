@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dilated_core.checks import check_integer
+
 
 def hilbert_order(height: int, width: int) -> torch.Tensor:
     """All cells of a grid along a Hilbert curve.
@@ -16,23 +18,24 @@ def hilbert_order(height: int, width: int) -> torch.Tensor:
         height, width: Rows and columns of the grid, any numbers.
 
     Returns:
-        int64 `(height · width,)`: numbers row · width + column, each once.
+        int64 `(height · width,)` on the CPU: numbers row · width + column, each once.
 
     Raises:
+        TypeError: If a side is no integer.
         ValueError: If a side is negative.
 
     Example:
         >>> hilbert_order(2, 4)
         tensor([0, 4, 5, 1, 2, 6, 7, 3])
     """
-    if height < 0 or width < 0:
-        raise ValueError(f"the grid is {height} × {width}; its sides must be at least 0.")
+    height = check_integer("height", height, at_least=0)
+    width = check_integer("width", width, at_least=0)
     short, long = sorted((height, width))
     if short == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     side = 1 << (short - 1).bit_length()
     along, across = _square(side)
-    along = (torch.arange(0, long, side)[:, None] + along).flatten()
+    along = (torch.arange(0, long, side, device="cpu")[:, None] + along).flatten()
     across = across.repeat(-(-long // side))
     exists = (along < long) & (across < short)
     along, across = along[exists], across[exists]
@@ -44,7 +47,7 @@ def _square(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Four curves of half the size make the next one: the first and the last mirrored.
     """
-    x = y = torch.zeros(1, dtype=torch.int64)
+    x = y = torch.zeros(1, dtype=torch.int64, device="cpu")
     size = 1
     while size < side:
         x, y = (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dilated_core.checks import check_integer
+from dilated_core.checks import check_bool, check_float_dtype, check_head_groups, check_integer
 from dilated_core.pattern.branches import DilatedPattern
 
 
@@ -74,7 +74,8 @@ def select_segments(
         The branches. A last segment longer than the sequence is clipped to it by attention.
 
     Raises:
-        TypeError: If a count is not an integer.
+        TypeError: If a count is not an integer, `keep_every_position` no bool or `dtype` no
+            floating-point dtype.
         ValueError: If a number is out of range, or nothing fits `memory_budget`; the message says
             what does.
 
@@ -85,23 +86,20 @@ def select_segments(
         >>> lengths
         (1024, 2048, 4096, 8192, 16384)
     """
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    counts = {
-        "seq_len": (seq_len, 1),
-        "num_heads": (num_heads, 1),
-        "num_kv_heads": (kv_heads, 1),
-        "head_dim": (head_dim, 1),
-        "first_segment_length": (first_segment_length, 1),
-        "growth": (growth, 2),
-    }
+    seq_len = check_integer("seq_len", seq_len, at_least=1)
+    num_heads = check_integer("num_heads", num_heads, at_least=1)
+    kv_heads = check_head_groups(num_heads, num_kv_heads)
+    head_dim = check_integer("head_dim", head_dim, at_least=1)
+    check_float_dtype(dtype)
+    w0 = check_integer("first_segment_length", first_segment_length, at_least=1)
+    growth = check_integer("growth", growth, at_least=2)
+    check_bool("keep_every_position", keep_every_position)
     if memory_budget is not None:
-        counts["memory_budget"] = (memory_budget, 1)
-    for name, (value, least) in counts.items():
-        check_integer(name, value, at_least=least)
+        memory_budget = check_integer("memory_budget", memory_budget, at_least=1)
     largest_rate = num_heads if keep_every_position else None
     smallest: int | None = None
-    for w0 in _halvings(first_segment_length):
-        segments = _ladder(seq_len, w0, growth, largest_rate)
+    for length in _halvings(w0):
+        segments = _ladder(seq_len, length, growth, largest_rate)
         if memory_budget is None:
             return segments
         keys = sum(-(-min(w, seq_len) // r) for w, r in zip(*segments, strict=True))

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dilated_core.checks import check_integer
-from dilated_core.pattern.branches import DilatedPattern, check_pattern, head_offset
+from dilated_core.checks import check_bool, check_integer
+from dilated_core.pattern.branches import (
+    DilatedPattern,
+    check_pattern,
+    head_offset,
+    kept_rows,
+)
 
 
 class VisibleKeys(NamedTuple):
@@ -50,7 +55,7 @@ def visible_keys(
         A range of positions per branch, and the number of zero keys.
 
     Raises:
-        TypeError: If `pattern` is no DilatedPattern, or a number is no integer.
+        TypeError: If `pattern` is no DilatedPattern, a number no integer, or `is_causal` no bool.
         ValueError: If `position` or `head` is out of range.
 
     Example:
@@ -59,12 +64,13 @@ def visible_keys(
         VisibleKeys(positions=(range(12, 14), range(9, 14, 2)), zero_keys=0)
     """
     check_pattern(pattern)
+    seq_len, num_heads = check_integer("seq_len", seq_len), check_integer("num_heads", num_heads)
+    position, head = check_integer("position", position), check_integer("head", head)
+    check_bool("is_causal", is_causal)
     for name, value, limit_name, limit in (
         ("position", position, "seq_len", seq_len),
         ("head", head, "num_heads", num_heads),
     ):
-        check_integer(limit_name, limit)
-        check_integer(name, value)
         if not 0 <= value < limit:
             raise ValueError(f"{name} is {value}; it must be in [0, {limit_name}), here {limit}.")
     return unchecked_visible_keys(pattern, position, head, num_heads, seq_len, is_causal=is_causal)
@@ -94,6 +100,7 @@ def unchecked_visible_keys(
         if is_causal:
             keys = range(keys.start, position + 1, r)
         elif pattern.padding == "attended":
-            zero_keys += -(-w // r) - len(keys)
+            # Not len(keys), which fails above 2^63.
+            zero_keys += -(-w // r) - kept_rows(min(w, seq_len - start), r, offset)
         positions.append(keys)
     return VisibleKeys(tuple(positions), zero_keys)

@@ -118,6 +118,16 @@ def check_positions(name: str, positions: torch.Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(positions.shape)}; it must have one dimension.")
 
 
+def check_dtype(dtype: object) -> None:
+    """Refuse what is no dtype of PyTorch.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}; it must be a dtype of torch, such as torch.float32.")
+
+
 def check_float_dtype(dtype: object) -> None:
     """Refuse what is no floating-point dtype.
 

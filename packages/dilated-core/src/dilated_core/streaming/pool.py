@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from dilated_core.checks import check_bool, check_dtype, check_integer
+
 # Sizes are rounded up to this, so that nearly equal requests share a storage.
 _GRANULE_BYTES = 512
 
@@ -47,7 +49,7 @@ class WorkspacePool:
         pin_memory: Give page-locked memory of the CPU, which copies to a GPU faster.
 
     Raises:
-        TypeError: If `max_bytes` is not an integer.
+        TypeError: If `max_bytes` is not an integer, or `pin_memory` no bool.
         ValueError: If `max_bytes` is below 0, or memory is to be page-locked without a GPU.
 
     Example:
@@ -60,16 +62,13 @@ class WorkspacePool:
     """
 
     def __init__(self, max_bytes: int = 2**28, *, pin_memory: bool = False) -> None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-            raise TypeError(f"max_bytes is {max_bytes!r}; it must be an integer.")
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}; it must be at least 0.")
-        if pin_memory and not torch.cuda.is_available():
+        max_bytes = check_integer("max_bytes", max_bytes, at_least=0)
+        if check_bool("pin_memory", pin_memory) and not torch.cuda.is_available():
             raise ValueError(
                 "pin_memory is True and there is no CUDA device; page-locked memory serves copies "
                 "to one only, so leave it out."
             )
-        self._max_bytes, self._pin_memory = max_bytes, bool(pin_memory)
+        self._max_bytes, self._pin_memory = max_bytes, pin_memory
         self._lock = Lock()
         self._idle: list[tuple[_Place, torch.Tensor]] = []  # the one returned longest ago first
         self._idle_bytes = self._borrowed_bytes = self._hits = self._misses = 0
@@ -93,6 +92,7 @@ class WorkspacePool:
             device: Of the tensor.
 
         Raises:
+            TypeError: If a size is no integer or `dtype` no dtype.
             ValueError: If a size is negative, or the device is not the CPU and the pool's memory is
                 page-locked.
         """
@@ -102,12 +102,12 @@ class WorkspacePool:
                 f"device is {device} and the pool's memory is page-locked, which only the CPU's "
                 f"can be; borrow from a pool without pin_memory."
             )
-        if any(size < 0 for size in shape):
-            raise ValueError(f"shape is {tuple(shape)}; its sizes must be at least 0.")
+        shape = [check_integer(f"shape[{i}]", size, at_least=0) for i, size in enumerate(shape)]
+        check_dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         storage = self._take(place, -(-nbytes // _GRANULE_BYTES) * _GRANULE_BYTES)
         try:
-            yield storage[:nbytes].view(dtype).view(tuple(shape))
+            yield storage[:nbytes].view(dtype).view(shape)
         finally:
             self._give_back(place, storage)
 

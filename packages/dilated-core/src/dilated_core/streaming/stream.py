@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from dilated_core.checks import check_bool, check_integer
 from dilated_core.inputs import check_scale
-from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern, clip_pattern
 from dilated_core.streaming.journal import check_same_call, read_journal, write_journal
 from dilated_core.streaming.window import BranchRunner, Reader, Source, stream_results
 
@@ -110,9 +110,13 @@ def dilated_attention_streamed(
         >>> bool((out - dilated_attention(q, k, v, pattern)).abs().max() < 1e-6)
         True
     """
-    seq_len = _check_count("seq_len", seq_len)
+    seq_len = check_integer("seq_len", seq_len, at_least=1)
+    check_bool("is_causal", is_causal)
     if chunk_length is not None:
-        chunk_length = _check_count("chunk_length", chunk_length)
+        chunk_length = check_integer("chunk_length", chunk_length, at_least=1)
+    if journal is not None and not isinstance(journal, (str, os.PathLike)):
+        raise TypeError(f"journal is {journal!r}; it must be the path of a file.")
+    path = None if journal is None else Path(journal)
     for name, function in (("source", source), ("sink", sink), ("progress", progress)):
         if not callable(function) and (name, function) != ("progress", None):
             raise TypeError(f"{name} is a {type(function).__name__}; it must be callable.")
@@ -125,21 +129,19 @@ def dilated_attention_streamed(
         reader = Reader(source, pattern)
         q, k = reader.q, reader.k
         scale = check_scale(scale, q.shape[-1])
-        path = None if journal is None else Path(journal)
         record = None if path is None else read_journal(path)
         if chunk_length is None:
-            # A journal keeps to its own, should a later version choose differently.
-            chunk_length = record["call"].get("chunk_length") if record else None
-            chunk_length = chunk_length or default_chunk_length(
-                pattern, seq_len, 2 * (q.nbytes + k.nbytes)
-            )
+            # The recorded one, because a later version may choose another default.
+            bytes_per_row = 2 * (q.nbytes + k.nbytes)
+            recorded: int | None = record["call"]["chunk_length"] if record else None
+            chunk_length = recorded or default_chunk_length(pattern, seq_len, bytes_per_row)
         call = {
             "segment_lengths": list(pattern.segment_lengths),
             "dilation_rates": list(pattern.dilation_rates),
             "head_offsets": pattern.head_offsets,
             "padding": pattern.padding,
             "seq_len": seq_len,
-            "is_causal": bool(is_causal),
+            "is_causal": is_causal,
             "scale": scale,
             "backend": backend,
             "chunk_length": chunk_length,
@@ -149,6 +151,7 @@ def dilated_attention_streamed(
             "head_dim": q.shape[3],
             "dtype": str(q.dtype),
             "device": q.device.type,
+            "sink_has_state": isinstance(sink, StatefulSink),
         }
         done = 0
         if path is not None and record is not None:
@@ -158,7 +161,8 @@ def dilated_attention_streamed(
                 sink.load_state_dict(record["sink_state"])
             if progress is not None:
                 progress(done, seq_len)
-        runner = BranchRunner(_clipped(pattern, seq_len), seq_len, bool(is_causal), scale, backend)
+        clipped = clip_pattern(pattern, seq_len, q.shape[2])
+        runner = BranchRunner(clipped, seq_len, is_causal, scale, backend)
         for start, stop, out in stream_results(reader, runner, chunk_length, done):
             sink(start, stop, out)
             if path is not None:
@@ -176,21 +180,9 @@ def default_chunk_length(pattern: DilatedPattern, seq_len: int, bytes_per_row: i
         seq_len: S.
         bytes_per_row: Of q, k, v and out together, for one position.
     """
-    lengths = _clipped(pattern, seq_len).segment_lengths
-    least = max(_CHUNK_BYTES // bytes_per_row, *lengths, 1)
+    lengths = [min(w, seq_len) for w in pattern.segment_lengths]
+    least = max(_CHUNK_BYTES // max(1, bytes_per_row), *lengths)
     common = math.lcm(*lengths)
     # Where segments do not nest within a reasonable length, the longest still end with the chunk.
     unit = common if common <= 2 * least else max(lengths)
     return -(-least // unit) * unit
-
-
-def _clipped(pattern: DilatedPattern, seq_len: int) -> DilatedPattern:
-    return replace(pattern, segment_lengths=[min(w, seq_len) for w in pattern.segment_lengths])
-
-
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; it must be an integer.")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1.")
-    return value

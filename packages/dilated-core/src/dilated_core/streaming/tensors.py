@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from dilated_core.checks import check_choice, check_dtype, check_integer
+
 
 class MappedTensor:
     """A `(B, S, H, D)` tensor in a raw file, of which only the rows in use are in memory.
@@ -27,7 +29,9 @@ class MappedTensor:
             full of zeros: so a call that is repeated after a kill finds what it had written.
 
     Raises:
-        ValueError: If the mode is unknown, or the file's size is not that of the tensor.
+        TypeError: If a size is no integer, or `dtype` no dtype.
+        ValueError: If the mode is unknown, the path a folder, or the file's size not that of the
+            tensor.
         FileNotFoundError: If the file is missing and not to be created.
 
     Example:
@@ -48,16 +52,19 @@ class MappedTensor:
         *,
         mode: Literal["r", "r+", "w"] = "r",
     ) -> None:
-        if mode not in ("r", "r+", "w"):
-            raise ValueError(f"mode is {mode!r}; it must be 'r', 'r+' or 'w'.")
-        if len(shape) != 4 or min(shape) < 1:
+        check_choice("mode", mode, ("r", "r+", "w"))
+        check_dtype(dtype)
+        if len(shape) != 4:
             raise ValueError(
-                f"shape is {tuple(shape)}; it must be four numbers above 0, (batch, sequence, "
-                f"heads, head_dim)."
+                f"shape is {tuple(shape)}; it must be the four numbers (batch, sequence, heads, "
+                f"head_dim)."
             )
+        shape = [check_integer(f"shape[{i}]", size, at_least=1) for i, size in enumerate(shape)]
         self.path, self.dtype, self.mode = Path(path), dtype, mode
         self.shape = torch.Size(shape)
         nbytes = math.prod(shape) * dtype.itemsize
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder; give the path of a file.")
         if mode == "w" and not self.path.exists():
             with self.path.open("xb") as file:
                 file.truncate(nbytes)
@@ -71,8 +78,10 @@ class MappedTensor:
         """The positions from `start` to `stop`, `(B, stop − start, H, D)`, mapped while in use.
 
         Raises:
+            TypeError: If a bound is no integer.
             ValueError: If the range is empty or not within the tensor.
         """
+        start, stop = check_integer("start", start), check_integer("stop", stop)
         B, S, H, D = self.shape
         if not 0 <= start < stop <= S:
             raise ValueError(f"rows {start} to {stop} are not within the {S} of {self.path}.")
@@ -105,9 +114,11 @@ def tensor_source(
         device: Where to attend; where the tensors are if None.
 
     Raises:
+        TypeError: If one is neither a tensor nor a `MappedTensor`.
         ValueError: If a tensor requires a gradient, which streaming does not compute.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_kind(name, x)
         if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient, and streaming computes none; pass {name}.detach(), "
@@ -129,8 +140,10 @@ def tensor_sink(out: torch.Tensor | MappedTensor) -> Callable[[int, int, torch.T
         out: `(B, S, H, D)`, on any device, in the dtype of q.
 
     Raises:
-        ValueError: If `out` requires a gradient or was opened for reading only.
+        TypeError: If it is neither a tensor nor a `MappedTensor`.
+        ValueError: If it requires a gradient or was opened for reading only.
     """
+    _check_kind("out", out)
     if isinstance(out, MappedTensor):
         if out.mode == "r":
             raise ValueError(f"{out.path} is open for reading; give mode='r+' or mode='w'.")
@@ -148,6 +161,13 @@ def tensor_sink(out: torch.Tensor | MappedTensor) -> Callable[[int, int, torch.T
         target.copy_(rows)
 
     return sink
+
+
+def _check_kind(name: str, x: object) -> None:
+    if not isinstance(x, (torch.Tensor, MappedTensor)):
+        raise TypeError(
+            f"{name} is a {type(x).__name__}; it must be a tensor or a dilated_core.MappedTensor."
+        )
 
 
 def _rows(x: torch.Tensor | MappedTensor, start: int, stop: int) -> torch.Tensor:

@@ -364,18 +364,6 @@ def test_errors_of_reorder(error, message, indices):
         small_cache().reorder(indices)
 
 
-def test_errors_of_load_state_dict():
-    cache = small_cache()
-    state = cache.state_dict()
-    with pytest.raises(ValueError, match=r"the entries \['keys', 'values'\]; it must have"):
-        cache.load_state_dict({name: state[name] for name in ("keys", "values")})
-    with pytest.raises(ValueError, match=r"values is .* of torch.float64 in state_dict and"):
-        cache.load_state_dict(state | {"values": state["values"].double()})
-    with pytest.raises(ValueError, match="keys is"):
-        cache.load_state_dict(small_cache(batch_size=3).state_dict())
-    assert cache.batch_size == 2
-
-
 @pytest.mark.parametrize("batch_size", [0, 1])
 def test_an_empty_batch_is_decoded_too(batch_size):
     q, k, v = random_tokens(9, batch_size=batch_size)

@@ -11,12 +11,15 @@ import torch
 
 from dilated_core.pattern.branches import Branch, DilatedPattern, head_offset, kept_rows
 
+# Positions have 64 bits on a device, and no cache ever sees this many tokens.
+MAX_POSITION = 2**62
+
 
 class Block(NamedTuple):
     """Rows of the cache that belong to one branch and one offset of heads.
 
     Attributes:
-        offset: Of its heads, in a segment.
+        offset: Position in a segment at which its heads start.
         first_row: Its first row in the cache.
         num_rows: Rows per head of k and v.
         kv_heads: The heads of k and v that it stores.
@@ -31,16 +34,24 @@ class Block(NamedTuple):
 
 
 def plan_blocks(
-    pattern: DilatedPattern, num_heads: int, num_kv_heads: int, max_seq_len: int | None
+    pattern: DilatedPattern,
+    num_heads: int,
+    num_kv_heads: int,
+    max_seq_len: int | None,
+    head_range: tuple[int, int] | None = None,
 ) -> tuple[list[list[Block]], int]:
-    """The blocks of each branch, one behind the other, and the number of their rows."""
+    """The blocks of each branch, one behind the other, and the number of their rows.
+
+    With `head_range` (first, total), head h here has the offset of head first + h of `total`.
+    """
+    first_head, total = head_range or (0, num_heads)
     blocks: list[list[Block]] = []
     first_row = 0
     for w, r in pattern.branches:
         w = w if max_seq_len is None else min(w, max_seq_len)
         readers: dict[tuple[int, int], list[int]] = {}
         for head in range(num_heads):
-            offset = head_offset(head, r, num_heads, pattern.head_offsets)
+            offset = head_offset(first_head + head, r, total, pattern.head_offsets)
             kv_head = head // (num_heads // num_kv_heads)
             readers.setdefault((offset, kv_head), []).append(head)
         # Where r does not divide H / H_kv, heads of k and v have one reader more or less; a block
@@ -61,20 +72,23 @@ def plan_blocks(
 class IndexedBlock:
     """A block of the plan with its heads as index tensors on the device of the cache.
 
-    `shape` is (heads of k and v, heads of q that read each of them).
+    Attributes:
+        offset: Position in a segment at which its heads start.
+        kv_heads: int64, the heads of k and v that it stores.
+        q_heads: int64, the heads of q that read these, the ones of each together.
+        shape: Heads of k and v, and heads of q that read each of them.
     """
 
     def __init__(self, block: Block, device: torch.device) -> None:
         self.offset = block.offset
         self.kv_heads = torch.tensor(block.kv_heads, device=device)
-        # Those of one head of k and v are neighbours.
         self.q_heads = torch.tensor(block.q_heads, device=device).flatten()
         self._first_row = block.first_row
         self._num_rows = block.num_rows
         self.shape = (len(block.kv_heads), len(block.q_heads[0]))
 
     def view(self, cached: torch.Tensor) -> torch.Tensor:
-        """Its part of the keys or values: `(B, heads of k and v, rows, D)`."""
+        """The block's part of the keys or values: `(B, heads of k and v, rows, D)`."""
         B, _, D = cached.shape
         G, M = self.shape[0], self._num_rows
         return cached[:, self._first_row : self._first_row + G * M].view(B, G, M, D)
@@ -111,14 +125,15 @@ def index_blocks(
     device: torch.device,
 ) -> CacheLayout:
     """The plan of `plan_blocks` on a device."""
-    # No position is as far as 2^62. A rate beyond w keeps what w as the rate keeps.
-    longest = 2**62 if max_seq_len is None else max_seq_len
+    longest = MAX_POSITION if max_seq_len is None else min(max_seq_len, MAX_POSITION)
     lengths = [min(w, longest) for w in pattern.segment_lengths]
+    # A rate beyond w keeps what w as the rate keeps; the offsets are those of the rate itself.
     branches = tuple(
         Branch(w, min(r, w)) for w, r in zip(lengths, pattern.dilation_rates, strict=True)
     )
-    shape = (len(blocks), num_heads)
-    offsets, first_rows = torch.zeros(2, *shape, dtype=torch.int64).unbind()
+    # On the CPU whatever the default device is: they are filled entry by entry.
+    table = torch.zeros(2, len(blocks), num_heads, dtype=torch.int64, device="cpu")
+    offsets, first_rows = table.unbind()
     for index, branch in enumerate(blocks):
         for block in branch:
             for i, q_heads in enumerate(block.q_heads):

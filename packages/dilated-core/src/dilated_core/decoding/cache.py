@@ -13,16 +13,17 @@ Heads of a branch that share an offset and a head of k and v share its rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 
-from dilated_core.backends.cache_layout import index_blocks, plan_blocks
+from dilated_core.backends.cache_layout import MAX_POSITION, index_blocks, plan_blocks
 from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.eager_decoding import append_tokens
 from dilated_core.backends.registry import choose_backend
-from dilated_core.checks import check_float_dtype, check_integer
+from dilated_core.checks import check_float_dtype, check_integer, check_tensor
 from dilated_core.decoding.size import check_sizes
 from dilated_core.inputs import check_scale
 from dilated_core.merge import AttentionOutput
@@ -46,14 +47,19 @@ class DecodingCache:
         dtype: As for `torch.zeros`; a floating-point dtype.
         max_seq_len: Tokens that it will ever see, if that is known: segments longer than this need
             no more memory than this, and a token beyond it is an error. None: any number.
+        head_range: `(first, total)` if the cache is for H heads of a larger attention: heads first
+            to first + H − 1 of `total`, whose offsets they have. H_kv counts the heads of k and v
+            that these H read. None: the H heads are all, as with (0, H).
 
     Attributes:
         keys, values: `(B, rows, D)`, where rows is `decoding_cache_rows(...)`.
         position: Tokens seen so far, which is the position of the next one.
 
     Raises:
-        TypeError: If `pattern` is no DilatedPattern, a size is no integer or `dtype` not floating.
-        ValueError: If a size is out of range or H_kv does not divide H.
+        TypeError: If `pattern` is no DilatedPattern, a size is no integer, `dtype` not floating or
+            `head_range` no pair of integers.
+        ValueError: If a size is out of range, H_kv does not divide H, the heads reach beyond the
+            total, or the cache would take more bytes than a tensor can have.
 
     Example:
         >>> pattern = DilatedPattern([64, 256], [1, 4])
@@ -78,24 +84,31 @@ class DecodingCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_seq_len: int | None = None,
+        head_range: tuple[int, int] | None = None,
     ) -> None:
-        num_kv_heads = check_sizes(pattern, num_heads, num_kv_heads, max_seq_len)
-        check_integer("batch_size", batch_size, at_least=0)
-        check_integer("head_dim", head_dim, at_least=1)
+        sizes = check_sizes(pattern, num_heads, num_kv_heads, max_seq_len, head_range)
+        batch_size = check_integer("batch_size", batch_size, at_least=0)
+        head_dim = check_integer("head_dim", head_dim, at_least=1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_float_dtype(dtype)
         self.pattern = pattern
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.max_seq_len = max_seq_len
+        self.num_heads, self.num_kv_heads, self.max_seq_len, self.head_range = sizes
         self.position = 0
-        blocks, rows = plan_blocks(pattern, num_heads, num_kv_heads, max_seq_len)
+        blocks, rows = plan_blocks(pattern, *sizes)
+        if (nbytes := max(1, batch_size) * rows * head_dim * dtype.itemsize) >= 2**63:
+            raise ValueError(
+                f"the keys of this cache would take {nbytes} bytes, more than a tensor can have; "
+                f"give max_seq_len, or shorter segments or larger dilation rates."
+            )
         # A cache made in inference mode can be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            # Zeros, not what was in memory: unread rows of it may be saved.
-            self.keys = torch.zeros(batch_size, rows, head_dim, device=device, dtype=dtype)
+            # Zeros, not what was in memory: rows that are never read may be saved.
+            shape = (batch_size, rows, head_dim)
+            self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
-            self._layout = index_blocks(pattern, blocks, num_heads, max_seq_len, self.keys.device)
+            self._layout = index_blocks(
+                pattern, blocks, self.num_heads, self.max_seq_len, self.keys.device
+            )
 
     @property
     def batch_size(self) -> int:
@@ -148,9 +161,16 @@ class DecodingCache:
 
         Raises:
             TypeError: If it holds anything but integers.
-            ValueError: If it does not have one dimension, or an index is out of range.
+            ValueError: If it does not have one dimension, an index is out of range, or it is on
+                the meta device and holds no values.
         """
-        indices = torch.as_tensor(batch_indices)
+        indices = (
+            batch_indices
+            if isinstance(batch_indices, torch.Tensor)
+            else torch.as_tensor(batch_indices, device="cpu")
+        )
+        if indices.is_meta:
+            raise ValueError("batch_indices is on meta and holds no values; give it on the CPU.")
         if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
             raise TypeError(f"batch_indices has dtype {indices.dtype}; it must hold integers.")
         if indices.dim() != 1:
@@ -165,32 +185,54 @@ class DecodingCache:
                 )
         with torch.inference_mode(False), torch.no_grad():
             indices = indices.to(self.keys.device, torch.int64, copy=True)
-            self.keys = self.keys.index_select(0, indices)
+            # Both first: an error such as too little memory must not leave one of them changed.
+            keys = self.keys.index_select(0, indices)
             self.values = self.values.index_select(0, indices)
+            self.keys = keys
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Copies of `keys` and `values`, and `position` as an int64 scalar."""
         return {
             "keys": self.keys.clone(),
             "values": self.values.clone(),
-            "position": torch.tensor(self.position),
+            "position": torch.tensor(self.position, device="cpu"),
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Go on from what `state_dict` of a cache with the same arguments returned.
 
+        After an error the cache is what it was before.
+
         Raises:
-            ValueError: If entries are missing or too many, or their shapes or dtypes differ.
+            TypeError: If an entry is of the wrong type.
+            ValueError: If entries are missing or too many, their shapes or dtypes differ, they hold
+                no values, or the position is negative or beyond `max_seq_len`.
         """
         expected = {"keys": self.keys, "values": self.values}
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be a dict.")
         if set(state_dict) != {*expected, "position"}:
             raise ValueError(
-                f"state_dict has the entries {sorted(state_dict)}; it must have keys, values and "
-                f"position."
+                f"state_dict has the entries {sorted(map(str, state_dict))}; it must have keys, "
+                f"values and position."
             )
+        position: Any = state_dict["position"]
+        if isinstance(position, torch.Tensor) and (position.dim() or position.is_meta):
+            raise ValueError(
+                f"position is a tensor of shape {tuple(position.shape)} on {position.device} in "
+                f"state_dict; it must be a single integer on a device that holds values."
+            )
+        longest = MAX_POSITION if self.max_seq_len is None else self.max_seq_len
+        position = check_integer("position", position, at_least=0, at_most=longest)
         for name, ours in expected.items():
             given = state_dict[name]
+            check_tensor(name, given)
+            if given.is_meta and not ours.is_meta:
+                raise ValueError(
+                    f"{name} is on meta in state_dict and holds no values; load the file with "
+                    f"another map_location."
+                )
             if given.shape != ours.shape or given.dtype != ours.dtype:
                 raise ValueError(
                     f"{name} is {tuple(given.shape)} of {given.dtype} in state_dict and "
@@ -199,7 +241,7 @@ class DecodingCache:
                 )
         for name, ours in expected.items():
             ours.copy_(state_dict[name])
-        self.position = int(state_dict["position"])
+        self.position = position
 
     def __copy__(self) -> DecodingCache:
         # Two caches that write to the same memory would spoil each other.
@@ -216,8 +258,7 @@ class DecodingCache:
 
     def _check(self, name: str, x: torch.Tensor, n: int, heads: int) -> None:
         """Check one tensor of a step or of a prompt."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor.")
+        check_tensor(name, x)
         expected = (self.batch_size, n, heads, self.head_dim)
         if x.shape != expected:
             raise ValueError(
@@ -276,9 +317,15 @@ def decode_step_with_lse(
         q.device, q.dtype, cache.num_heads, cache.head_dim, num_kv_heads=cache.num_kv_heads
     )
     kernel: Any = choose_backend(backend, inputs, for_decoding=True)
-    # Autocast would compute the scores in half precision.
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(q.device.type):
         return cache._decode(kernel, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """No autocast, which would compute the scores in half precision; a no-op on meta."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def decode_step(

@@ -1,4 +1,4 @@
-"""Which backend decodes, and whether what it is given suffices."""
+"""A layout gives a backend everything to decode with, and "auto" takes the best that decodes."""
 
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""The recommended dtype follows what the device reports, and never probes at import."""
+
 import types
 
 import pytest

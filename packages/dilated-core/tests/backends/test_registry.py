@@ -1,3 +1,5 @@
+"""Backends are found by name, chosen by rank, and refused with all their reasons."""
+
 import sys
 from importlib.metadata import EntryPoint
 
@@ -7,11 +9,8 @@ from dilated_core import (
     AttentionBackend,
     AttentionInputs,
     AttentionOutput,
-    AttentionVariant,
     DilatedPattern,
     available_backends,
-    create_dilated_attention,
-    create_multihead_dilated_attention,
     dilated_attention,
     dilated_attention_with_lse,
     explain_backends,
@@ -23,7 +22,6 @@ from dilated_core import (
 from dilated_core.backends import registry
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
-from dilated_core.modules import factory
 
 PATTERN = DilatedPattern([4, 8], [1, 2])
 
@@ -164,6 +162,20 @@ def test_other_accelerators_run_eager_with_every_option(device, dtype):
     assert f"the device is {device}; PyTorch has kernels that return lse for" in explain_backends(
         device=device, dtype=dtype
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "inputs"),
+    [
+        (TypeError, "dtype is 'float32'; it must be a dtype of torch", {"dtype": "float32"}),
+        (TypeError, "num_heads is 2.5; it must be an integer", {"num_heads": 2.5}),
+        (ValueError, "head_dim is 0; it must be at least 1", {"head_dim": 0}),
+        (TypeError, "unexpected keyword argument 'length'", {"length": 3}),
+    ],
+)
+def test_mistakes_in_inputs_to_explain(error, message, inputs):
+    with pytest.raises(error, match=message):
+        explain_backends(**inputs)
 
 
 def test_registration_mistakes(picky):
@@ -332,7 +344,6 @@ class _Module:
 
     picky = Picky()
     no_backend = 3
-    variant = AttentionVariant(torch.nn.Identity, torch.nn.Identity)
 
 
 def test_entry_points_are_loaded_once_and_may_be_broken(monkeypatch, unread_registry):
@@ -377,11 +388,3 @@ def test_one_package_may_bring_many_backends(monkeypatch, unread_registry):
 def test_backends_of_the_family_say_what_to_install(name):
     with pytest.raises(ValueError, match=f"'{name}' is not installed; .* package dilated-kernels"):
         registry.get_backend(name)
-
-
-def test_other_packages_provide_attention_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "installed_attention", _Module)
-    point = EntryPoint("ring", "installed_attention:variant", "dilated.attention")
-    monkeypatch.setattr(factory, "entry_points", lambda group, name: [point][: name == "ring"])
-    assert isinstance(create_dilated_attention("ring"), torch.nn.Identity)
-    assert isinstance(create_multihead_dilated_attention("ring"), torch.nn.Identity)

@@ -1,4 +1,4 @@
-"""Decoding step by step against the oracle over the whole sequence, and what the cache costs."""
+"""Each step is the row of the oracle, in memory and time that do not grow with the context."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Position arithmetic against the dense counts of the definition."""
+"""Position arithmetic selects the keys of the definition, in sequences of any length."""
 
 import pytest
 import torch

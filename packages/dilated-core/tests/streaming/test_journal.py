@@ -1,4 +1,4 @@
-"""A streamed call with a journal goes on after a kill, and ends bit for bit as without it."""
+"""After a kill at any moment a call with a journal ends bit for bit as an undisturbed one."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from dilated_core import DilatedPattern
 from dilated_core.streaming.stream import dilated_attention_streamed
 from dilated_core.streaming.tensors import tensor_sink, tensor_source
+from dilated_core.testing import random_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NESTED = DilatedPattern([16, 32, 64], [1, 2, 4])
 UNEVEN = DilatedPattern([10, 24, 60], [1, 2, 3], head_offsets="blocked", padding="attended")
@@ -99,6 +103,41 @@ def test_killed_at_each_step_it_goes_on_bit_for_bit(pattern, tmp_path, monkeypat
         if kills == 0:
             break
     assert step > 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=random_cases(max_seq_len=90),
+    chunk_length=st.integers(1, 50),
+    stops=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_call_goes_on_from_any_boundary(case, chunk_length, stops, dtype):
+    """Each run is killed after some ranges, before or after the journal records the last one."""
+    q, k, v = (x.detach() for x in case.tensors(dtype=dtype)[:3])
+    options = {"seq_len": case.seq_len, "chunk_length": chunk_length, "scale": case.scale}
+    options |= {"is_causal": case.is_causal}
+    source, expected, out = tensor_source(q, k, v), torch.empty_like(q), torch.empty_like(q)
+    dilated_attention_streamed(source, tensor_sink(expected), case.pattern, **options)
+    write = tensor_sink(out)
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in [*stops, None]:
+            left = stop
+
+            def sink(*arguments):
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                write(*arguments)
+                left = None if left is None else left - 1
+
+            try:
+                dilated_attention_streamed(
+                    source, sink, case.pattern, journal=f"{folder}/journal", **options
+                )
+            except Killed:
+                continue
+    assert torch.equal(out, expected)
 
 
 def test_a_finished_journal_leaves_nothing_to_do(tmp_path):

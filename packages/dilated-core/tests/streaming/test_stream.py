@@ -1,4 +1,4 @@
-"""Streaming gives what the whole sequence at once gives, in little memory.
+"""Streaming gives the result of the whole sequence at once, in the memory of a few segments.
 
 Journals and kills are in test_journal.py.
 """

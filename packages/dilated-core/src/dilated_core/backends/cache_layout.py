@@ -1,4 +1,4 @@
-"""Where a decoding cache keeps what: blocks of rows, and their indices on its device.
+"""The layout of a decoding cache: which rows hold which keys, and index tensors on its device.
 
 B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
 """
@@ -40,7 +40,7 @@ def plan_blocks(
     max_seq_len: int | None,
     head_range: tuple[int, int] | None = None,
 ) -> tuple[list[list[Block]], int]:
-    """The blocks of each branch, one behind the other, and the number of their rows.
+    """The blocks of each branch, one after the other in the cache, and the number of all rows.
 
     With `head_range` (first, total), head h here has the offset of head first + h of `total`.
     """
@@ -54,8 +54,8 @@ def plan_blocks(
             offset = head_offset(first_head + head, r, total, pattern.head_offsets)
             kv_head = head // (num_heads // num_kv_heads)
             readers.setdefault((offset, kv_head), []).append(head)
-        # Where r does not divide H / H_kv, heads of k and v have one reader more or less; a block
-        # holds those with equally many, so that its queries make a dense matrix.
+        # Where r does not divide H / H_kv, some heads of k and v have one reader more than others.
+        # A block holds heads with equally many readers, so that its queries are a dense matrix.
         regular: dict[tuple[int, int], list[int]] = {}
         for (offset, kv_head), heads in readers.items():
             regular.setdefault((offset, len(heads)), []).append(kv_head)
@@ -97,16 +97,16 @@ class IndexedBlock:
 class CacheLayout(NamedTuple):
     """Which rows of a cache belong to which heads, made once so that a step copies nothing.
 
-    A token at position t has the index i = t mod w in its segment. A branch keeps it for the heads
-    whose offset is i mod r, in row i // r of their block; they see the rows up to that one. Heads
-    with another offset see nothing of the branch. Heads of q that share a head of k and v and an
-    offset have one block.
+    The token at position t has the index i = t mod w in its segment. A branch keeps this token for
+    the heads whose offset is i mod r, in row i // r of their block, and these heads see the rows up
+    to this row. Heads with another offset see nothing of the branch. Heads of q that share an
+    offset and a head of k and v read the same rows.
 
     Attributes:
-        branches: w and r of each branch, no larger than make a difference.
+        branches: w and r of each branch, clipped to 64 bits.
         blocks: For each branch, its blocks with their heads.
         branch_table: int64 `(branches, 2)`: `branches` on the device of the cache.
-        offsets: int64 `(branches, H)`: of each head of q in a segment.
+        offsets: int64 `(branches, H)`: position in a segment at which each head of q starts.
         first_rows: int64 `(branches, H)`: the first row of the block that each head of q reads.
     """
 
@@ -124,7 +124,7 @@ def index_blocks(
     max_seq_len: int | None,
     device: torch.device,
 ) -> CacheLayout:
-    """The plan of `plan_blocks` on a device."""
+    """The blocks of `plan_blocks` with their index tensors on `device`."""
     longest = MAX_POSITION if max_seq_len is None else min(max_seq_len, MAX_POSITION)
     lengths = [min(w, longest) for w in pattern.segment_lengths]
     # A rate beyond w keeps what w as the rate keeps; the offsets are those of the rate itself.

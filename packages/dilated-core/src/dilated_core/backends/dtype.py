@@ -1,4 +1,4 @@
-"""Which dtype a device prefers: asked for, never at import, and never applied to a tensor."""
+"""Which dtype a device computes fast in. Nothing here runs at import or converts a tensor."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ def recommended_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype in which a device computes attention fast without leaving float32's range.
 
     - CUDA: bfloat16 from compute capability 8.0 (Ampere) on, float32 before. float16 is fast on
-      older GPUs too, but overflows at 65 504, so training in it needs loss scaling: a choice for
-      the user to make. On ROCm the same rule reads the number that ROCm reports.
-    - XPU: bfloat16 where PyTorch says that the device has it, otherwise float32.
-    - MPS: float32. PyTorch does not tell whether an Apple GPU computes bfloat16 or emulates it.
-    - CPU: float32. Only some have bfloat16 units, and PyTorch converts on the others.
-    - Any other device: float32, which every one has.
+      older GPUs too, but overflows at 65 504, so training in float16 needs loss scaling, which the
+      user must choose. On ROCm the rule is the same, with the number that ROCm reports.
+    - XPU: bfloat16 where PyTorch reports it for the device, otherwise float32.
+    - MPS: float32. PyTorch does not report whether an Apple GPU computes bfloat16 or emulates it.
+    - CPU: float32. Only some CPUs have bfloat16 units; PyTorch converts on the others.
+    - Any other device: float32, which every device has.
 
     Args:
         device: Such as `"cuda:1"`; a CUDA device without an index is the current one.
 
     Raises:
         TypeError: If it is neither a string nor a device.
-        ValueError: If it is not the name of a device, or a CUDA or XPU device that is not there.
+        ValueError: If it names no device, or a CUDA or XPU device that this machine lacks.
 
     Example:
         >>> recommended_dtype("cpu")
@@ -55,7 +55,7 @@ def _check_present(device: torch.device, count: int) -> None:
     if count == 0:
         raise ValueError(
             f"device is '{device}', and PyTorch finds no {device.type.upper()} device here; use "
-            f"'cpu', or check the driver and that this PyTorch was built for the device."
+            f"'cpu', or check the driver and whether this PyTorch was built for the device."
         )
     index: int | None = device.index  # torch's annotation leaves out the None
     if index is not None and index >= count:  # pyright: ignore[reportUnnecessaryComparison]

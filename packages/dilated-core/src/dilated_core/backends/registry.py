@@ -1,4 +1,4 @@
-"""Find backends by name, choose one, and say why the others were not chosen."""
+"""Find backends by name, choose one, and explain why the others were not chosen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from dilated_core.backends.contract import CONTRACT_VERSION, AttentionBackend, AttentionInputs
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
+from dilated_core.checks import check_dtype, check_integer
 
 ENTRY_POINT_GROUP = "dilated.backends"
 
@@ -23,7 +24,7 @@ _PROVIDERS = dict.fromkeys(
 )
 
 Ranking = Callable[[AttentionInputs], Mapping[str, tuple[int, str]]]
-"""From inputs to ranks, each with where it comes from, of the backends it knows of, by name."""
+"""Maps inputs to ranks by backend name, each with its origin; it may leave backends out."""
 
 # Dictionaries are replaced and never changed, so that threads read them without a lock.
 _registered: dict[str, AttentionBackend] = {}
@@ -105,7 +106,7 @@ def forget_choices() -> None:
 
 
 def own_rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
-    """How `backend` ranks itself for these inputs, and where that comes from ("" if constant)."""
+    """How `backend` ranks itself for these inputs, and the origin of the rank ("" if constant)."""
     priority_for: Callable[[AttentionInputs], tuple[int, str]] | None = getattr(
         backend, "priority_for", None
     )
@@ -137,7 +138,7 @@ def get_backend(name: str) -> AttentionBackend:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the installed backends, the one of highest priority coming first.
+    """Names of the installed backends, highest priority first.
 
     For particular inputs `"auto"` may try them in another order, which `explain_backends` shows.
 
@@ -193,8 +194,8 @@ def explain_backends(
 ) -> str:
     """Which backend `"auto"` takes for such inputs, and why not the others: one line each.
 
-    The lines are in the order in which `"auto"` tries the backends for these inputs. A backend that
-    ranks itself by the inputs has its rank and where that comes from behind its line.
+    The lines are in the order in which `"auto"` tries the backends for these inputs. The line of a
+    backend that ranks itself by the inputs ends with its rank and the origin of the rank.
 
     Args:
         device: Where q, k and v would be.
@@ -205,7 +206,8 @@ def explain_backends(
             `has_key_padding_mask`.
 
     Raises:
-        TypeError: If an option is unknown.
+        TypeError: If an option is unknown, `dtype` no dtype or a count no integer.
+        ValueError: If a count is below 1.
 
     Example:
         >>> print(explain_backends(dtype=torch.int64))  # doctest: +ELLIPSIS
@@ -213,6 +215,9 @@ def explain_backends(
           sdpa      cannot run: the dtype is int64; it takes float64, float32, bfloat16, float16.
           eager     cannot run: the dtype is int64; it takes any floating dtype...
     """
+    check_dtype(dtype)
+    num_heads = check_integer("num_heads", num_heads, at_least=1)
+    head_dim = check_integer("head_dim", head_dim, at_least=1)
     return _explain(AttentionInputs(torch.device(device), dtype, num_heads, head_dim, **options))
 
 

@@ -2,12 +2,12 @@
 
 B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
 
-A causal query sees, of each branch, keys of its own segment alone. So the cache keeps, per branch
-and head, the kept rows of the current segment: the position with index i in its segment is row
-i // r, where the position with the same index of the last segment was. A query that its branch
-keeps sees the rows up to its own, all of its segment; what is behind them is never read.
+In each branch a causal query sees keys of its own segment only. So the cache holds, per branch and
+head, the rows that the branch keeps of the current segment. The position with index i in a segment
+is row i // r, and overwrites the position with the same index of the segment before. A step reads
+the rows up to its own, all of which belong to the current segment, and never the rows behind.
 
-Heads of a branch that share an offset and a head of k and v share its rows.
+Heads that share an offset and a head of k and v share the rows of a branch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dilated_core.pattern.branches import DilatedPattern
 class DecodingCache:
     """The keys and values that the next tokens of a causal dilated attention can still see.
 
-    Its memory is allocated once and stays what it is for any length of context. All sequences of
-    the batch are at the same position. It can be copied (the copy shares nothing), pickled and
-    saved (`state_dict`); it holds no gradients.
+    Its memory is allocated once, and does not grow with the context. All sequences of the batch are
+    at the same position. A cache can be copied (the copy shares nothing), pickled and saved
+    (`state_dict`). It carries no gradients.
 
     Args:
         pattern: The branches. Causal queries see no zero keys, so `padding` makes no difference.
@@ -45,8 +45,8 @@ class DecodingCache:
         head_dim: D.
         device: As for `torch.zeros`.
         dtype: As for `torch.zeros`; a floating-point dtype.
-        max_seq_len: Tokens that it will ever see, if that is known: segments longer than this need
-            no more memory than this, and a token beyond it is an error. None: any number.
+        max_seq_len: Most tokens that the cache will see, if known. Longer segments then need no
+            more memory than this many tokens, and a token beyond is an error. None: any number.
         head_range: `(first, total)` if the cache is for H heads of a larger attention: heads first
             to first + H − 1 of `total`, whose offsets they have. H_kv counts the heads of k and v
             that these H read. None: the H heads are all, as with (0, H).
@@ -112,7 +112,7 @@ class DecodingCache:
 
     @property
     def batch_size(self) -> int:
-        """B; `reorder` may change it."""
+        """B, which `reorder` may change."""
         return self.keys.shape[0]
 
     @property
@@ -126,14 +126,14 @@ class DecodingCache:
         return self.keys.nbytes + self.values.nbytes
 
     def reset(self) -> None:
-        """Forget all tokens and start again at position 0; the memory is kept."""
+        """Forget all tokens and start again at position 0, in the same memory."""
         self.position = 0
 
     def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append the keys and values of n tokens at once, as n steps would.
 
-        Costs the rows that the cache keeps of them, whatever n is. It returns no attention: for
-        that of a prompt, call `dilated_attention(..., is_causal=True)`.
+        Copies only the rows that the cache keeps, whatever n is. It returns no attention: for the
+        attention of a prompt, call `dilated_attention(..., is_causal=True)`.
 
         Args:
             k, v: `(B, n, H_kv, D)`, dtype and device of the cache; any n.
@@ -141,7 +141,7 @@ class DecodingCache:
         Raises:
             TypeError: If one is no tensor or of another dtype.
             ValueError: If shapes or devices do not fit, the cache would exceed `max_seq_len`, or
-                k or v requires a gradient while gradients are enabled: the cache carries none.
+                k or v requires a gradient while gradients are enabled.
         """
         n = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
         self._check("k", k, n, self.num_kv_heads)
@@ -153,11 +153,11 @@ class DecodingCache:
                 self.position += n
 
     def reorder(self, batch_indices: torch.Tensor | Sequence[int]) -> None:
-        """Let batch row i go on from what batch row `batch_indices[i]` was, as in beam search.
+        """Make batch row i a copy of what batch row `batch_indices[i]` was, as beam search does.
 
         Args:
-            batch_indices: Integers in [0, B), of one dimension. Its length becomes the batch size,
-                so one prompt can go on as several beams.
+            batch_indices: Integers in [0, B), of one dimension. Their number becomes the batch
+                size, so one prompt can continue as several beams.
 
         Raises:
             TypeError: If it holds anything but integers.
@@ -200,7 +200,7 @@ class DecodingCache:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` of a cache with the same arguments returned.
+        """Load what `state_dict` of a cache with the same arguments returned.
 
         After an error the cache is what it was before.
 
@@ -244,15 +244,15 @@ class DecodingCache:
         self.position = position
 
     def __copy__(self) -> DecodingCache:
-        # Two caches that write to the same memory would spoil each other.
+        # Two caches must not write to the same memory.
         return copy.deepcopy(self)
 
     def _decode(
-        self, kernel: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+        self, backend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> AttentionOutput:
-        """Append one token and attend from it, by a backend that can."""
+        """Append one token and attend from it, with a backend that can decode."""
         memory = (self.keys, self.values, self._layout)
-        result = kernel.decode_forward(q, k, v, *memory, position=self.position, scale=scale)
+        result = backend.decode_forward(q, k, v, *memory, position=self.position, scale=scale)
         self.position += 1
         return result
 
@@ -316,9 +316,9 @@ def decode_step_with_lse(
     inputs = AttentionInputs(
         q.device, q.dtype, cache.num_heads, cache.head_dim, num_kv_heads=cache.num_kv_heads
     )
-    kernel: Any = choose_backend(backend, inputs, for_decoding=True)
+    chosen: Any = choose_backend(backend, inputs, for_decoding=True)
     with torch.no_grad(), _without_autocast(q.device.type):
-        return cache._decode(kernel, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
+        return cache._decode(chosen, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -346,8 +346,8 @@ def decode_step(
     Args:
         q: `(B, 1, H, D)`, dtype and device of the cache.
         k, v: `(B, 1, H_kv, D)`, of the same token.
-        cache: What the tokens before left; it is changed in place, unless an error is raised.
-        scale: Factor of the scores; 1/√D if None. The same at every step.
+        cache: The cache of the tokens before. Changed in place, unless an error is raised.
+        scale: Factor of the scores, the same at every step; 1/√D if None.
         backend: Name of a backend that can decode, such as "eager" or "triton", or "auto" for the
             best that can run here. A named backend is never replaced by another one.
 

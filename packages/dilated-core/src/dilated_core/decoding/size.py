@@ -31,8 +31,8 @@ def decoding_cache_rows(
         pattern: The branches.
         num_heads: H.
         num_kv_heads: H_kv, which divides H; H if None.
-        max_seq_len: Tokens that will be decoded at most; segments need not be longer. None: any
-            number.
+        max_seq_len: Most tokens that the cache will see, if known; a longer segment counts as one
+            of this length. None: any number.
         head_range: `(first, total)` if the cache is for heads first to first + H − 1 of `total`.
 
     Raises:

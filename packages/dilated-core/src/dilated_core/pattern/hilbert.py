@@ -10,9 +10,9 @@ from dilated_core.checks import check_integer
 def hilbert_order(height: int, width: int) -> torch.Tensor:
     """All cells of a grid along a Hilbert curve.
 
-    The longer side is cut into squares whose side is the next power of two of the shorter one. Each
-    square has a curve of its own that ends beside the start of the next; where a square overhangs
-    the grid, the curve jumps over the cells that do not exist.
+    The longer side is cut into squares, whose side is the shorter side rounded up to a power of
+    two. The curve of each square ends beside the start of the next one. Where a square overhangs
+    the grid, the curve skips the cells that do not exist.
 
     Args:
         height, width: Rows and columns of the grid, any numbers.

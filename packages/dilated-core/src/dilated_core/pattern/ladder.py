@@ -12,7 +12,7 @@ from dilated_core.pattern.branches import DilatedPattern
 
 
 class Segments(NamedTuple):
-    """Segment lengths and dilation rates, as everything that builds a pattern takes them.
+    """Segment lengths and dilation rates: the arguments of everything that builds a pattern.
 
     Attributes:
         segment_lengths: w of each branch, in positions.
@@ -47,13 +47,13 @@ def select_segments(
     every branch shows a query at most w₀ keys, and all together less than w₀·a/(a − 1) on average,
     so time grows linearly with the length.
 
-    A branch of rate r needs r heads to keep every position between them. Where r exceeds the number
-    of heads, some positions see, and are seen, no further than the branches before reach; layers
-    pass on what they hold. `keep_every_position` stops the rates at the largest power of `growth`
-    that is at most `num_heads`, with segments that go on growing: no position is then out of reach,
-    but a branch of rate R costs w/R² keys per query on average, and the last one, of w = S, makes
-    time quadratic again. With 8 heads and the defaults that is 1.3 times the keys at 65 536
-    positions and 9 times at a million.
+    A branch of rate r needs r heads to keep every position. Where r exceeds the number of heads,
+    some positions see, and are seen, no further than the smaller branches reach; information from
+    them travels further only through several layers. `keep_every_position` stops the rates at the
+    largest power of `growth` that is at most `num_heads`, while segments still grow. Every position
+    is then in reach, but a branch of rate R costs w/R² keys per query on average, and the last
+    branch, of w = S, makes time quadratic again: with 8 heads and the defaults 1.3 times the keys
+    at 65 536 positions and 9 times at a million.
 
     Args:
         seq_len: S, in positions.
@@ -67,8 +67,8 @@ def select_segments(
         keep_every_position: See above; for interleaved head offsets, and for blocked ones if
             `num_heads` is a multiple of the rates.
         memory_budget: Most bytes that the keys and values of one query may take, over all heads:
-            2 · Σ ⌈w/r⌉ · H_kv · D · itemsize. That is what a decoding cache holds and a streamed
-            segment loads, and the only memory that the choice changes. w₀ is halved until it fits.
+            2 · Σ ⌈w/r⌉ · H_kv · D · itemsize. A decoding cache holds these bytes and a streamed
+            segment loads them; no other memory depends on the choice. w₀ is halved until they fit.
 
     Returns:
         The branches. A last segment longer than the sequence is clipped to it by attention.

@@ -1,4 +1,4 @@
-"""A record on disk of how far a long call has come, so that it can go on after it was killed."""
+"""A record on disk of the finished part of a long call, which continues from it after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that is used again: buffers are borrowed for a `with` block and go back when it ends."""
+"""Reused memory: a buffer is borrowed for a `with` block and goes back when the block ends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dilated_core.checks import check_bool, check_dtype, check_integer
 # Sizes are rounded up to this, so that nearly equal requests share a storage.
 _GRANULE_BYTES = 512
 
-# A larger idle storage than this many times the request waits for a request of its own size.
+# An idle storage that is more than this many times larger than the request is not used for it.
 _MAX_SIZE_RATIO = 2
 
 
 class _Place(NamedTuple):
-    """Where memory is, and on CUDA on which stream: only there is its earlier use over."""
+    """A device and, on CUDA, a stream: on another stream the earlier use may still be running."""
 
     device: torch.device
     stream: int
@@ -29,19 +29,19 @@ class _Place(NamedTuple):
 class WorkspacePool:
     """Buffers for intermediate results, kept for reuse instead of being allocated anew.
 
-    For code that needs large tensors of similar sizes again and again: the system hands out large
-    blocks page by page and takes them back each time, and page-locked memory is slow to get.
+    For code that needs large tensors of similar sizes again and again: the system maps large
+    allocations page by page and unmaps them each time, and page-locked memory is slow to get.
 
     A buffer belongs to one borrower until its `with` block ends, by an exception or not. Any number
     of threads may use a pool at once; none waits while another works with its buffer.
 
-    Three things are the borrower's to see to:
+    Rules for borrowers:
 
     - A buffer is uninitialised memory.
-    - No reference to it, or to a view of it, may be used after the block: somebody else may have
-      the memory by then. Copy what should stay.
-    - On a GPU it is for the stream that is current when it is borrowed, and a `non_blocking` copy
-      from or to page-locked memory must be over before the block ends.
+    - Neither the buffer nor a view of it may be used after the block, when another borrower may
+      have the memory. Copy what must stay.
+    - On a GPU a buffer belongs to the stream that is current when it is borrowed, and a
+      `non_blocking` copy from or to page-locked memory must be over before the block ends.
 
     Args:
         max_bytes: Memory that idle buffers may hold. Beyond it those that were returned longest ago
@@ -113,12 +113,12 @@ class WorkspacePool:
 
     @property
     def idle_bytes(self) -> int:
-        """Memory that waits to be borrowed."""
+        """Bytes of the buffers that nobody has borrowed."""
         return self._idle_bytes
 
     @property
     def borrowed_bytes(self) -> int:
-        """Memory that is lent out at the moment."""
+        """Bytes of the buffers that are borrowed now."""
         return self._borrowed_bytes
 
     @property
@@ -128,11 +128,11 @@ class WorkspacePool:
 
     @property
     def misses(self) -> int:
-        """How often memory had to be allocated."""
+        """How often memory was allocated."""
         return self._misses
 
     def clear(self) -> None:
-        """Free the idle buffers; borrowed ones are not touched, and go back as usual."""
+        """Free the idle buffers. Borrowed buffers stay, and go back as usual."""
         with self._lock:
             idle, self._idle = self._idle, []
             self._idle_bytes = 0

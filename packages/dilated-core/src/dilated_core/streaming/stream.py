@@ -1,8 +1,8 @@
 """Dilated attention over sequences larger than memory: rows stream in, results stream out.
 
-A segment attends within itself, so a branch can be computed as soon as one of its segments is
-complete. A window of the latest rows is held; each step reads a chunk, runs the segments that it
-completes, merges what the branches found by lse, hands on the rows that no branch will touch again
+A segment attends within itself, so its results can be computed as soon as its last row is read.
+A window holds the latest rows. Each step reads a chunk, runs the segments that the chunk completes,
+merges the results of the branches by lse, passes the rows that no branch will change to the sink,
 and drops them. The window never holds more than a chunk and the longest segment.
 
 Where all branches complete the same rows at once (chunks that every segment length divides), a step
@@ -33,7 +33,7 @@ class StatefulSink(Protocol):
     """A sink whose effects add up, such as a checksum: a journal keeps its state."""
 
     def __call__(self, start: int, stop: int, out: torch.Tensor, /) -> object:
-        """Take the results of a range."""
+        """Receive the results of a range."""
         ...
 
     def state_dict(self) -> Any:
@@ -41,7 +41,7 @@ class StatefulSink(Protocol):
         ...
 
     def load_state_dict(self, state: Any, /) -> object:
-        """Take up a state that `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         ...
 
 
@@ -63,42 +63,42 @@ def dilated_attention_streamed(
 ) -> None:
     """`dilated_attention` of a sequence that need not fit in memory; without gradients.
 
-    The result is that of the whole sequence at once, for any pattern and length. Memory is that of
-    a chunk and of the longest segment, whatever `seq_len` is.
+    The result is the result for the whole sequence at once, for any pattern and length. Memory is
+    that of a chunk and of the longest segment, whatever `seq_len` is.
 
-    With a `journal` the call can be repeated after its process was killed, and goes on behind the
-    last range that the journal records. Outputs are then bit for bit those of an undisturbed run.
-    The range in flight at the kill may reach the sink twice, with the same rows. A sink whose
-    effects add up keeps them consistent by offering `state_dict()`, of JSON values, and
-    `load_state_dict(state)`: its state is recorded together with the range it belongs to.
+    With a `journal` the call can be repeated after its process was killed, and continues after the
+    last recorded range. Outputs are then bit for bit those of an undisturbed run. The range in
+    flight at the kill may reach the sink twice, with the same rows. A sink whose effects add up
+    has `state_dict()`, which returns JSON values, and `load_state_dict(state)`: the journal records
+    the state of the sink together with the range.
 
     Args:
         source: `source(start, stop)` returns q `(B, stop − start, H, D)` and k, v
-            `(B, stop − start, H_kv, D)` of these positions. It is asked for position 0 alone, to
-            learn the shapes, then for ranges in rising order; after a kill again for up to the
-            longest segment and a chunk before the recorded end. It may reuse its memory in the
-            next call.
-        sink: `sink(start, stop, out)` takes the results `(B, stop − start, H, D)` of these
+            `(B, stop − start, H_kv, D)` of these positions. The first call is `source(0, 1)`, for
+            the shapes; then ranges follow in rising order. After a kill, ranges from up to the
+            longest segment and a chunk before the recorded end are read again. The source may
+            reuse its memory in the next call.
+        sink: `sink(start, stop, out)` receives the results `(B, stop − start, H, D)` of these
             positions, in the dtype of q. Ranges come in order, each position once. `out` is only
-            valid during the call: copy what should stay.
+            valid during the call: copy what must stay.
         pattern: The branches.
         seq_len: S, in positions.
         is_causal: Query i sees only keys j ≤ i.
         scale: Factor of the scores; 1/√D if None.
         backend: `"auto"`, or a name of `available_backends()`.
-        chunk_length: Positions read at a time. Fastest are multiples of every segment length; a
-            chunk shorter than the longest segment saves no memory and costs time. None: a good
-            length for these shapes.
-        journal: Path of the record of what is done; the file appears with the first range, and
-            stays. It guards against the death of the process, not of the machine. One process at a
-            time may use it.
+        chunk_length: Positions read at a time. Multiples of every segment length are fastest. A
+            chunk shorter than the longest segment saves no memory and costs time. None: a length
+            chosen from the shapes.
+        journal: Path of the record of finished ranges, in a folder that exists. The file appears
+            with the first range, and stays. One process at a time may use it.
         progress: `progress(done, total)` is called with positions after each range.
 
     Raises:
         TypeError: If an argument has the wrong type, or the source returns something other than
             three tensors of one floating dtype.
         ValueError: If a number is out of range, the rows of the source do not fit, require
-            gradients or change in shape, dtype or device, or the journal is of another call.
+            gradients or change in shape, dtype or device, or the journal is of another call,
+            damaged, or cannot be read.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 1000, 2, 16).unbind()

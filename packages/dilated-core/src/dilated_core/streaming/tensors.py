@@ -1,4 +1,4 @@
-"""Where streamed rows come from and go to: tensors in memory, and tensors in files."""
+"""Sources and sinks of streamed rows: tensors in memory and in files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dilated_core.checks import check_choice, check_dtype, check_integer
 class MappedTensor:
     """A `(B, S, H, D)` tensor in a raw file, of which only the rows in use are in memory.
 
-    The file holds the numbers in row-major order and nothing else, as `torch.from_file`, NumPy's
-    `tofile` and `np.memmap` have it.
+    The file holds the numbers in row-major order and nothing else, which is the format of
+    `torch.from_file` and of NumPy's `tofile` and `np.memmap`.
 
     Args:
         path: The file.
         shape: B, S, H, D.
         dtype: Of the numbers.
-        mode: `"r"` to read a file that exists; what is written to the rows then never reaches it.
-            `"r+"` to write to it, too. `"w"` likewise, but where there is no file it is created,
-            full of zeros: so a call that is repeated after a kill finds what it had written.
+        mode: `"r"` to read a file that exists; writes to the rows never reach the file. `"r+"` to
+            read and write a file that exists. `"w"` likewise, but a missing file is created, full
+            of zeros: a call that is repeated after a kill finds the rows that it had written.
 
     Raises:
         TypeError: If a size is no integer, or `dtype` no dtype.
         ValueError: If the mode is unknown, the path a folder, or the file's size not that of the
             tensor.
-        FileNotFoundError: If the file is missing and not to be created.
+        FileNotFoundError: If the file is missing and `mode` is not `"w"`.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ class MappedTensor:
         row = H * D * self.dtype.itemsize
         first = start * row
         begin = first - first % mmap.ALLOCATIONGRANULARITY
-        # One mapping for all batch rows: what lies between is address space, not memory.
+        # One mapping for all batch rows: the rows between take address space, not memory.
         end = ((B - 1) * S + stop) * row
         is_written = self.mode != "r"
         with self.path.open("r+b" if is_written else "rb") as file:
@@ -134,7 +134,7 @@ def tensor_source(
 def tensor_sink(out: torch.Tensor | MappedTensor) -> Callable[[int, int, torch.Tensor], object]:
     """A sink for `dilated_attention_streamed` that writes to a tensor, in memory or in a file.
 
-    Writing the same rows again changes nothing, so it goes with a journal.
+    Writing the same rows again changes nothing, so the sink needs no state for a journal.
 
     Args:
         out: `(B, S, H, D)`, on any device, in the dtype of q.

@@ -156,7 +156,9 @@ class MultiheadDilatedAttention(nn.Module):
     def load_multihead_attention(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy the weights of an `nn.MultiheadAttention` with the same `num_heads`.
 
-        Parameters keep their device and dtype. Nothing is copied if there is an error.
+        Parameters keep their device and dtype. Nothing is copied if there is an error. A state dict
+        shows neither `num_heads` nor `add_zero_attn`, so check these yourself, or use
+        `from_multihead_attention`.
 
         Args:
             state_dict: That of the module, as in `layer.self_attn.state_dict()`. Its keys and

@@ -51,7 +51,9 @@ def plugin(tmp_path, monkeypatch):
         "no_module = factory_plugin_that_is_missing:variant\n"
         "no_attribute = factory_plugin:nothing\n"
         "no_variant = factory_plugin:multihead\n"
+        "no_library = factory_plugin_that_fails:variant\n"
     )
+    (tmp_path / "factory_plugin_that_fails.py").write_text("raise OSError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("factory_plugin", None)
@@ -84,6 +86,7 @@ def test_packages_that_cannot_be_used_say_why(plugin):
             "no_variant",
             "'no_variant' is .* factory_plugin:multihead is a function; it must be a di",
         ),
+        ("no_library", "'no_library' is .* cannot be loaded: OSError: undefined symbol"),
         ("best", "'best' is unknown; it must be one of 'auto', .*'no_module'.*'ring', 'standard'"),
     ):
         with pytest.raises(ValueError, match=message):

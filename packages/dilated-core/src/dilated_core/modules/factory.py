@@ -141,7 +141,7 @@ def _variant(kind: str) -> AttentionVariant:
 def _load(entry_point: EntryPoint) -> AttentionVariant:
     try:
         variant: object = entry_point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a compiled extension for another PyTorch fails with any error
         raise ValueError(
             f"attention {entry_point.name!r} is installed but cannot be loaded: "
             f"{type(error).__name__}: {error}"

@@ -81,6 +81,22 @@ def test_a_number_must_be_finite(value):
         check_number("scale", value)
 
 
+@pytest.mark.parametrize(
+    ("value", "bounds", "rule"),
+    [
+        (0, {"above": 0}, "above 0"),
+        (-1e-9, {"at_least": 0}, "at least 0"),
+        (1.5, {"at_least": 0, "at_most": 1}, "at least 0 and at most 1"),
+        (1, {"at_least": 0, "below": 1}, "at least 0 and below 1"),
+        (1, {"above": 0, "below": 1}, "above 0 and below 1"),
+    ],
+)
+def test_numbers_out_of_range(value, bounds, rule):
+    with pytest.raises(ValueError, match=re.escape(f"share is {value}; it must be {rule}.")):
+        check_number("share", value, **bounds)
+    assert check_number("share", 0.5, **bounds) == 0.5
+
+
 @pytest.mark.parametrize("value", [True, "2", None, 2j, torch.tensor(2.0)])
 def test_what_is_no_number(value):
     with pytest.raises(TypeError, match=re.escape(f"scale is {value!r}; it must be a number, or")):

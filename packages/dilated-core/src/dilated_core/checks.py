@@ -56,13 +56,22 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-def check_number(name: str, value: Any, *, above: float | None = None, fix: str = "") -> float:
-    """`value` as a float, if it is a finite number.
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    fix: str = "",
+) -> float:
+    """`value` as a float, if it is a finite number in the range.
 
     Args:
         name: Of the argument, for errors.
         value: The argument.
-        above: A bound that the number must exceed; None: no bound.
+        above, at_least, below, at_most: Bounds of the range; None: no such bound.
         fix: Behind "it must be a number", such as ", or None for 1/√head_dim".
 
     Raises:
@@ -78,8 +87,15 @@ def check_number(name: str, value: Any, *, above: float | None = None, fix: str 
     # Not math.isfinite, which no compiler can trace when the number is an input of the graph.
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name} is {value}; it must be finite.")
-    if above is not None and not number > above:
-        raise ValueError(f"{name} is {value}; it must be above {above}.")
+    if (
+        (above is not None and not number > above)
+        or (at_least is not None and not number >= at_least)
+        or (below is not None and not number < below)
+        or (at_most is not None and not number <= at_most)
+    ):
+        bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+        given = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        raise ValueError(f"{name} is {value}; it must be {' and '.join(given)}.")
     return number
 
 

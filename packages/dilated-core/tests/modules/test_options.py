@@ -17,6 +17,7 @@ from dilated_core import (
     create_dilated_attention,
     create_multihead_dilated_attention,
 )
+from dilated_core.modules.options import from_options
 
 BRANCHES = {"segment_lengths": (8, 32), "dilation_rates": (1, 4)}
 # Of every option, a value other than the default.
@@ -97,6 +98,27 @@ def test_subclasses_inherit_both_forms():
     assert Wider(MultiheadConfig(**MULTIHEAD), DilatedAttentionConfig()).embed_dim == 24
     with pytest.raises(TypeError, match=r"^Wider has no argument 'heads'; it is called num_heads"):
         Wider(24, heads=4, **BRANCHES)
+
+
+def test_keyword_only_parameters_go_with_either_form():
+    class Placed:
+        @from_options(_PlacedArguments, elsewhere={}, config=DilatedAttentionConfig)
+        def __init__(self, config, *, device="here"):
+            self.config, self.device = config, device
+
+    config = DilatedAttentionConfig(**BRANCHES)
+    for placed in (Placed(config, device="there"), Placed(**BRANCHES, device="there")):
+        assert (placed.config, placed.device) == (config, "there")
+    assert Placed(config).device == Placed(**BRANCHES).device == "here"
+    with pytest.raises(TypeError, match=r"no argument 'scale'; it belongs in config: .*replace"):
+        Placed(config, device="there", scale=1.0)
+    with pytest.raises(TypeError, match="no argument 'devise'; its arguments are device,"):
+        Placed(**BRANCHES, devise="there")
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlacedArguments(DilatedAttentionConfig):
+    device: str = "here"
 
 
 def test_signatures_show_every_option():

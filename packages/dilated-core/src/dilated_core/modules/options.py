@@ -51,9 +51,11 @@ def from_options(
 ) -> Callable[[Callable[Concatenate[Any, Configs], None]], Constructor[Configs, Options]]:
     """Let an `__init__` that takes config objects also take their options.
 
+    Keyword-only parameters of `__init__`, such as `device`, may be given with either form.
+
     Args:
         arguments: A callable with the signature that callers see, such as a dataclass that inherits
-            from the configs. Only its signature is read.
+            from the configs and adds the keyword-only parameters. Only its signature is read.
         elsewhere: Answers for arguments of other functions, see `check_names`.
         **configs: The class of each config that `__init__` takes, by the name of its parameter.
     """
@@ -62,11 +64,19 @@ def from_options(
     def decorate(
         init: Callable[Concatenate[Any, Configs], None],
     ) -> Constructor[Configs, Options]:
+        beside = [
+            name
+            for name, parameter in inspect.signature(init).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+
         @wraps(init)
         def construct(self: Any, *args: Any, **options: Any) -> None:
             owner = type(self).__name__
-            if options.keys() & configs or any(type(x) in configs.values() for x in args):
-                given = _given_configs(owner, configs, args, options, elsewhere)
+            classes = tuple(configs.values())
+            if options.keys() & configs or any(isinstance(x, classes) for x in args):
+                given = {name: options.pop(name) for name in beside if name in options}
+                given |= _given_configs(owner, configs, args, options, elsewhere)
             else:
                 check_names(owner, options, signature.parameters, elsewhere)
                 values = _bind(owner, signature, args, options)
@@ -76,6 +86,7 @@ def from_options(
                     )
                     for name, config in configs.items()
                 }
+                given |= {name: values[name] for name in beside if name in values}
             init(self, **given)  # pyright: ignore[reportCallIssue]
 
         # What help(), IPython and docs/api show.

@@ -36,6 +36,13 @@ GOOD = {
     "dilated_ring/__init__.py": "import dilated_core",
     "dilated_sparse/__init__.py": "import dilated_core",
     "dilated_models/__init__.py": "import dilated_core\ndef f():\n    import dilated_ring",
+    "dilated_models/__main__.py": "import dilated_models.cli",
+    "dilated_models/cli/__init__.py": "import dilated_models.training",
+    "dilated_models/config.py": "",
+    "dilated_models/layers/__init__.py": "import dilated_models.config",
+    "dilated_models/longnet/__init__.py": "import dilated_models.layers, dilated_models.text",
+    "dilated_models/text/__init__.py": "",
+    "dilated_models/training/__init__.py": "import dilated_models.longnet, dilated_models.text",
 }
 
 
@@ -76,10 +83,15 @@ def test_the_intended_imports_are_allowed(tmp_path: Path) -> None:
         ("dilated_core/merge.py", "import dilated_core.pattern"),
         ("dilated_core/streaming/__init__.py", "import dilated_core.modules"),
         ("dilated_core/unlisted.py", ""),
-        ("dilated_models/model.py", "from dilated_core.reference import oracle"),
+        ("dilated_models/layers/__init__.py", "import dilated_models.longnet"),
+        ("dilated_models/layers/__init__.py", "import dilated_models.text"),
+        ("dilated_models/longnet/__init__.py", "import dilated_models.training"),
+        ("dilated_models/training/__init__.py", "import dilated_models.cli"),
+        ("dilated_models/unlisted.py", ""),
+        ("dilated_models/layers/__init__.py", "from dilated_core.reference import oracle"),
         ("dilated_core/reference.py", "import dilated_core.strips\noracle = 1"),
         ("dilated_core/merge.py", "import dilated_core.testing.cases"),
-        ("dilated_models/model.py", "from dilated_core.testing import cases"),
+        ("dilated_models/layers/__init__.py", "from dilated_core.testing import cases"),
     ],
 )
 def test_every_other_direction_is_refused(tmp_path: Path, file: str, text: str) -> None:

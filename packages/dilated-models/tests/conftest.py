@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def config() -> LongNetConfig:
 @pytest.fixture
 def model(config: LongNetConfig) -> LongNetLM:
     torch.manual_seed(0)
-    return LongNetLM.from_config(config, dtype=torch.float64)
+    return LongNetLM(config, dtype=torch.float64)
 
 
 @pytest.fixture
@@ -30,16 +31,24 @@ def tokens() -> torch.Tensor:
     return torch.randint(61, (2, 45), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(scope="session")
+def write_text() -> Callable[[Path], Path]:
+    """Makes a folder of 30 small source files, some of them nested, and others to skip."""
+
+    def write(folder: Path) -> Path:
+        (folder / "nested").mkdir(parents=True)
+        for i in range(30):
+            name = f"nested/file{i}.py" if i % 3 == 0 else f"file{i}.py"
+            body = "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n\n\n" for j in range(12 + i))
+            (folder / name).write_text(body)
+        (folder / "empty.py").touch()
+        (folder / "image.png").write_bytes(b"\x89PNG\0\0" * 10)
+        (folder / ".hidden").write_text("not text to train on")
+        return folder
+
+    return write
+
+
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A folder of 30 small source files, one of them nested, and things to pass over."""
-    folder = tmp_path / "text"
-    (folder / "nested").mkdir(parents=True)
-    for i in range(30):
-        name = f"nested/file{i}.py" if i % 3 == 0 else f"file{i}.py"
-        body = "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n\n\n" for j in range(12 + i))
-        (folder / name).write_text(body)
-    (folder / "empty.py").touch()
-    (folder / "image.png").write_bytes(b"\x89PNG\0\0" * 10)
-    (folder / ".hidden").write_text("not text to train on")
-    return folder
+def text(tmp_path: Path, write_text: Callable[[Path], Path]) -> Path:
+    return write_text(tmp_path / "text")

@@ -1,7 +1,11 @@
 """LongNet language models on exact dilated attention.
 
-`LongNetConfig` says what a model is, `LongNetLM` is the model, and the `dilated` command trains,
-evaluates and generates (extra `cli`).
+`LongNetConfig` describes a model and `LongNetLM` is the model. The `dilated` command (extra `cli`)
+trains models, scores texts and generates; `load_model`, `evaluate` and `generate` do the same from
+Python.
+
+Inside: `config`; above it `text` (bytes and tokens) and `layers` (the parts of a block); above them
+`longnet` (the model and its files), then `training`, then `cli`. Each stands on those below it.
 """
 
 from importlib import import_module as _import_module
@@ -9,17 +13,23 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dilated_models.longnet.config import LongNetConfig
+    from dilated_models.config import LongNetConfig
+    from dilated_models.longnet.generation import generate
     from dilated_models.longnet.language_model import LongNetLM
+    from dilated_models.longnet.saving import load_model
+    from dilated_models.training.evaluation import evaluate
 
 __version__ = _version("dilated-models")
 
-__all__ = ["LongNetConfig", "LongNetLM"]
+__all__ = ["LongNetConfig", "LongNetLM", "evaluate", "generate", "load_model"]
 
-# Loaded on first use, so that `dilated --help` need not wait for torch.
+# Loaded on first use: `dilated --help` does not wait for torch.
 _MODULES = {
-    "LongNetConfig": "dilated_models.longnet.config",
+    "LongNetConfig": "dilated_models.config",
     "LongNetLM": "dilated_models.longnet.language_model",
+    "evaluate": "dilated_models.training.evaluation",
+    "generate": "dilated_models.longnet.generation",
+    "load_model": "dilated_models.longnet.saving",
 }
 
 

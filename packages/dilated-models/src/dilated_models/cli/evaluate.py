@@ -40,13 +40,13 @@ def evaluate(
             raise ValueError("no text was named; add --text PATH.")
         import torch
 
-        from dilated_models.evaluation import evaluate as score
-        from dilated_models.saving import load_model, load_vocabulary, read_config
+        from dilated_models.longnet.saving import load_model, load_vocabulary, read_config
+        from dilated_models.text.files import text_files
+        from dilated_models.text.streams import ByteStream
+        from dilated_models.text.vocabulary import TokenizerVocabulary, token_cache
         from dilated_models.training.devices import choose_device, choose_dtype
-        from dilated_models.training.files import text_files
+        from dilated_models.training.evaluation import evaluate as score
         from dilated_models.training.report import context_lines
-        from dilated_models.training.streams import ByteStream
-        from dilated_models.training.vocabulary import TokenizerVocabulary, token_cache
 
         where = choose_device(device)
         autocast = torch.bfloat16 if choose_dtype(dtype, where) == "bfloat16" else None

@@ -25,8 +25,8 @@ def generate(
 ) -> None:
     """Continue a text with a trained model."""
     with user_errors():
-        from dilated_models.generation import generate as sample
-        from dilated_models.saving import load_model, load_vocabulary
+        from dilated_models.longnet.generation import generate as sample
+        from dilated_models.longnet.saving import load_model, load_vocabulary
         from dilated_models.training.devices import choose_device
 
         model = load_model(checkpoint, device=choose_device(device))

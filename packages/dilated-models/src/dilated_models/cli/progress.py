@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from dilated_models.evaluation import Evaluation
+from dilated_models.training.evaluation import Evaluation
 from dilated_models.training.loop import StepRecord
 
 _SECONDS_BETWEEN_LINES = 10.0

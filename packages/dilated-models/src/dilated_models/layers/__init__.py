@@ -1,1 +1,1 @@
-"""The parts a LongNet is made of: positions, self-attention, feed-forward, block."""
+"""The parts of a LongNet: self-attention, feed-forward, and the block made of both."""

@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
-Activation = Literal["relu", "gelu"]
-ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+from dilated_models.config import LongNetConfig
 
 
 class FeedForward(nn.Module):
-    """fc1, activation, LayerNorm, fc2: MAGNETO's sub-LayerNorm (arXiv 2210.06423, section 2).
+    """fc1, activation, dropout, LayerNorm, fc2: MAGNETO's sub-LayerNorm (arXiv 2210.06423, sec. 2).
 
-    Both weights are drawn with Xavier's uniform rule and scaled by `gamma_init`; biases are zero.
+    Both weights are drawn with Xavier's uniform rule and scaled by γ; biases are zero.
 
     Args:
-        d_model: Width of the input and output.
-        dim_feedforward: Width between fc1 and fc2.
-        dropout: Probability of dropping an activation between fc1 and fc2.
-        activation: `"relu"` or `"gelu"` (the exact one, by erf).
-        layer_norm_eps: Added to the variance in the LayerNorm.
-        gamma_init: Gain of both weights at initialisation.
+        config: Of the model.
         device: Of the parameters.
         dtype: Of the parameters.
     """
 
     def __init__(
         self,
-        d_model: int,
-        dim_feedforward: int,
+        config: LongNetConfig,
         *,
-        dropout: float = 0.0,
-        activation: Activation = "relu",
-        layer_norm_eps: float = 1e-5,
-        gamma_init: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}.")
-        self.activation = activation
-        self.gamma_init = gamma_init
-        self.fc1 = nn.Linear(d_model, dim_feedforward, device=device, dtype=dtype)
-        self.layer_norm = nn.LayerNorm(
-            dim_feedforward, eps=layer_norm_eps, device=device, dtype=dtype
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(dim_feedforward, d_model, device=device, dtype=dtype)
+        self.activation, self.gamma_init = config.activation, config.gamma_init
+        inner, eps = config.dim_feedforward, config.layer_norm_eps
+        self.fc1 = nn.Linear(config.d_model, inner, device=device, dtype=dtype)
+        self.layer_norm = nn.LayerNorm(inner, eps=eps, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc2 = nn.Linear(inner, config.d_model, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,5 +50,5 @@ class FeedForward(nn.Module):
         return self.fc2(self.layer_norm(self.dropout(hidden)))
 
     def extra_repr(self) -> str:
-        """Show the one choice that is not a submodule."""
+        """The one choice that is not a submodule."""
         return f"activation={self.activation!r}"

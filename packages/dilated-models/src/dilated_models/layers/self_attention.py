@@ -1,19 +1,45 @@
-"""Dilated self-attention whose queries and keys know their positions."""
+"""Dilated self-attention with positions in its queries and keys."""
 
 from __future__ import annotations
 
-from dilated_core import MultiheadDilatedAttention
+import torch
+from dilated_core import MultiheadConfig, MultiheadDilatedAttention
 from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor
+
+from dilated_models.config import LongNetConfig
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):
     """Project, rotate q and k, attend, LayerNorm, project out.
 
-    Everything but the rotation is `dilated_core.MultiheadDilatedAttention`, whose arguments this
-    class takes. Rotation comes before the pattern selects positions, so each row is turned by its
-    absolute position whatever branch picks it up.
+    All but the rotation is `dilated_core.MultiheadDilatedAttention`. Rotation comes before the
+    pattern selects positions, so each row is turned by its absolute position in every branch.
+
+    Args:
+        config: Of the model.
+        device: Of the parameters.
+        dtype: Of the parameters.
     """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            MultiheadConfig(
+                embed_dim=config.d_model,
+                num_heads=config.nhead,
+                layer_norm_eps=config.layer_norm_eps,
+                gamma_init=config.gamma_init,
+                device=device,
+                dtype=dtype,
+            ),
+            config.attention,
+        )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, rotation: Rotation | None = None, *, is_causal: bool = False
@@ -22,8 +48,8 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
 
         Args:
             x: `(B, S, E)`.
-            rotation: Of the S positions; None leaves q and k as they are.
-            is_causal: Whether a position sees no later one.
+            rotation: Of the S positions; None leaves q and k unchanged.
+            is_causal: Whether a position sees only itself and earlier ones.
 
         Returns:
             `(B, S, E)`.

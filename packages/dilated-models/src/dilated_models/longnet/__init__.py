@@ -1,1 +1,1 @@
-"""LongNet (arXiv 2307.02486): its configuration and the language model."""
+"""The LongNet language model: the model itself, sampling from it, and its files."""

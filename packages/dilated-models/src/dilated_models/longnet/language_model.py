@@ -3,54 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Never, Self, cast
 
 import torch
+from dilated_core.checks import check_bool, check_float_dtype, check_tensor
+from dilated_core.modules.options import check_forward_names, from_options
 from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import (
     checkpoint,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
-from dilated_models.layers.feed_forward import Activation
-from dilated_models.longnet.config import LongNetConfig, PositionKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongNetArguments(LongNetConfig):
+    """The signature of `LongNetLM`: the fields of `LongNetConfig`, device and dtype."""
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
 
 
 class LongNetLM(nn.Module):
     """LongNet language model (arXiv 2307.02486, section 4.1): a MAGNETO decoder with xPos.
 
-    Embeddings are drawn from a normal of standard deviation d_model^−½, as is an output layer of
-    its own. Query and key weights are drawn with Xavier's uniform rule and gain 1/√2, values with
-    γ/√2, attention outputs and feed-forwards with γ = √(log 2L) for L blocks; biases are zero.
+    Embeddings are drawn from a normal distribution of standard deviation d_model^−½, and so is the
+    output layer unless it shares their weight. Query and key weights are drawn with Xavier's
+    uniform rule and gain 1/√2, values with γ/√2, attention outputs and feed-forwards with
+    γ = √(log 2L) for L blocks; biases are zero.
 
     Args:
-        num_tokens: Vocabulary size; 256 for bytes.
-        d_model: Width of the model.
-        nhead: Query heads; divides `d_model`.
-        num_encoder_layers: 0. The model is decoder-only.
-        num_decoder_layers: Number of blocks.
-        dim_feedforward: Width of the feed-forward halves.
-        segment_lengths: w of each branch, in tokens.
-        dilation_rates: r of each branch.
-        dropout: As in `LongNetConfig`, which documents the remaining arguments too.
-        activation: `"relu"` or `"gelu"`.
-        layer_norm_eps: Of every LayerNorm.
-        head_offsets: `"interleaved"` or `"blocked"`.
-        padding: `"masked"` or `"attended"`.
-        positions: `"xpos"`, `"rotary"` or `"none"`.
-        xpos_scale_base: In tokens.
-        tie_embeddings: Share the embedding's weight with the output layer.
-        scale_embedding: Multiply embeddings by √d_model.
-        final_layer_norm: LayerNorm before the output layer.
-        activation_checkpointing: Recompute blocks in the backward pass.
-        backend: As in `dilated_core.dilated_attention`.
+        config: A `LongNetConfig`. Or, instead of it, the fields of that class by name; `num_tokens`
+            is required.
         device: Of the parameters.
         dtype: Of the parameters; a floating-point dtype.
 
     Raises:
-        TypeError: As `LongNetConfig`.
+        TypeError: As `LongNetConfig`; or if both a config and fields of it are given.
         ValueError: As `LongNetConfig`.
 
     Example:
@@ -58,90 +52,39 @@ class LongNetLM(nn.Module):
         ...                   dim_feedforward=64, segment_lengths=[8, 16], dilation_rates=[1, 2])
         >>> model(torch.zeros(1, 20, dtype=torch.int64)).shape
         torch.Size([1, 20, 256])
+        >>> LongNetLM(model.config).config == model.config
+        True
     """
 
+    @from_options(LongNetArguments, elsewhere=ELSEWHERE, config=LongNetConfig)
     def __init__(
         self,
+        config: LongNetConfig,
         *,
-        num_tokens: int,
-        d_model: int = 768,
-        nhead: int = 12,
-        num_encoder_layers: int = 0,
-        num_decoder_layers: int = 12,
-        dim_feedforward: int = 3072,
-        segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
-        dilation_rates: Sequence[int] = (1, 2, 4, 6, 12),
-        dropout: float = 0.0,
-        activation: Activation = "relu",
-        layer_norm_eps: float = 1e-5,
-        head_offsets: Literal["interleaved", "blocked"] = "interleaved",
-        padding: Literal["masked", "attended"] = "masked",
-        positions: PositionKind = "xpos",
-        xpos_scale_base: float = 512.0,
-        tie_embeddings: bool = False,
-        scale_embedding: bool = True,
-        final_layer_norm: bool = True,
-        activation_checkpointing: bool = False,
-        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        config = LongNetConfig(
-            num_tokens=num_tokens,
-            d_model=d_model,
-            nhead=nhead,
-            num_encoder_layers=num_encoder_layers,
-            num_decoder_layers=num_decoder_layers,
-            dim_feedforward=dim_feedforward,
-            segment_lengths=segment_lengths,
-            dilation_rates=dilation_rates,
-            dropout=dropout,
-            activation=activation,
-            layer_norm_eps=layer_norm_eps,
-            head_offsets=head_offsets,
-            padding=padding,
-            positions=positions,
-            xpos_scale_base=xpos_scale_base,
-            tie_embeddings=tie_embeddings,
-            scale_embedding=scale_embedding,
-            final_layer_norm=final_layer_norm,
-            activation_checkpointing=activation_checkpointing,
-            backend=backend,
-        )
+        if dtype is not None:
+            check_float_dtype(dtype)
         self.config = config
+        num_tokens, d_model = config.num_tokens, config.d_model
         self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            SelfAttentionBlock(
-                d_model,
-                nhead,
-                dim_feedforward,
-                config.segment_lengths,
-                config.dilation_rates,
-                dropout=dropout,
-                activation=activation,
-                layer_norm_eps=layer_norm_eps,
-                gamma_init=config.gamma_init,
-                head_offsets=head_offsets,
-                padding=padding,
-                backend=backend,
-                device=device,
-                dtype=dtype,
-            )
-            for _ in range(num_decoder_layers)
+            SelfAttentionBlock(config, device=device, dtype=dtype)
+            for _ in range(config.num_decoder_layers)
         )
         self.final_norm = (
-            nn.LayerNorm(d_model, eps=layer_norm_eps, device=device, dtype=dtype)
-            if final_layer_norm
+            nn.LayerNorm(d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
+            if config.final_layer_norm
             else nn.Identity()
         )
         self.output = nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-        if tie_embeddings:
-            self.output.weight = self.embedding.weight
-        else:
-            nn.init.normal_(self.output.weight, std=d_model**-0.5)
+        self._draw_embeddings()
+        self.tie_weights()
+        self.register_load_state_dict_pre_hook(_complete_shared_weight)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     @classmethod
     def from_config(
@@ -151,11 +94,40 @@ class LongNetLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LongNetLM:
-        """Build the model a configuration describes, with freshly drawn weights."""
-        return cls(**config.to_dict(), device=device, dtype=dtype)
+        """The same as `LongNetLM(config, device=device, dtype=dtype)`."""
+        return cls(config, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, for instance after `to_empty`."""
+        for block in self.blocks:
+            cast(SelfAttentionBlock, block).reset_parameters()
+        if isinstance(self.final_norm, nn.LayerNorm):
+            self.final_norm.reset_parameters()
+        self._draw_embeddings()
+
+    def _draw_embeddings(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.output.weight, std=self.config.d_model**-0.5)
+
+    def tie_weights(self) -> None:
+        """Share the embedding's weight with the output layer, if the config has it so."""
+        if self.config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Part of `to`, `to_empty` and others, some of which make a new parameter for each name."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     def forward(
-        self, tokens: Tensor, is_causal: bool = True, *, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        is_causal: bool = True,
+        *,
+        positions: Tensor | None = None,
+        **unknown: Never,
     ) -> Tensor:
         """Score every next token.
 
@@ -169,9 +141,12 @@ class LongNetLM(nn.Module):
             `(B, S, num_tokens)` logits; row s scores the token after position s.
 
         Raises:
-            TypeError: If `tokens` or `positions` is not an int64 tensor.
-            ValueError: If a shape is wrong, or xPos would leave the range of the dtype.
+            TypeError: If `tokens` or `positions` is not an int64 tensor, or an argument is unknown.
+            ValueError: If a shape or device does not fit, or xPos would leave the range of the
+                dtype.
         """
+        check_forward_names(self, unknown, ("tokens", "is_causal", "positions"), self.config)
+        check_bool("is_causal", is_causal)
         _check_integers("tokens", tokens, "(B, S)", ndim=2)
         rotation = self._rotation(tokens, positions)
         x = self.embedding(tokens)
@@ -196,36 +171,78 @@ class LongNetLM(nn.Module):
             _check_integers("positions", positions, "(S,)", ndim=1)
             if positions.shape[0] != seq_len:
                 raise ValueError(
-                    f"positions must name one position per token, got {positions.shape[0]} for "
-                    f"{seq_len} tokens."
+                    f"positions has shape {tuple(positions.shape)} and there are {seq_len} tokens; "
+                    f"it must hold one position for each token."
+                )
+            if positions.device != tokens.device:
+                raise ValueError(
+                    f"positions is on {positions.device} and tokens on {tokens.device}; they must "
+                    f"be on one device."
                 )
             if config.positions == "none":
                 raise ValueError(
-                    'positions were given to a model with positions="none"; drop them.'
+                    f"positions is {tuple(positions.shape)} int64; it must be None for a model "
+                    f'with positions="none", so leave it out.'
                 )
         if config.positions == "none":
             return None
-        weight = self.embedding.weight
+        is_double = self.embedding.weight.dtype == torch.float64
         scale_base = config.xpos_scale_base if config.positions == "xpos" else None
         # A fixed center for explicit positions, because every shard of a sequence must agree on it.
         center = seq_len // 2 if positions is None else 0
         if scale_base is not None:
-            reach = center if positions is None else int(positions.abs().max()) if seq_len else 0
-            kind = tokens.device.type
-            autocast = torch.is_autocast_enabled(kind)
-            compute_dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-            check_decay_range(reach, scale_base, compute_dtype)
+            reach = center if positions is None else _largest(positions)
+            check_decay_range(reach, scale_base, self._compute_dtype(tokens.device.type))
         if positions is None:
             positions = torch.arange(seq_len, device=tokens.device)
-        factor_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        factor_dtype = torch.float64 if is_double else torch.float32
         return rotation_at(
             positions, config.head_dim, scale_base=scale_base, center=center, dtype=factor_dtype
         )
 
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        """The dtype of q and k, which autocast chooses unless the weights are float64."""
+        dtype = self.embedding.weight.dtype
+        if dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+            return dtype
+        is_autocast = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if is_autocast else dtype
 
-def _check_integers(name: str, value: object, shape: str, *, ndim: int) -> None:
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {got}.")
+
+def _complete_shared_weight(
+    model: LongNetLM, state: dict[str, Tensor], prefix: str, *rest: Any
+) -> None:
+    """Before loading: a shared weight may be stored under either name, or under both if equal."""
+    errors: list[str] = rest[-1]
+    names = [f"{prefix}embedding.weight", f"{prefix}output.weight"]
+    stored = [state[name] for name in names if name in state]
+    if not model.config.tie_embeddings or not stored:
+        return
+    first, last = stored[0], stored[-1]
+    if first is not last and not first.is_meta and not torch.equal(first, last.to(first.device)):
+        errors.append(
+            f"{names[0]} and {names[1]} differ; they must be equal for a model with "
+            f"tie_embeddings=True, so load them into one with tie_embeddings=False."
+        )
+    state |= dict.fromkeys(names, first)
+
+
+def _tie_again(model: LongNetLM, incompatible_keys: object) -> None:
+    """After loading: `assign=True` makes a new parameter for each name."""
+    model.tie_weights()
+
+
+def _largest(positions: Tensor) -> int:
+    """The largest distance of a position from 0; 0 for tensors without values (meta, fake)."""
+    if positions.is_meta or isinstance(positions, FakeTensor) or not len(positions):
+        return 0
+    low, high = positions.aminmax()
+    return max(-int(low), int(high))
+
+
+def _check_integers(name: str, value: Tensor, shape: str, *, ndim: int) -> None:
+    check_tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be int64, so use {name}.long().")
     if value.ndim != ndim:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}.")

@@ -1,1 +1,1 @@
-"""Training a LongNet on text: files, streams, order, loop, checkpoints, report."""
+"""Training and scoring a LongNet: the loop, a run and its files, evaluation, report."""

@@ -8,7 +8,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dilated_core.checks import check_choice, check_integer, check_number
+from dilated_core.modules.options import answers_names
 
+_INTEGERS: dict[str, dict[str, int]] = {
+    "steps": {"at_least": 1},
+    "batch_size": {"at_least": 1},
+    "accumulation": {"at_least": 1},
+    "seq_len": {"at_least": 1},
+    "warmup_steps": {"at_least": 0},
+    "seed": {"at_least": 0, "at_most": 2**64 - 1},
+    "validation_tokens": {"at_least": 1},
+    "final_validation_tokens": {"at_least": 1},
+    "validate_every": {"at_least": 1},
+    "checkpoint_every": {"at_least": 1},
+}
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "learning_rate": {"above": 0},
+    "final_share": {"at_least": 0, "at_most": 1},
+    "weight_decay": {"at_least": 0},
+    "beta1": {"at_least": 0, "below": 1},
+    "beta2": {"at_least": 0, "below": 1},
+    "gradient_clip": {"above": 0},
+    "validation_share": {"above": 0, "below": 1},
+}
+
+
+@answers_names({})
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """The numbers of a training run.
@@ -34,7 +60,7 @@ class TrainingConfig:
         checkpoint_every: Steps between checkpoints.
 
     Raises:
-        TypeError: If a value has the wrong type, or `from_dict` finds an unknown name.
+        TypeError: If a value has the wrong type, or a name is unknown or missing.
         ValueError: If a value is out of range.
     """
 
@@ -58,47 +84,20 @@ class TrainingConfig:
     checkpoint_every: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
-            expected = {"int": int, "float": int | float, "str": str}[kind]
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be of type {kind}, got {value!r}.")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}.")
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "seq_len",
-            "validation_tokens",
-            "final_validation_tokens",
-            "validate_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "gradient_clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if not 0 <= self.final_share <= 1:
-            raise ValueError(f"final_share must be in [0, 1], got {self.final_share}.")
-        if not 0 < self.validation_share < 1:
-            raise ValueError(
-                f"validation_share must be above 0 and below 1, got {self.validation_share}."
-            )
+        for name, bounds in _INTEGERS.items():
+            self._set(name, check_integer(name, getattr(self, name), **bounds))
+        for name, bounds in _NUMBERS.items():
+            self._set(name, check_number(name, getattr(self, name), **bounds))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"accumulation must divide batch_size, got accumulation={self.accumulation} and "
-                f"batch_size={self.batch_size}."
+                f"accumulation is {self.accumulation} and batch_size {self.batch_size}; "
+                f"accumulation must divide batch_size, so that all parts are equally large."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+
+    def _set(self, name: str, value: object) -> None:
+        """Replace a value by its checked form."""
+        object.__setattr__(self, name, value)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, from 0: linear warm-up, then a cosine down to the final share.
@@ -118,10 +117,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainingConfig:
         """Inverse of `to_dict`; refuses unknown and missing names."""
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise TypeError(f"the training configuration does not fit: {error}.") from error
+        return cls(**fields)
 
 
 class Preset(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dilated_core.checks import check_choice
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,7 +18,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            f"device {name!r} is not known; use auto, cpu, cuda, cuda:0 or mps."
+            f"device is {name!r}; it must be auto, cpu, cuda, cuda:0 (or another number) or mps."
         ) from error
     present = {
         "cpu": 1,
@@ -25,7 +26,7 @@ def choose_device(name: str) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }.get(device.type, 0)
     if (device.index or 0) >= present:
-        raise ValueError(f"device {name!r} is not available here; use auto or cpu.")
+        raise ValueError(f"device is {name!r}, which this machine does not have; use auto or cpu.")
     return device
 
 
@@ -33,11 +34,10 @@ def choose_dtype(name: str, device: torch.device) -> str:
     """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 on a GPU that has it.
 
     Raises:
-        ValueError: If the name is neither, or the device lacks bfloat16.
+        ValueError: If the name is another.
     """
     if name == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "bfloat16" if has_bfloat16 else "float32"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r} is not supported; use auto, float32 or bfloat16.")
+    check_choice("dtype", name, ("auto", "float32", "bfloat16"))
     return name

@@ -11,15 +11,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from dilated_core.atomic_write import write_atomically
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dilated_models.evaluation import autocast_to
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.saving import write_atomically
+from dilated_models.text.order import WindowOrder
+from dilated_models.text.streams import TokenStream
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.order import WindowOrder
-from dilated_models.training.streams import TokenStream
+from dilated_models.training.evaluation import autocast_to
 
 CHECKPOINT_FILE = "checkpoint.pt"
 _CHECKPOINT_FORMAT = 1
@@ -146,7 +146,8 @@ class TrainingState:
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        write_atomically(folder / CHECKPOINT_FILE, lambda path: torch.save(content, path))
+        with write_atomically(folder / CHECKPOINT_FILE) as part:
+            torch.save(content, part)
 
     def restore(self, folder: Path) -> None:
         """Continue from `checkpoint.pt`: weights, optimiser, random states and step.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dilated_models.saving import write_atomically
+from dilated_core.atomic_write import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,8 +35,8 @@ class MetricsFile:
                 if record["step"] <= after_step and record["kind"] != "final"
             ]
             self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
-            text = "".join(json.dumps(record) + "\n" for record in kept)
-            write_atomically(path, lambda part: _write_text(part, text))
+            with write_atomically(path) as part:
+                part.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsFile:
@@ -70,7 +70,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if line.endswith("\n"):
                 records.append(json.loads(line))
     return records
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dilated_models.evaluation import Evaluation
-from dilated_models.saving import write_atomically
+from dilated_core.atomic_write import write_atomically
+
+from dilated_models.training.evaluation import Evaluation
 
 PLOT_FILE = "loss.png"
 # xz -9 takes seconds per MiB and 700 MB for a long input.
@@ -66,7 +67,8 @@ def plot_losses(
     axes.grid(alpha=0.3)
     if steps or validations or xz is not None:
         axes.legend()
-    write_atomically(folder / PLOT_FILE, lambda path: figure.savefig(path, dpi=120, format="png"))
+    with write_atomically(folder / PLOT_FILE) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def context_lines(evaluation: Evaluation) -> list[str]:

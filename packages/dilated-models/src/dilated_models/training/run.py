@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from dilated_core.atomic_write import write_atomically
 
-from dilated_models.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
-from dilated_models.generation import generate
-from dilated_models.longnet.config import LongNetConfig
+from dilated_models.config import LongNetConfig
+from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.saving import TOKENIZER_FILE, save_model, write_atomically, write_config
+from dilated_models.longnet.saving import TOKENIZER_FILE, save_model, write_config
+from dilated_models.text.files import Split
+from dilated_models.text.order import WindowOrder
+from dilated_models.text.streams import ByteStream, TokenStream
+from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.files import Split
+from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
 from dilated_models.training.loop import StepRecord, TrainingState
 from dilated_models.training.metrics import MetricsFile, read_metrics
-from dilated_models.training.order import WindowOrder
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
 from dilated_models.training.stopping import Stopped, StopSignals
-from dilated_models.training.streams import ByteStream, TokenStream
-from dilated_models.training.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 
 _CACHE_FOLDER = "tokens"
 _SCORED_TOKENS = 4096  # at a time, at least, so that short windows are not scored one by one
@@ -120,7 +121,7 @@ def build(run: Run) -> TrainingState:
         ValueError: If no backend can run the model, or a window does not fit the model.
     """
     torch.manual_seed(run.training.seed)
-    state = TrainingState(LongNetLM.from_config(run.model, device=run.device), run.training)
+    state = TrainingState(LongNetLM(run.model, device=run.device), run.training)
     # One window now, so that whatever the model or its backend refuses is refused before a file
     # is written.
     window = torch.zeros(1, run.training.seq_len, dtype=torch.int64, device=run.device)
@@ -192,8 +193,8 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, run.to_config())
     if isinstance(run.vocabulary, TokenizerVocabulary):
-        tokenizer = run.vocabulary.json_bytes
-        write_atomically(folder / TOKENIZER_FILE, lambda path: _write_bytes(path, tokenizer))
+        with write_atomically(folder / TOKENIZER_FILE) as part:
+            part.write_bytes(run.vocabulary.json_bytes)
     with MetricsFile(folder, after_step=state.step) as metrics:
 
         def save() -> None:
@@ -302,7 +303,3 @@ def _sample(
         sampled.append(token)
         check()
     return prompt, run.vocabulary.decode(sampled)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dilated_core.checks import check_choice
 
-from dilated_models.longnet.config import LongNetConfig
-from dilated_models.saving import CONFIG_FILE, load_vocabulary, read_config
+from dilated_models.config import LongNetConfig
+from dilated_models.longnet.saving import CONFIG_FILE, load_vocabulary, read_config
+from dilated_models.text.files import Split, split_files, standard_library_files, text_files
+from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary
 from dilated_models.training.config import PRESETS, TrainingConfig
-from dilated_models.training.files import Split, split_files, standard_library_files, text_files
 from dilated_models.training.run import Run
-from dilated_models.training.vocabulary import ByteVocabulary, TokenizerVocabulary
 
 
 def new_run(
@@ -46,8 +47,7 @@ def new_run(
         TypeError: If a field has the wrong type.
         ValueError: If a field is out of range, or there is no text.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    check_choice("preset", preset, tuple(PRESETS))
     base = PRESETS[preset]
     numbers = base.training | dict(training)
     if (steps := numbers["steps"]) != base.training["steps"] and steps > 0:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from dilated_models.cli.app import app, run
 from dilated_models.cli.errors import fail
 from dilated_models.cli.progress import TrainingProgress
-from dilated_models.saving import load_model
+from dilated_models.longnet.saving import load_model
 from dilated_models.training.metrics import read_metrics
 from typer.testing import CliRunner
 
@@ -37,9 +38,34 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_samples() -> Iterator[None]:
+    """A sample costs a forward for each token, so 5 tokens stand for 200."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dilated_models.training.run._SAMPLE_TOKENS", 5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, write_text: Any) -> Path:
+    """A run of three steps, which tests read and leave as it is."""
+    folder = tmp_path_factory.mktemp("trained")
+    call(
+        "train",
+        "--text",
+        write_text(folder / "text"),
+        "--out",
+        folder / "run",
+        "--steps",
+        3,
+        *SMALL,
+    )
+    return folder / "run"
+
+
 @pytest.fixture
-def trained(text: Path, tmp_path: Path) -> Path:
-    call("train", "--text", text, "--out", tmp_path / "run", "--steps", 6, *SMALL)
+def own_run(text: Path, tmp_path: Path) -> Path:
+    call("train", "--text", text, "--out", tmp_path / "run", "--steps", 3, *SMALL)
     return tmp_path / "run"
 
 
@@ -111,12 +137,12 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, n
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_finished_run_reports_again(trained):
-    before = losses(trained)
-    result = call("train", "--resume", "--out", trained)
+def test_a_finished_run_reports_again(own_run):
+    before = losses(own_run)
+    result = call("train", "--resume", "--out", own_run)
     assert "xz -9" in result.output
-    assert losses(trained) == before
-    assert [r["kind"] for r in read_metrics(trained)].count("final") == 1
+    assert losses(own_run) == before
+    assert [r["kind"] for r in read_metrics(own_run)].count("final") == 1
 
 
 def test_the_seed_decides(text, tmp_path):
@@ -225,19 +251,25 @@ TRAIN_ERRORS = [
     (["--text", "{dir}/short.txt"], "too few to hold out 0.05 of them for validation"),
     (["--text", "{dir}/few.txt"], "the training text has 95 tokens, fewer than one window"),
     (["stray"], "unexpected argument 'stray'; text is named with --text PATH."),
-    (["--preset", "huge"], "preset must be one of tiny, small, base, got 'huge'."),
+    (["--preset", "huge"], "preset is 'huge'; it must be one of 'tiny', 'small', 'base'."),
     (["--segment-lengths", "8,x"], "--segment-lengths takes integers with commas between them"),
     (["--segment-lengths", "8,0"], "segment_lengths"),
     (["--segment-lengths", "8"], "segment_lengths has 1 entries and dilation_rates 2"),
     (["--dilation-rates", "1,-1"], "dilation_rates"),
-    (["--heads", "5"], "nhead must divide d_model, got d_model=32 and nhead=5."),
-    (["--dropout", "1.5"], "dropout must be at least 0 and below 1, got 1.5."),
-    (["--steps", "0"], "steps must be at least 1, got 0."),
-    (["--lr", "-1"], "learning_rate must be above 0, got -1.0."),
-    (["--accumulation", "3"], "accumulation must divide batch_size"),
-    (["--device", "cuda:7"], "device 'cuda:7' is not available here; use auto or cpu."),
-    (["--device", "toaster"], "device 'toaster' is not known; use auto, cpu, cuda"),
-    (["--dtype", "float16"], "dtype 'float16' is not supported; use auto, float32 or bfloat16."),
+    (["--heads", "5"], "nhead is 5 and d_model 32; nhead must divide d_model"),
+    (["--dropout", "1.5"], "dropout is 1.5; it must be at least 0 and below 1."),
+    (["--steps", "0"], "steps is 0; it must be at least 1."),
+    (["--lr", "-1"], "learning_rate is -1.0; it must be above 0."),
+    (["--accumulation", "3"], "accumulation is 3 and batch_size 2; accumulation must divide"),
+    (
+        ["--device", "cuda:7"],
+        "device is 'cuda:7', which this machine does not have; use auto or cpu.",
+    ),
+    (["--device", "toaster"], "device is 'toaster'; it must be auto, cpu, cuda, cuda:0"),
+    (
+        ["--dtype", "float16"],
+        "dtype is 'float16'; it must be one of 'auto', 'float32', 'bfloat16'.",
+    ),
     (["--backend", "abacus"], "abacus"),
     (["--tokenizer", "{dir}/none.json"], "there is no tokenizer file '{dir}/none.json'."),
     (["--tokenizer", "{dir}/few.txt"], "few.txt' is not a tokenizer file"),
@@ -271,16 +303,16 @@ def test_train_refuses_in_one_line_and_writes_nothing(text, tmp_path, arguments,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_train_does_not_touch_a_folder_that_holds_a_run(trained, text):
-    before = {path: path.read_bytes() for path in trained.iterdir()}
-    result = call("train", "--text", text, "--out", trained, *SMALL, code=2)
+def test_train_does_not_touch_a_folder_that_holds_a_run(own_run, text):
+    before = {path: path.read_bytes() for path in own_run.iterdir()}
+    result = call("train", "--text", text, "--out", own_run, *SMALL, code=2)
     assert "already holds a run; continue it with --resume" in result.stderr
-    result = call("train", "--resume", "--out", trained, "--lr", 1, "--heads", 2, code=2)
+    result = call("train", "--resume", "--out", own_run, "--lr", 1, "--heads", 2, code=2)
     assert "with the options it was started with; drop learning_rate, nhead." in result.stderr
     (text / "file1.py").write_text("other")
-    result = call("train", "--resume", "--out", trained, code=2)
+    result = call("train", "--resume", "--out", own_run, code=2)
     assert "the text has changed since" in result.stderr
-    assert {path: path.read_bytes() for path in trained.iterdir()} == before
+    assert {path: path.read_bytes() for path in own_run.iterdir()} == before
 
 
 def test_a_loss_that_explodes_is_one_line(text, tmp_path):
@@ -295,17 +327,26 @@ def test_a_loss_that_explodes_is_one_line(text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--checkpoint", "{run}", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--checkpoint", "{run}", "--prompt", "a", "--top-k", "0"], "top_k must be"),
+        (
+            ["generate", "--checkpoint", "{run}", "--prompt", ""],
+            "prompt is empty; it must hold at least one token",
+        ),
+        (
+            ["generate", "--checkpoint", "{run}", "--prompt", "a", "--top-k", "0"],
+            "top_k is 0; it must be",
+        ),
         (["generate", "--checkpoint", "{run}/x", "--prompt", "a"], "is no checkpoint folder"),
-        (["generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "x"], "is not known"),
+        (
+            ["generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "x"],
+            "device is 'x'; it must",
+        ),
         (["evaluate", "--checkpoint", "{run}"], "no text was named; add --text PATH."),
         (["evaluate", "--checkpoint", "{run}", "--text", "{run}/x"], "there is no file or folder"),
         (
             ["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--seq-len", "0"],
-            "seq_len must",
+            "seq_len is 0; it must be at least 1",
         ),
-        (["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--dtype", "x"], "not supported"),
+        (["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--dtype", "x"], "dtype is 'x'"),
     ],
 )
 def test_generate_and_evaluate_refuse_in_one_line(trained, arguments, message):
@@ -315,9 +356,9 @@ def test_generate_and_evaluate_refuse_in_one_line(trained, arguments, message):
     assert result.stdout == ""
 
 
-def test_damaged_weights_are_one_line(trained):
-    (trained / "model.safetensors").write_bytes(b"damaged")
-    result = call("generate", "--checkpoint", trained, "--prompt", "a", code=2)
+def test_damaged_weights_are_one_line(own_run):
+    (own_run / "model.safetensors").write_bytes(b"damaged")
+    result = call("generate", "--checkpoint", own_run, "--prompt", "a", code=2)
     assert "does not hold this model's weights" in result.stderr
     assert result.stderr.count("\n") == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from dilated_core.checks import check_integer, check_number
 
 from dilated_models.longnet.language_model import LongNetLM
 
@@ -36,6 +37,7 @@ def generate(
         One token id after the other.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If the prompt is empty or holds an unknown token, or a number is out of range.
 
     Example:
@@ -44,18 +46,15 @@ def generate(
         >>> len(list(generate(model, b"def ", max_new_tokens=5)))
         5
     """
-    num_tokens = model.config.num_tokens
-    if not prompt:
-        raise ValueError("the prompt is empty; give at least one token to continue from.")
-    if wrong := [token for token in prompt if not 0 <= token < num_tokens]:
-        raise ValueError(f"token {wrong[0]} is not in the model's vocabulary of {num_tokens}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or more and finite, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out to draw among all.")
-    return _sample(model, list(prompt), max_new_tokens, temperature, top_k, seed)
+    last = model.config.num_tokens - 1
+    tokens = [check_integer("a token of prompt", x, at_least=0, at_most=last) for x in prompt]
+    if not tokens:
+        raise ValueError("prompt is empty; it must hold at least one token to continue from.")
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
+    temperature = check_number("temperature", temperature, at_least=0)
+    top_k = None if top_k is None else check_integer("top_k", top_k, at_least=1)
+    seed = check_integer("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
+    return _sample(model, tokens, max_new_tokens, temperature, top_k, seed)
 
 
 def _sample(

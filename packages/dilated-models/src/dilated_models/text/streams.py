@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dilated_models.training.files import Piece
+from dilated_models.text.files import Piece
 
 Int64Array = npt.NDArray[np.int64]
 

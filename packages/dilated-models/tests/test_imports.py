@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and say what they show."""
+"""The public names, and the examples in docstrings."""
 
 import doctest
 import importlib
@@ -12,6 +12,21 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(dilated_models.__path__, "dilated_models.")
     if not module.name.endswith("__main__")
 )
+
+
+def test_the_public_names() -> None:
+    assert dilated_models.__all__ == [
+        "LongNetConfig",
+        "LongNetLM",
+        "evaluate",
+        "generate",
+        "load_model",
+    ]
+    assert set(dilated_models.__all__) <= set(dir(dilated_models))
+    for name in dilated_models.__all__:
+        assert getattr(dilated_models, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'LongNetXL'"):
+        dilated_models.LongNetXL  # noqa: B018
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dilated_models.training.streams import TokenStream
+from dilated_models.text.streams import TokenStream
 
 _FEISTEL_ROUNDS = 4
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dilated_models import LongNetLM
-from dilated_models.evaluation import evaluate, scored_ranges
+from dilated_models.training.evaluation import evaluate, scored_ranges
 
 
 class Numbers:
@@ -124,11 +124,14 @@ def test_progress_is_told_and_may_stop_it(model, stream):
 
 
 def test_refusals(model, stream):
-    with pytest.raises(ValueError, match="seq_len must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="seq_len is 0; it must be at least 1"):
         evaluate(model, stream, seq_len=0)
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_tokens is 0; it must be at least 1"):
         evaluate(model, stream, seq_len=1, max_tokens=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="batch_size is -1; it must be at least 1"):
         evaluate(model, stream, seq_len=1, batch_size=-1)
-    with pytest.raises(ValueError, match="the text has 1 tokens; at least 2 are needed"):
+    for name in ("seq_len", "max_tokens", "batch_size"):
+        with pytest.raises(TypeError, match=rf"{name} is 2\.5; it must be an integer"):
+            evaluate(model, stream, **{"seq_len": 2} | {name: 2.5})
+    with pytest.raises(ValueError, match="the text has 1 tokens; it must have at least 2"):
         evaluate(model, Numbers(torch.zeros(1, dtype=torch.int64)), seq_len=1)

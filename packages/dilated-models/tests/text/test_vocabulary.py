@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dilated_models.training.files import Piece, text_files
-from dilated_models.training.streams import ByteStream
-from dilated_models.training.vocabulary import ByteVocabulary, TokenizerVocabulary, token_cache
+from dilated_models.text.files import Piece, text_files
+from dilated_models.text.streams import ByteStream
+from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, token_cache
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
@@ -98,7 +98,7 @@ def test_the_cache_is_made_once_per_text(byte_level, text, tmp_path, monkeypatch
 
 
 def test_long_files_are_tokenised_in_parts(byte_level, tmp_path, monkeypatch):
-    monkeypatch.setattr("dilated_models.training.vocabulary._PART_BYTES", 10)
+    monkeypatch.setattr("dilated_models.text.vocabulary._PART_BYTES", 10)
     content = "ab 🙂\n" * 20 + "🙂" * 20  # the end has no line break to cut at
     (tmp_path / "long.txt").write_text(content)
     pieces = [Piece(tmp_path / "long.txt", "long.txt", 0, len(content.encode()))]

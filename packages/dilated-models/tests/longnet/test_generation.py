@@ -4,7 +4,7 @@ import collections
 
 import pytest
 import torch
-from dilated_models.generation import generate
+from dilated_models.longnet.generation import generate
 
 
 def test_greedy_is_the_argmax_of_full_forwards(model):
@@ -67,16 +67,40 @@ def test_the_mode_is_restored(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": []}, "the prompt is empty; give at least one token"),
-        ({"prompt": [61]}, "token 61 is not in the model's vocabulary of 61"),
-        ({"prompt": [-1]}, "token -1 is not in the model's vocabulary"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, r"temperature must be 0 or more and finite, got -1\.0"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more and finite, got nan"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"prompt": []}, "prompt is empty; it must hold at least one token"),
+        ({"prompt": [61]}, "a token of prompt is 61; it must be at most 60"),
+        ({"prompt": [-1]}, "a token of prompt is -1; it must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"temperature": -1.0}, r"temperature is -1\.0; it must be at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be finite"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
     ],
 )
 def test_refusals_come_at_the_call(model, change, message):
     arguments = {"prompt": [1], "max_new_tokens": 1} | change
     with pytest.raises(ValueError, match=message):
         generate(model, arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "def"}, "a token of prompt is 'd'; it must be an integer"),
+        ({"prompt": [1.0]}, r"a token of prompt is 1\.0; it must be an integer"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; it must be an integer"),
+        ({"temperature": "1"}, "temperature is '1'; it must be a number"),
+        ({"top_k": True}, "top_k is True; it must be an integer"),
+        ({"seed": None}, "seed is None; it must be an integer"),
+    ],
+)
+def test_wrong_types_are_refused_at_the_call(model, change, message):
+    arguments = {"prompt": [1], "max_new_tokens": 1} | change
+    with pytest.raises(TypeError, match=message):
+        generate(model, arguments.pop("prompt"), **arguments)
+
+
+def test_a_prompt_may_be_bytes_or_a_tensor(model):
+    expected = list(generate(model, [5, 6], max_new_tokens=4))
+    for prompt in (bytes([5, 6]), torch.tensor([5, 6]), (5, 6)):
+        assert list(generate(model, prompt, max_new_tokens=4)) == expected

@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from dilated_core.checks import check_integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.training.streams import TokenStream
+from dilated_models.text.streams import TokenStream
 
 _SHORTEST_BUCKET = 16
 _MOST_STRETCHES = 16
@@ -70,6 +71,7 @@ def scored_ranges(
         after each of them are the targets.
 
     Raises:
+        TypeError: If a number is not an integer.
         ValueError: If the text has fewer than two tokens, or a number is below 1.
 
     Example:
@@ -78,13 +80,13 @@ def scored_ranges(
         >>> scored_ranges(101, seq_len=10, max_tokens=20)
         [(0, 10), (50, 60)]
     """
-    for name, value in (("seq_len", seq_len), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    seq_len = check_integer("seq_len", seq_len, at_least=1)
+    if max_tokens is not None:
+        max_tokens = check_integer("max_tokens", max_tokens, at_least=1)
     if num_tokens < 2:
         raise ValueError(
-            f"the text has {num_tokens} tokens; at least 2 are needed, one to see and one to "
-            f"predict."
+            f"the text has {num_tokens} tokens; it must have at least 2, one to see and one to "
+            f"predict, so use more text."
         )
     total = num_tokens - 1
     if max_tokens is None or max_tokens >= total:
@@ -127,14 +129,15 @@ def evaluate(
             stop.
 
     Raises:
+        TypeError: If a number is not an integer.
         ValueError: As `scored_ranges`, or if `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    batch_size = check_integer("batch_size", batch_size, at_least=1)
     ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
     total = sum(stop - start for start, stop in ranges)
-    nats = torch.zeros(seq_len, dtype=torch.float64)
-    num_bytes = torch.zeros(seq_len, dtype=torch.int64)
+    # On the CPU, as the stream is, whatever the default device.
+    nats = torch.zeros(seq_len, dtype=torch.float64, device="cpu")
+    num_bytes = torch.zeros(seq_len, dtype=torch.int64, device="cpu")
     was_training = model.training
     model.eval()
     try:

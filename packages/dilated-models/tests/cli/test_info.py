@@ -98,7 +98,7 @@ def test_info_shows_what_is_refused(monkeypatch):
         (["--heads", "8"], "--heads is about a measurement; add --benchmark."),
         (["--benchmark", "--seq-lens", "8,x"], "--seq-lens takes integers with commas between"),
         (["--benchmark", "--device", "cpu", "--heads", "0"], "num_heads is (0,); sizes must be"),
-        (["--device", "cuda:9"], "device 'cuda:9' is not available here"),
+        (["--device", "cuda:9"], "device is 'cuda:9', which this machine does not have"),
         (
             ["--benchmark", "--save", "{dir}"],
             "--save takes the name of a file; '{dir}' is a folder",

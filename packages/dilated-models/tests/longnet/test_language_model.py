@@ -10,6 +10,7 @@ import torch
 from dilated_core import DilatedPattern, reference_dilated_attention
 from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.layers.self_attention import DilatedSelfAttention
+from torch import nn
 
 
 def with_reference_attention(model: LongNetLM) -> LongNetLM:
@@ -49,7 +50,7 @@ def with_reference_attention(model: LongNetLM) -> LongNetLM:
 def test_equals_the_definition_forward_and_backward(config, tokens, change, backend, is_causal):
     torch.manual_seed(0)
     config = dataclasses.replace(config, backend=backend, **change)
-    model = LongNetLM.from_config(config, dtype=torch.float64)
+    model = LongNetLM(config, dtype=torch.float64)
     oracle = with_reference_attention(model)
     actual, expected = model(tokens, is_causal), oracle(tokens, is_causal)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
@@ -92,7 +93,7 @@ def test_activation_checkpointing_changes_nothing(config, tokens, dropout):
     for recompute in (False, True):
         torch.manual_seed(0)
         changed = dataclasses.replace(config, activation_checkpointing=recompute, dropout=dropout)
-        model = LongNetLM.from_config(changed, dtype=torch.float64)
+        model = LongNetLM(changed, dtype=torch.float64)
         count = [0]
         model.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
         torch.manual_seed(1)
@@ -105,7 +106,7 @@ def test_activation_checkpointing_changes_nothing(config, tokens, dropout):
 
 
 def test_dropout_acts_in_training_only(config, tokens):
-    model = LongNetLM.from_config(dataclasses.replace(config, dropout=0.5))
+    model = LongNetLM(dataclasses.replace(config, dropout=0.5))
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
@@ -169,19 +170,56 @@ def test_sub_layer_norms_stand_before_the_output_projections(model, tokens):
 
 
 def test_tied_embeddings(config, tokens):
-    untied = LongNetLM.from_config(config)
-    tied = LongNetLM.from_config(dataclasses.replace(config, tie_embeddings=True))
+    torch.manual_seed(0)
+    untied = LongNetLM(config, dtype=torch.float64)
+    tied = LongNetLM(dataclasses.replace(config, tie_embeddings=True), dtype=torch.float64)
     assert tied.output.weight is tied.embedding.weight
     assert untied.output.weight is not untied.embedding.weight
-    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-    assert count(untied) - count(tied) == 61 * 32
-    assert copy.deepcopy(tied).output.weight is not tied.output.weight
-    twin = copy.deepcopy(tied)
-    assert twin.output.weight is twin.embedding.weight
-    twin(tokens).sum().backward()
-    with torch.no_grad():
-        twin.embedding.weight.add_(1.0)
-    assert torch.equal(twin.output.weight, twin.embedding.weight)
+    assert len(list(untied.parameters())) - len(list(tied.parameters())) == 1
+    untied.load_state_dict(tied.state_dict())
+    logits = tied(tokens)
+    assert torch.equal(logits, untied(tokens))
+    upstream = torch.randn_like(logits)
+    logits.backward(upstream)
+    untied(tokens).backward(upstream)
+    both = untied.embedding.weight.grad + untied.output.weight.grad
+    torch.testing.assert_close(tied.embedding.weight.grad, both, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "remake",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.to_empty(device="cpu"),
+        lambda model: nn.ModuleList([model]).to_empty(device="cpu")[0],
+        lambda model: model.to(torch.float64),
+    ],
+    ids=["deepcopy", "pickle", "to_empty", "to_empty of its owner", "to"],
+)
+def test_tied_embeddings_stay_tied(config, remake):
+    model = remake(LongNetLM(dataclasses.replace(config, tie_embeddings=True)))
+    assert model.output.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("stored", ["embedding.weight", "output.weight", "both"])
+def test_a_shared_weight_is_loaded_from_either_name(config, tokens, assign, stored):
+    config = dataclasses.replace(config, tie_embeddings=True)
+    expected, model = (LongNetLM(config, dtype=torch.float64) for _ in range(2))
+    state = copy.deepcopy(expected.state_dict())
+    if stored != "both":
+        state[stored] = (state.pop("embedding.weight"), state.pop("output.weight"))[0]
+    model.load_state_dict(state, assign=assign)
+    assert model.output.weight is model.embedding.weight
+    assert torch.equal(model(tokens), expected(tokens))
+
+
+def test_two_weights_are_not_loaded_into_one(config):
+    untied = LongNetLM(config).state_dict()
+    tied = LongNetLM(dataclasses.replace(config, tie_embeddings=True))
+    with pytest.raises(RuntimeError, match=r"embedding\.weight and output\.weight differ"):
+        tied.load_state_dict(untied)
 
 
 def test_copies_pickles_and_shows_itself(model, tokens):
@@ -207,24 +245,34 @@ def test_empty_and_single_sequences(model):
 
 
 def test_refusals(model, config):
-    with pytest.raises(TypeError, match=r"tokens must be an int64 tensor of shape \(B, S\), got"):
+    with pytest.raises(TypeError, match=r"tokens has dtype torch\.float32; it must be int64"):
         model(torch.zeros(1, 4))
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match="tokens is a list; it must be a tensor"):
         model([1, 2])
-    with pytest.raises(ValueError, match=r"tokens must have shape \(B, S\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"tokens has shape \(4,\); it must be \(B, S\)"):
         model(torch.zeros(4, dtype=torch.int64))
     four = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="one position per token, got 3 for 4 tokens"):
+    with pytest.raises(ValueError, match=r"positions has shape \(3,\) and there are 4 tokens"):
         model(four, positions=torch.arange(3))
-    with pytest.raises(TypeError, match="positions must be an int64 tensor"):
+    with pytest.raises(TypeError, match=r"positions has dtype torch\.float32; it must be int64"):
         model(four, positions=torch.arange(4.0))
-    with pytest.raises(ValueError, match=r"stays within the range of torch\.float64"):
-        model(four, positions=torch.arange(4) + 10**7)
-    without = LongNetLM.from_config(dataclasses.replace(config, positions="none"))
-    with pytest.raises(ValueError, match='a model with positions="none"; drop them'):
+    with pytest.raises(ValueError, match="positions is on meta and tokens on cpu; they must be"):
+        model(four, positions=torch.arange(4, device="meta"))
+    for far in (10**7, -(10**7), -(2**63)):
+        with pytest.raises(ValueError, match=r"stays within the range of torch\.float64"):
+            model(four, positions=torch.tensor([0, 1, 2, far]))
+    without = LongNetLM(dataclasses.replace(config, positions="none"))
+    with pytest.raises(ValueError, match='it must be None for a model with positions="none"'):
         without(four, positions=torch.arange(4))
+    for value in ("False", None, 1):
+        with pytest.raises(TypeError, match=f"is_causal is {value!r}; it must be True or False"):
+            model(four, value)
+    with pytest.raises(TypeError, match=r"LongNetLM\.forward has no argument 'causal'; it is call"):
+        model(four, causal=False)
+    with pytest.raises(TypeError, match="no argument 'dropout'; it is an option of the construct"):
+        model(four, dropout=0.1)
     with pytest.raises(ValueError, match="no-such-backend"):
-        LongNetLM.from_config(dataclasses.replace(config, backend="no-such-backend"))(four)
+        LongNetLM(dataclasses.replace(config, backend="no-such-backend"))(four)
 
 
 def test_it_learns_a_pattern_by_heart():
@@ -265,7 +313,7 @@ def test_a_long_context_is_used():
         dilation_rates=(1, 2),
     )
     torch.manual_seed(0)
-    model = LongNetLM.from_config(config, dtype=torch.float64)
+    model = LongNetLM(config, dtype=torch.float64)
     tokens = torch.zeros(1, 63, dtype=torch.int64)
     other = tokens.clone()
     other[0, 0] = 1

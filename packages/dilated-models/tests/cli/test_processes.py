@@ -11,7 +11,7 @@ import pytest
 import torch
 from dilated_models.cli.app import app
 from dilated_models.cli.progress import TrainingProgress
-from dilated_models.saving import load_model
+from dilated_models.longnet.saving import load_model
 from dilated_models.training.loop import StepRecord
 from dilated_models.training.metrics import read_metrics
 from typer.testing import CliRunner
@@ -117,12 +117,3 @@ def test_help_is_quick_and_imports_have_no_effects():
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "--segment-lengths" in result.stdout
-
-
-def test_the_public_names():
-    import dilated_models
-
-    assert dilated_models.__all__ == ["LongNetConfig", "LongNetLM"]
-    assert set(dilated_models.__all__) <= set(dir(dilated_models))
-    with pytest.raises(AttributeError, match="has no attribute 'LongNetXL'"):
-        dilated_models.LongNetXL  # noqa: B018

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
+from dilated_core.atomic_write import write_atomically
 
-from dilated_models.training.files import Piece
-from dilated_models.training.streams import ByteStream, Int64Array, TokenFile
+from dilated_models.text.files import Piece
+from dilated_models.text.streams import ByteStream, Int64Array, TokenFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -135,18 +135,17 @@ def token_cache(
     stem = folder / digest.hexdigest()[:16]
     tokens_path = stem.with_suffix(f".tokens.u{8 * token_dtype.itemsize}")
     lengths_path = stem.with_suffix(".lengths.u32")
-    # The tokens are renamed last: where they are, both files are whole.
     if not tokens_path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        parts = (lengths_path.with_suffix(".part"), tokens_path.with_suffix(".part"))
-        try:
-            with parts[0].open("wb") as lengths_file, parts[1].open("wb") as tokens_file:
-                _tokenise(text, pieces, vocabulary, tokens_file, lengths_file, token_dtype)
-            os.replace(parts[0], lengths_path)
-            os.replace(parts[1], tokens_path)
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
+        # The tokens take their name last (the outer block ends last), so where they are, both
+        # files are whole.
+        with (
+            write_atomically(tokens_path) as tokens_part,
+            write_atomically(lengths_path) as lengths_part,
+            tokens_part.open("wb") as tokens_file,
+            lengths_part.open("wb") as lengths_file,
+        ):
+            _tokenise(text, pieces, vocabulary, tokens_file, lengths_file, token_dtype)
     return TokenFile(tokens_path, token_dtype, lengths_path, text)
 
 
@@ -179,9 +178,6 @@ def _tokenise(
             "the tokenizer finds no token in the text; check that they belong together."
         )
     lengths_file.write(pending.astype(np.uint32).tobytes())
-    for file in (tokens_file, lengths_file):
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:

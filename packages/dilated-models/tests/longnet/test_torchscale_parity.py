@@ -8,7 +8,7 @@ import torch
 from dilated_models import LongNetLM
 from safetensors import safe_open
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 # In this order: the first pairs free names that the later ones reuse.
 RENAMED = (
     ("embed_tokens.", "embedding."),

@@ -1,4 +1,7 @@
-"""What a LongNet is, as data: frozen, checked, and the same after a trip through JSON."""
+"""What a LongNet is, as data: frozen, checked, and equal after JSON there and back.
+
+Each option of a model is declared here and nowhere else; the layers take the config.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dilated_core import DilatedPattern
+from dilated_core import DilatedAttentionConfig, DilatedPattern
+from dilated_core.checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+)
+from dilated_core.modules.options import answers_names
+from dilated_core.pattern.branches import HeadOffsets, Padding
 
-from dilated_models.layers.feed_forward import ACTIVATIONS, Activation
-
+Activation = Literal["relu", "gelu"]
 PositionKind = Literal["xpos", "rotary", "none"]
 
+# What `check_names` answers to arguments that users give to a config or model.
+ELSEWHERE = {
+    "is_causal": "is passed to forward",
+    "scale": "is 1/√head_dim, so leave it out",
+    "num_kv_heads": "is nhead, so leave it out",
+    "layer_norm": "stands in every block, so leave it out",
+    "bias": "is part of every projection, so leave it out",
+    "gamma_init": "follows from num_decoder_layers, so leave it out",
+}
 
+
+@answers_names(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongNetConfig:
     """Configuration of a `LongNetLM`; the defaults are the paper's base model.
@@ -46,7 +67,7 @@ class LongNetConfig:
         backend: As in `dilated_core.dilated_attention`.
 
     Raises:
-        TypeError: If a value has the wrong type, or `from_dict` finds an unknown name.
+        TypeError: If a value has the wrong type, or a name is unknown.
         ValueError: If a value is out of range or two values contradict each other.
 
     Example:
@@ -68,8 +89,8 @@ class LongNetConfig:
     dropout: float = 0.0
     activation: Activation = "relu"
     layer_norm_eps: float = 1e-5
-    head_offsets: Literal["interleaved", "blocked"] = "interleaved"
-    padding: Literal["masked", "attended"] = "masked"
+    head_offsets: HeadOffsets = "interleaved"
+    padding: Padding = "masked"
     positions: PositionKind = "xpos"
     xpos_scale_base: float = 512.0
     tie_embeddings: bool = False
@@ -80,45 +101,46 @@ class LongNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "d_model", "nhead", "num_decoder_layers", "dim_feedforward"):
-            _check_count(name, getattr(self, name), at_least=1)
-        _check_count("num_encoder_layers", self.num_encoder_layers, at_least=0)
+            self._set(name, check_integer(name, getattr(self, name), at_least=1))
+        self._set(
+            "num_encoder_layers",
+            check_integer("num_encoder_layers", self.num_encoder_layers, at_least=0),
+        )
         if self.num_encoder_layers:
             raise ValueError(
-                f"num_encoder_layers={self.num_encoder_layers} is not supported: LongNetLM is "
-                f"decoder-only, so leave num_encoder_layers at 0 and give all layers to "
-                f"num_decoder_layers."
+                f"num_encoder_layers is {self.num_encoder_layers}; it must be 0, because LongNetLM "
+                f"is decoder-only, so give all layers to num_decoder_layers."
             )
         if self.d_model % self.nhead:
             raise ValueError(
-                f"nhead must divide d_model, got d_model={self.d_model} and nhead={self.nhead}."
+                f"nhead is {self.nhead} and d_model {self.d_model}; nhead must divide d_model, so "
+                f"that all heads have the same head_dim."
             )
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("positions", self.positions, get_args(PositionKind))
+        check_choice("activation", self.activation, get_args(Activation))
+        check_choice("positions", self.positions, get_args(PositionKind))
         if self.positions != "none" and self.head_dim % 2:
             raise ValueError(
-                f"positions={self.positions!r} turns pairs of channels, so d_model / nhead must be "
-                f'even, got {self.head_dim}; change nhead or use positions="none".'
+                f"head_dim, d_model / nhead, is {self.head_dim}; it must be even, since positions="
+                f"{self.positions!r} turns pairs of channels, so change nhead or use "
+                f'positions="none".'
             )
-        _check_number("dropout", self.dropout)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}.")
         for name in ("layer_norm_eps", "xpos_scale_base"):
-            _check_number(name, getattr(self, name))
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+            self._set(name, check_number(name, getattr(self, name), above=0))
+        self._set("dropout", check_number("dropout", self.dropout, at_least=0, below=1))
         for name in (
             "tie_embeddings",
             "scale_embedding",
             "final_layer_norm",
             "activation_checkpointing",
         ):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"backend must be a name such as 'auto', got {self.backend!r}.")
-        pattern = self.pattern  # checks lengths, rates, head_offsets and padding
-        object.__setattr__(self, "segment_lengths", tuple(pattern.segment_lengths))
-        object.__setattr__(self, "dilation_rates", tuple(pattern.dilation_rates))
+            check_bool(name, getattr(self, name))
+        attention = self.attention  # checks lengths, rates, head_offsets, padding and backend
+        self._set("segment_lengths", attention.segment_lengths)
+        self._set("dilation_rates", attention.dilation_rates)
+
+    def _set(self, name: str, value: object) -> None:
+        """Replace a value by its checked form."""
+        object.__setattr__(self, name, value)
 
     @property
     def head_dim(self) -> int:
@@ -126,14 +148,20 @@ class LongNetConfig:
         return self.d_model // self.nhead
 
     @property
-    def pattern(self) -> DilatedPattern:
-        """The pattern of every block."""
-        return DilatedPattern(
-            self.segment_lengths,
-            self.dilation_rates,
+    def attention(self) -> DilatedAttentionConfig:
+        """The attention of every block."""
+        return DilatedAttentionConfig(
+            segment_lengths=self.segment_lengths,
+            dilation_rates=self.dilation_rates,
             head_offsets=self.head_offsets,
             padding=self.padding,
+            backend=self.backend,
         )
+
+    @property
+    def pattern(self) -> DilatedPattern:
+        """The pattern of every block."""
+        return self.attention.pattern
 
     @property
     def gamma_init(self) -> float:
@@ -148,14 +176,8 @@ class LongNetConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LongNetConfig:
         """Inverse of `to_dict`; refuses unknown names."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise TypeError(
-                f"unknown configuration name {', '.join(map(repr, unknown))}; known names are "
-                f"{', '.join(sorted(known))}."
-            )
         if "num_tokens" not in fields:
-            raise TypeError("the configuration lacks num_tokens, the vocabulary size.")
+            raise TypeError("num_tokens is missing; it must be given, as the vocabulary size.")
         return cls(**fields)
 
     def to_json(self) -> str:
@@ -171,22 +193,8 @@ class LongNetConfig:
         """
         loaded: object = json.loads(text.read_text("utf-8") if isinstance(text, Path) else text)
         if not isinstance(loaded, dict):
-            raise TypeError(f"a configuration is a JSON object, got {type(loaded).__name__}.")
+            raise TypeError(
+                f"the configuration is a JSON {type(loaded).__name__}; it must be an object, as "
+                f"to_json writes it."
+            )
         return cls.from_dict(loaded)  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _check_count(name: str, value: object, *, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise TypeError(f"{name} must be a finite number, got {value!r}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

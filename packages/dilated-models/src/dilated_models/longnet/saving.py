@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from dilated_core.atomic_write import write_atomically
 from safetensors import SafetensorError
 from safetensors.torch import (
     load_file,  # pyright: ignore[reportUnknownVariableType]
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from dilated_models.longnet.config import LongNetConfig
+from dilated_models.config import LongNetConfig
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.training.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
+from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -25,36 +25,11 @@ MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace `path` by what `write` writes, or leave it as it was.
-
-    The content goes to a file beside `path`, reaches the disk, and only then takes the name; a
-    crash at any moment leaves the old file or the new one, whole.
-
-    Args:
-        path: The file to make or replace.
-        write: Called with the path to write to.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # make the new name itself durable
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `config.json` with the format version in front."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
-    write_atomically(folder / CONFIG_FILE, lambda path: _write_text(path, text))
+    with write_atomically(folder / CONFIG_FILE) as part:
+        part.write_text(text, "utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -89,13 +64,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def save_model(folder: Path, model: LongNetLM) -> None:
-    """Write `model.safetensors`; a tied output weight is stored once, as the embedding's."""
+    """Write `model.safetensors`; a shared weight is stored once, as the embedding's."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del state["output.weight"]
-    write_atomically(
-        folder / MODEL_FILE, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    with write_atomically(folder / MODEL_FILE) as part:
+        save_file(state, part, metadata={"format": "pt"})
 
 
 def load_model(folder: Path, *, device: torch.device | str = "cpu") -> LongNetLM:
@@ -118,12 +92,9 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu") -> LongNetLM
         raise FileNotFoundError(
             f"{str(folder)!r} has no {MODEL_FILE} yet; train until the first checkpoint is saved."
         )
-    model = LongNetLM.from_config(config, device=device)
+    model = LongNetLM(config, device=device)
     try:
-        state = load_file(path)
-        if config.tie_embeddings and "embedding.weight" in state:
-            state["output.weight"] = state["embedding.weight"]
-        model.load_state_dict(state)
+        model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not hold this model's weights: {reason}") from error
@@ -155,7 +126,3 @@ def _model_config(folder: Path) -> LongNetConfig:
         return LongNetConfig.from_dict(read_config(folder)["model"])
     except TypeError as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r}: {error}") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")

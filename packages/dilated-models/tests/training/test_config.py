@@ -1,0 +1,72 @@
+"""TrainingConfig: the learning rate of each step, the presets, every refusal by its text."""
+
+import itertools
+from typing import Any
+
+import pytest
+from dilated_models import LongNetConfig
+from dilated_models.training.config import PRESETS, TrainingConfig
+
+TRAINING: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 4,
+    "seq_len": 24,
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "validate_every": 100,
+    "checkpoint_every": 100,
+}
+
+
+def test_the_schedule():
+    config = TrainingConfig(**TRAINING | {"steps": 100, "warmup_steps": 10, "learning_rate": 1.0})
+    rates = [config.learning_rate_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert config.learning_rate_at(1000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_together(name):
+    preset = PRESETS[name]
+    model = LongNetConfig.from_dict(preset.model | {"num_tokens": 256})
+    training = TrainingConfig.from_dict(preset.training)
+    assert max(model.segment_lengths) <= training.seq_len
+    assert min(model.dilation_rates) == 1
+    assert TrainingConfig.from_dict(training.to_dict()) == training
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0; it must be at least 1"),
+        ({"steps": 1.5}, TypeError, r"steps is 1\.5; it must be an integer"),
+        ({"seq_len": True}, TypeError, "seq_len is True; it must be an integer"),
+        ({"learning_rate": 0.0}, ValueError, r"learning_rate is 0\.0; it must be above 0"),
+        ({"learning_rate": float("inf")}, ValueError, "learning_rate is inf; it must be finite"),
+        ({"weight_decay": -1.0}, ValueError, r"weight_decay is -1\.0; it must be at least 0"),
+        ({"seed": -1}, ValueError, "seed is -1; it must be at least 0"),
+        ({"seed": 2**64}, ValueError, f"seed is {2**64}; it must be at most {2**64 - 1}"),
+        ({"beta2": 1.0}, ValueError, r"beta2 is 1\.0; it must be at least 0 and below 1"),
+        (
+            {"final_share": 2.0},
+            ValueError,
+            r"final_share is 2\.0; it must be at least 0 and at mos",
+        ),
+        (
+            {"validation_share": 1},
+            ValueError,
+            "validation_share is 1; it must be above 0 and below",
+        ),
+        ({"accumulation": 3}, ValueError, "accumulation is 3 and batch_size 4; accumulation must"),
+        ({"dtype": "float16"}, ValueError, "dtype is 'float16'; it must be one of 'float32', 'bfl"),
+        ({"epochs": 3}, TypeError, "TrainingConfig has no argument 'epochs'; its arguments are"),
+        ({"dtype": 16}, ValueError, "dtype is 16; it must be one of 'float32', 'bfloat16'"),
+    ],
+)
+def test_refusals(change, error, message):
+    with pytest.raises(error, match=message):
+        TrainingConfig.from_dict(TRAINING | change)

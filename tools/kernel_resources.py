@@ -1,12 +1,11 @@
-"""Compile every kernel that ships for GPUs that are not here, and record what it uses of them.
+"""Compile every kernel that ships for GPUs that are not there, and record what each uses.
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
-head_dim, dtype and causality, plain and with everything that is optional, and the kernels without
-configurations: delta, and those for decoding. It writes benchmarks/kernel_resources.json and the
-tables in docs/kernels.md. Rows that are there for the same sources and Triton are kept, so it can
-be stopped and goes on; from nothing it takes an hour. `--check` compiles nothing: it fails unless
-the file covers the configurations, without spills and within the shared memory, and the page shows
-it.
+head_dim, dtype and causality, plain and with every option, and the kernels without configurations:
+delta, and those for decoding. It writes benchmarks/kernel_resources.json. Rows that are there for
+the same sources and Triton are kept, so a stopped run goes on where it was; from nothing it takes
+an hour. `--check` compiles nothing: it fails unless the file covers the configurations, without
+spills and within the shared memory.
 """
 
 from __future__ import annotations
@@ -16,22 +15,20 @@ import hashlib
 import json
 import multiprocessing
 import sys
+import tokenize
 import warnings
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "kernel_resources.json"
-PAGE = ROOT / "docs" / "kernels.md"
 KERNELS = ROOT / "packages" / "dilated-kernels" / "src" / "dilated_kernels" / "fused"
 SOURCES = {
-    "attention": ("addressing.py", "arithmetic.py", "forward.py", "backward.py", "launch.py"),
-    "decoding": ("arithmetic.py", "decode.py", "decode_launch.py"),
+    "attention": ("addressing.py", "arithmetic.py", "forward.py", "backward.py", "attention.py"),
+    "decoding": ("arithmetic.py", "decode.py", "decoding.py"),
 }
-
-BEGIN, END = "<!-- kernel_resources -->", "<!-- /kernel_resources -->"
 
 CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 HEAD_DIMS = (16, 32, 48, 64, 96, 128, 256)
@@ -101,14 +98,28 @@ def key(one: Specialization) -> str:
 
 
 def sources_hashes() -> dict[str, str]:
-    """What tells whether the kernels are those that were compiled."""
+    """Which code the kernels were compiled from: comments and docstrings do not count."""
     hashes: dict[str, str] = {}
     for name, files in SOURCES.items():
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update((KERNELS / file).read_bytes())
-        hashes[name] = digest.hexdigest()[:16]
+        code = "\n".join(map(_code, files))
+        hashes[name] = hashlib.sha256(code.encode()).hexdigest()[:16]
     return hashes
+
+
+def _code(file: str) -> str:
+    """The tokens of a file that are neither comments nor whole statements of text."""
+    ignored = (tokenize.COMMENT, tokenize.NL)
+    with (KERNELS / file).open("rb") as source:
+        tokens = [
+            token for token in tokenize.tokenize(source.readline) if token.type not in ignored
+        ]
+    around = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    words = (
+        token.string.strip()  # versions of Python differ in the text of a NEWLINE
+        for before, token in pairwise(tokens)
+        if not (token.type == tokenize.STRING and before.type in around)
+    )
+    return " ".join(filter(None, words))
 
 
 def configuration(one: Specialization) -> list[int] | None:
@@ -127,16 +138,15 @@ def configuration(one: Specialization) -> list[int] | None:
 def compile_one(one: Specialization) -> tuple[str, Row]:
     """Resources and configuration of one specialization."""
     import torch
-    from dilated_kernels.fused.ahead_of_time import compile_decode, compile_kernel
+
+    from tools.compile_ahead import compile_decode, compile_kernel
 
     common = (getattr(torch, one.dtype), one.head_dim, one.capability)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if one.kind == "decode":
             group = 4 if one.is_grouped else 1
-            compiled = compile_decode(*common, group=group, precision=one.precision)
-            used = type(compiled["decode"])(*map(max, *compiled.values()))
-            return key(one), used._asdict()
+            return key(one), compile_decode(*common, group=group, precision=one.precision)._asdict()
         used = compile_kernel(
             one.kind,
             *common,
@@ -181,73 +191,6 @@ def write(version: str, rows: dict[str, Row]) -> None:
     RESULT.write_text("\n".join([f"{{{head},", '"rows": {', ",\n".join(lines), "}}"]) + "\n")
 
 
-def table(rows: dict[str, Row], *, extras: bool) -> list[str]:
-    """A line for each generation, arithmetic and kernel; a column for each head_dim."""
-    from dilated_kernels.fused.configs import generation
-
-    cells: dict[tuple[str, str, str], dict[int, list[Row]]] = {}
-    for one in specializations():
-        if one.kind not in KINDS or one.extras != extras:
-            continue
-        arithmetic = f"float32, {one.precision}" if one.dtype == "float32" else "half precision"
-        line = cells.setdefault((generation(one.capability), arithmetic, one.kind), {})
-        line.setdefault(one.head_dim, []).append(rows[key(one)])
-    lines = [
-        "| GPUs, arithmetic, kernel | " + " | ".join(f"D = {d}" for d in HEAD_DIMS) + " |",
-        "| --- " * (1 + len(HEAD_DIMS)) + "|",
-    ]
-    for name, line in sorted(cells.items(), key=lambda item: item[0][:2]):
-        shown: list[str] = []
-        for of_head_dim in line.values():
-            block_m, block_n, warps, stages = of_head_dim[0]["config"]
-            registers = max(row["registers"] for row in of_head_dim)
-            shared = max(row["shared_bytes"] for row in of_head_dim)
-            shown.append(
-                f"{block_m}×{block_n}, {warps}, {stages}: {registers}, {shared / 1024:.0f}"
-            )
-        lines.append(f"| {', '.join(name)} | {' | '.join(shown)} |")
-    return lines
-
-
-def most(rows: list[Row], name: str) -> int:
-    """The largest of the rows' values."""
-    return max(row[name] for row in rows)
-
-
-def counted(rows: list[Row]) -> str:
-    """How many put a value aside over a loop, as a sentence."""
-    aside = [row for row in rows if row["spilled_bytes"]]
-    return (
-        f"{len(aside)} of them put something aside before a loop and fetch it after it, "
-        f"{most(rows, 'spilled_bytes')} bytes at most."
-    )
-
-
-def page(rows: dict[str, Row]) -> str:
-    """docs/kernels.md with what these rows say between its two markers."""
-    every = list(specializations())
-    decoding = [rows[key(one)] for one in every if one.kind == "decode"]
-    attention = [rows[key(one)] for one in every if one.kind != "decode"]
-    lines = [
-        *table(rows, extras=False),
-        "",
-        "With a key padding mask, packed documents, an order of tiles, dropout, blocked offsets of "
-        "heads and attended padding, all at once:",
-        "",
-        *table(rows, extras=True),
-        "",
-        f"Each was compiled for a branch alone and for the first and the last of several; with the "
-        f"{sum(one.kind == 'delta' for one in every)} of delta these are {len(attention)}. None "
-        f"spills a register, and on 9.0 none waits for each product of a warp group. "
-        f"The {len(decoding)} pairs of decoding kernels take at most "
-        f"{most(decoding, 'registers')} registers and "
-        f"{most(decoding, 'shared_bytes') / 1024:.0f} KiB of shared memory. {counted(decoding)}",
-    ]
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    return "\n".join([before + BEGIN, "", *lines, "", END + after])
-
-
 def source_of(name: str) -> str:
     """Which of SOURCES a row was compiled from."""
     return "decoding" if name.startswith("decode") else "attention"
@@ -290,14 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for problem in (found := problems(rows)):
         print(problem)
-    if found:
-        return 1
-    if not options.check:
-        PAGE.write_text(page(rows))
-    elif PAGE.read_text() != page(rows):
-        print("docs/kernels.md shows other numbers; run python -m tools.kernel_resources")
-        return 1
-    return 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ import triton.language as tl
 from dilated_core import DilatedPattern, dilated_attention
 from dilated_core.pattern.branches import head_offset
 from dilated_core.testing import Case
-from dilated_kernels.fused import launch
+from dilated_kernels.fused import attention
 from dilated_kernels.fused.addressing import row_pointers
-from dilated_kernels.fused.configs import Config
+from dilated_kernels.fused.attention import Accumulation, Call, Options, is_wide
+from dilated_kernels.fused.branches import count_slots, place_branches
+from dilated_kernels.fused.tuning import Config, Tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL_TILES = dict.fromkeys(("forward", "dq", "dk_dv"), Config(16, 16, 4, 2))
 
 
 @triton.jit
@@ -36,10 +39,6 @@ def test_offsets_of_rows(stride, wide):
     assert torch.equal(result.cpu(), want * 4)
 
 
-def options(mask=None):
-    return launch.Options(False, 1.0, 0.0, 0, mask, None, "row_major")
-
-
 def strided(stride):
     """A tensor `(1, 2, 4, 16)` whose positions are `stride` elements apart, on no device."""
     return torch.empty_strided((1, 2, 4, 16), (2 * stride, stride, 16, 1), device="meta")
@@ -47,56 +46,70 @@ def strided(stride):
 
 def test_64_bits_are_used_where_32_do_not_suffice():
     """A tile of 128 rows at a rate of 16: positions may be 2^20 elements apart, and not more."""
-    config = Config(128, 64, 8, 2)
-    plan = launch.plan_launches(DilatedPattern([2**20], [16]), 2**20, None)[0]
+    config, rate, no_mask = Config(128, 64, 8, 2), 16, 0
     near, far = strided(2**20 - 1), strided(2**20)
-    assert not launch.is_wide(config, plan, options(), near, near, near)
+    assert not is_wide(config, rate, no_mask, near, near, near)
     for i in range(4):
         tensors = [near] * 4
         tensors[i] = far
-        assert launch.is_wide(config, plan, options(), *tensors)
+        assert is_wide(config, rate, no_mask, *tensors)
     # Results are contiguous: 2^20 = H · D here.
     many_heads = torch.empty((1, 2, 2**16, 16), device="meta").as_strided(
         (1, 2, 2**16, 16), (1, 1, 1, 1)
     )
-    assert launch.is_wide(config, plan, options(), many_heads, near, near)
+    assert is_wide(config, rate, no_mask, many_heads, near, near)
     # Of each row, backward reads two values besides.
     thin = torch.empty((1, 2, 2**19, 1), device="meta").as_strided((1, 2, 2**19, 1), (1, 1, 1, 1))
-    assert launch.is_wide(config, plan, options(), thin, near, near)
-    mask = torch.empty_strided((1, 2), (2**21, 2**20), device="meta")
-    assert launch.is_wide(config, plan, options(mask), near, near, near)
-    assert launch.is_wide(Config(64, 128, 8, 2), plan, options(), near, far, near)
-    assert not launch.is_wide(Config(64, 64, 8, 2), plan, options(), near, far, near)
+    assert is_wide(config, rate, no_mask, thin, near, near)
+    assert is_wide(config, rate, 2**20, near, near, near)
+    assert is_wide(Config(64, 128, 8, 2), rate, no_mask, near, far, near)
+    assert not is_wide(Config(64, 64, 8, 2), rate, no_mask, near, far, near)
 
 
-def test_launches_ask_about_everything_that_they_read(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        launch, "is_wide", lambda *args: asked.append([x.stride(1) for x in args[3:]])
-    )
-    q, k, v, dout = (
-        torch.zeros(1, 8, 2 + i, 16, device=DEVICE)[:, :, :2].requires_grad_() for i in range(4)
-    )
-    out = dilated_attention(q, k, v, DilatedPattern([8], [1]), backend="triton")
-    torch.autograd.grad(out, (q, k, v), dout)
-    assert asked == [[32, 48, 64], [32, 48, 64, 80], [32, 48, 64, 80]]
+def test_launches_check_every_tensor_that_they_read():
+    """Each of q, k, v, the mask and dout in turn has positions 2³¹ / 16 elements apart."""
+    far = 2**27
+    pattern = DilatedPattern([256], [1])
+    tuning = Tuning((8, 0), "ieee")
+
+    def strided(is_far, *shape):
+        strides = (0, far if is_far else 64, *(16 if n == 2 else 1 for n in shape[2:]))
+        return torch.empty_strided(shape, strides, device="meta")
+
+    for i in range(6):
+        q, k, v, dout = (strided(i == n, 1, 256, 2, 16) for n in range(4))
+        mask_strides = (0, far if i == 4 else 1)
+        mask = torch.empty_strided((1, 256), mask_strides, device="meta", dtype=torch.bool)
+        call = Call(
+            q, k, v, pattern, Options(False, 1.0, 0.0, 0, mask, None), tuning,
+            place_branches(pattern, 256, 2, None),
+        )  # fmt: skip
+        out = Accumulation(q, call.branches, is_read_unwritten=False)
+        values = torch.empty(1, 256, 2, 2, device="meta")
+        (forward,) = attention.forward_launches(call, out, values[..., 0])
+        (dq,) = attention.dq_launches(call, dout, values, out)
+        (dk_dv,) = attention.dk_dv_launches(call, dout, values, out, out)
+        assert forward.constants["WIDE"] == (i in (0, 1, 2, 4))
+        assert dq.constants["WIDE"] == dk_dv.constants["WIDE"] == (i < 5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_64_bits_give_the_same_bits(monkeypatch, is_causal):
+def test_64_bits_give_the_same_bits(is_causal):
     case = Case(
         seq_len=50, num_heads=4, num_kv_heads=2, pattern=DilatedPattern([20, 50], [1, 3]),
         is_causal=is_causal, masked=0.2,
     )  # fmt: skip
-    monkeypatch.setattr(launch, "choose_config", lambda *_, **__: Config(16, 16, 4, 2))
+    q, k, v, dout = (x.detach() for x in case.tensors(dtype=torch.float32, device=DEVICE))
+    mask = case.options(device=DEVICE)["key_padding_mask"]
+    options = Options(is_causal, 0.3, 0.0, 0, mask, None)
+    usual = attention.tuning_for(q, "row_major", SMALL_TILES)
     results = []
-    for wide in (False, True):
-        monkeypatch.setattr(launch, "is_wide", lambda *_, wide=wide: wide)
-        q, k, v, dout = case.tensors(dtype=torch.float32, device=DEVICE)
-        out = dilated_attention(
-            q, k, v, case.pattern, **case.options(device=DEVICE), backend="triton"
+    for tuning in (usual, usual._replace(is_wide=True)):
+        out, lse = attention.dilated_forward(q, k, v, case.pattern, options, tuning)
+        grads = attention.dilated_backward(
+            dout, None, q, k, v, out, lse, case.pattern, options, tuning
         )
-        results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), dout)])
+        results.append([out, lse, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -139,4 +152,4 @@ def test_every_head_has_one_slot(head_offsets, heads, kv_heads):
             for g in range(kv_heads)
         )
         pattern = DilatedPattern([16], [rate], head_offsets=head_offsets)
-        assert launch.count_slots(heads, kv_heads, rate, pattern) == most
+        assert count_slots(heads, kv_heads, rate, pattern) == most

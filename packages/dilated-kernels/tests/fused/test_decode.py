@@ -12,10 +12,12 @@ from dilated_core import (
     DilatedPattern,
     decode_step_with_lse,
     reference_dilated_attention_with_lse,
+    register_backend,
+    unregister_backend,
 )
 from dilated_core.testing import AWKWARD_CASES, random_cases
 from dilated_core.testing.error_budget import pytorch_errors, relative_error
-from dilated_kernels.fused import decode_launch
+from dilated_kernels.fused import TritonBackend, decoding, launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +43,7 @@ def caches(tensors, pattern, count=2, **options):
     return made
 
 
-def decode(cache, tensors, start, *, backend="triton", scale=None):
+def decode(cache, tensors, start, *, backend="triton-test", scale=None):
     """The tokens before `start` at once, the others one by one: out and lse of those."""
     cache.prefill(*(x[:, :start] for x in tensors[1:]))
     steps = [
@@ -76,13 +78,30 @@ def random_tokens(n, *, batch_size=1, num_heads=4, num_kv_heads=2, head_dim=6, d
     )
 
 
+class ShortSplits(TritonBackend):
+    """The kernels, with few keys in a split, so that a short context has several."""
+
+    elements = decoding.ELEMENTS_PER_SPLIT
+
+    def decode_forward(self, *tensors, **options):
+        return decoding.decode_forward(*tensors, **options, elements_per_split=self.elements)
+
+
+@pytest.fixture(autouse=True)
+def short_splits():
+    """Register the kernels as "triton-test"."""
+    backend = ShortSplits(name="triton-test")
+    register_backend(backend)
+    yield backend
+    unregister_backend("triton-test")
+
+
 @pytest.fixture
-def keys_per_split(monkeypatch):
+def keys_per_split(short_splits):
     """Set how many keys are in a split at least."""
 
     def set_number(keys, head_dim=6):
-        width = 1 << (head_dim - 1).bit_length()
-        monkeypatch.setattr(decode_launch, "ELEMENTS_PER_SPLIT", keys * width)
+        short_splits.elements = keys * (1 << (head_dim - 1).bit_length())
 
     return set_number
 
@@ -165,7 +184,7 @@ def test_beams_go_on_from_the_rows_they_were_given():
     cache.prefill(*(x[:, :26] for x in tensors[1:]))
     cache.reorder(beams)
     steps = [
-        decode_step_with_lse(*(x[beams, t : t + 1] for x in tensors), cache, backend="triton").out
+        decode_step_with_lse(*(x[beams, t : t + 1] for x in tensors), cache, backend="triton-test").out
         for t in range(26, 30)
     ]
     want = reference_dilated_attention_with_lse(*tensors, PATTERN, is_causal=True).out
@@ -212,43 +231,39 @@ def test_an_empty_batch_is_decoded_too():
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """Grids of the launches, as they come."""
-    grids = []
+def grids(monkeypatch):
+    """Grids of the launches, as they run."""
+    seen = []
 
-    class Counted:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    def run(launches, device):
+        launches = list(launches)
+        seen.extend(launch.grid for launch in launches)
+        launch.run(launches, device)
 
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return self.kernel[grid]
-
-    for name in ("decode_kernel", "merge_kernel"):
-        monkeypatch.setattr(decode_launch, name, Counted(getattr(decode_launch, name)))
-    return grids
+    monkeypatch.setattr(decoding, "run", run)
+    return seen
 
 
-def test_one_launch_for_few_keys_and_two_for_many(launches, keys_per_split):
+def test_one_launch_for_few_keys_and_two_for_many(grids, keys_per_split):
     tensors = random_tokens(24, batch_size=2)
     (cache,) = caches(tensors, PATTERN, 1)
     decode(cache, tensors, 23)
-    assert launches == [(2 * 2,)]
-    launches.clear()
+    assert grids == [(2 * 2,)]
+    grids.clear()
     keys_per_split(4)
     cache.reset()
     decode(cache, tensors, 23)
     # Position 23 has 7 rows of the first branch before it, 7 of the second and 5 of the third.
-    assert launches == [(2 * 2 * 5,), (2 * 4,)]
+    assert grids == [(2 * 2 * 5,), (2 * 4,)]
 
 
-def test_auto_takes_the_kernel_on_a_gpu_and_never_the_interpreter(launches):
+def test_auto_takes_the_kernel_on_a_gpu_and_never_the_interpreter(grids):
     tensors = random_tokens(3)
     (cache,) = caches(tensors, PATTERN, 1)
     decode(cache, tensors, 1, backend="auto")
-    assert len(launches) == (2 if DEVICE == "cuda" else 0)
-    decode(cache, [x[:, 2:] for x in tensors], 0, backend="triton")
-    assert launches
+    assert len(grids) == (2 if DEVICE == "cuda" else 0)
+    decode(cache, [x[:, 2:] for x in tensors], 0, backend="triton-test")
+    assert grids
 
 
 @pytest.mark.parametrize(
@@ -258,26 +273,26 @@ def test_auto_takes_the_kernel_on_a_gpu_and_never_the_interpreter(launches):
         ("'triton' cannot run float32 on .*: head_dim is 257", {"head_dim": 257}),
     ],
 )
-def test_the_named_kernel_says_what_it_cannot_run(launches, message, changes):
+def test_the_named_kernel_says_what_it_cannot_run(grids, message, changes):
     tensors = random_tokens(2, **changes)
     (cache,) = caches(tensors, PATTERN, 1)
     with pytest.raises(ValueError, match=message):
-        decode(cache, tensors, 1)
+        decode(cache, tensors, 1, backend="triton-test")
     assert cache.position == 1
     decode(cache, [x[:, 1:] for x in tensors], 0, backend="auto")
-    assert launches == []
+    assert grids == []
 
 
 @pytest.mark.parametrize("position", [0, 1, 255, 256, 257, 2**20, 2**33 - 1])
 @pytest.mark.parametrize("head_dim", [1, 48, 64, 256])
 def test_splits_hold_every_key_and_are_no_more_than_can_be_merged(position, head_dim):
     pattern = DilatedPattern([2**9, 2**31], [1, 2])
-    layout = decode_launch.CacheLayout(pattern.branches, [], None, None, None)
-    parts, keys = decode_launch.choose_splits(layout, position, head_dim)
+    layout = decoding.CacheLayout(pattern.branches, [], None, None, None)
+    parts, keys = decoding.choose_splits(layout, position, head_dim)
     num_keys = position % 2**9 + position % 2**31 // 2
     assert parts * keys >= num_keys
     assert (parts - 1) * keys < max(num_keys, 1)
-    assert 1 <= parts <= decode_launch.MAX_SPLITS
+    assert 1 <= parts <= decoding.MAX_SPLITS
     assert keys >= 2**14 / (2 * head_dim)
 
 
@@ -285,7 +300,7 @@ def test_longer_splits_where_there_would_be_too_many(monkeypatch, keys_per_split
     """As in segments of millions of keys."""
     keys_per_split(1)
     tensors = random_tokens(200, num_heads=1, num_kv_heads=1)
-    assert decode_launch.MAX_SPLITS == 128
+    assert decoding.MAX_SPLITS == 128
     check(tensors, DilatedPattern([200], [1]), 199)
 
 
@@ -299,7 +314,7 @@ def test_positions_beyond_32_bits(start, keys_per_split):
     assert all(start % w == 0 for w, _ in PATTERN.branches)
     far.position = start
     steps = [
-        decode_step_with_lse(*(x[:, t : t + 1] for x in tensors), far, backend="triton")
+        decode_step_with_lse(*(x[:, t : t + 1] for x in tensors), far, backend="triton-test")
         for t in range(14)
     ]
     for got, expected in zip(zip(*steps, strict=True), want, strict=True):
@@ -339,7 +354,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
     cache.values.fill_(1.0)
     cache.position = w - 1
     q, k, v = tensors
-    out, lse = decode_step_with_lse(q, k * 0, v, cache, backend="triton")
+    out, lse = decode_step_with_lse(q, k * 0, v, cache, backend="triton-test")
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(w)), rtol=1e-5, atol=0)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-2, atol=0)
     assert torch.equal(cache.values[:, -1], v[:, 0, 0])

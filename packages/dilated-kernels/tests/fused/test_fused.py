@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from dilated_core import (
     DilatedPattern,
     available_backends,
@@ -21,16 +20,25 @@ from dilated_core.backends.registry import get_backend
 from dilated_core.testing import Case, assert_within_budget, relative_error
 from dilated_core.testing.error_budget import pytorch_errors
 from dilated_kernels.fused import TritonBackend, launch
-from dilated_kernels.fused.arithmetic import keep_factor
-from dilated_kernels.fused.configs import Config
+from dilated_kernels.fused.tile_order import order_table
+from dilated_kernels.fused.tuning import Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles of queries and keys in each segment, although the segments are short."""
-    monkeypatch.setattr(launch, "choose_config", lambda *_: Config(16, 16, 4, 2))
+SMALL = (16, 16, 4, 2)
+"""Several tiles of queries and keys in each segment, although the segments are short."""
+
+
+@contextmanager
+def registered(config, **options):
+    """The name of a backend whose kernels all have this config."""
+    configs = dict.fromkeys(("forward", "dq", "dk_dv"), Config(*config))
+    register_backend(TritonBackend(configs=configs, name="triton-test", **options))
+    try:
+        yield "triton-test"
+    finally:
+        unregister_backend("triton-test")
 
 
 def attend(case, dtype=torch.float32, backend="triton", **options):
@@ -51,8 +59,8 @@ def exact(case, dtype=torch.float32):
     return [out.detach(), lse.detach(), *grads]
 
 
-def assert_exact(case):
-    for got, want in zip(attend(case), exact(case), strict=True):
+def assert_exact(case, backend="triton"):
+    for got, want in zip(attend(case, backend=backend), exact(case), strict=True):
         empty = want == -torch.inf
         assert torch.equal(got == -torch.inf, empty)
         assert relative_error(got.masked_fill(empty, 0), want.masked_fill(empty, 0)) < 5e-6
@@ -64,30 +72,27 @@ def assert_exact(case):
     [(16, 32), (32, 16), (64, 16), (16, 64)],
     ids=lambda sizes: f"{sizes[0]} queries, {sizes[1]} keys",
 )
-def test_tiles_of_any_shape(monkeypatch, config, is_causal):
-    monkeypatch.setattr(launch, "choose_config", lambda *_: Config(*config, 4, 2))
-    pattern = DilatedPattern([50, 100], [1, 2], padding="attended")
-    assert_exact(
-        Case(
-            seq_len=90,
-            num_heads=4,
-            num_kv_heads=2,
-            pattern=pattern,
-            is_causal=is_causal,
-            masked=0.2,
-        )
+def test_tiles_of_any_shape(config, is_causal):
+    case = Case(
+        seq_len=90,
+        num_heads=4,
+        num_kv_heads=2,
+        pattern=DilatedPattern([50, 100], [1, 2], padding="attended"),
+        is_causal=is_causal,
+        masked=0.2,
     )
+    with registered((*config, 4, 2)) as name:
+        assert_exact(case, name)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("rows", [15, 16, 17, 31, 32, 33])
-def test_segments_end_anywhere_in_a_tile(monkeypatch, rows, is_causal):
+def test_segments_end_anywhere_in_a_tile(rows, is_causal):
     """With one row in the last tile, too, and another head's rows to come after it."""
-    monkeypatch.setattr(launch, "choose_config", lambda *_: Config(16, 16, 4, 2))
     pattern = DilatedPattern([rows], [1])
-    assert_exact(
-        Case(seq_len=rows, num_heads=4, num_kv_heads=2, pattern=pattern, is_causal=is_causal)
-    )
+    case = Case(seq_len=rows, num_heads=4, num_kv_heads=2, pattern=pattern, is_causal=is_causal)
+    with registered(SMALL) as name:
+        assert_exact(case, name)
 
 
 @pytest.mark.parametrize("head_dim", [3, 16, 48, 96, 200])
@@ -112,94 +117,6 @@ def test_half_precision_whatever_launch_is_last(dtype, rates):
     )
 
 
-# Dropout
-
-
-@triton.jit
-def _mask_kernel(
-    result, seed, branch, sequence, start, rate, dropout_p, ROWS: tl.constexpr, STRIDE: tl.constexpr
-):
-    row = tl.arange(0, ROWS)
-    factor = keep_factor(seed, branch, sequence, start, rate, row[:, None], row[None, :], dropout_p)
-    tl.store(result + row[:, None] * STRIDE + row[None, :], factor)
-
-
-def dropout_mask(seed, branch, sequence, seq_len, dropout_p):
-    """keep_factor of every pair of positions, `(S, S)`, from one call with rate 1."""
-    rows = triton.next_power_of_2(seq_len)
-    result = torch.empty(rows, rows, device=DEVICE)
-    _mask_kernel[(1,)](result, seed, branch, sequence, 0, 1, dropout_p, rows, rows)
-    return result[:seq_len, :seq_len].double()
-
-
-def with_dropout(case, seed, dropout_p):
-    """The definition, with the probability of each branch's key kept or dropped."""
-    q, k, v, dout = (x.double() for x in case.tensors(dtype=torch.float32, device=DEVICE))
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    S, H = case.seq_len, case.num_heads
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * case.head_dim**-0.5
-    counts = torch.zeros(1, H, S, S, device=DEVICE, dtype=torch.float64)
-    kept = torch.zeros_like(counts)
-    for i, (w, r) in enumerate(case.pattern.branches):
-        alone = DilatedPattern([w], [r]).materialize(S, H, is_causal=case.is_causal).to(DEVICE)
-        counts += alone
-        kept[0] += alone * torch.stack([dropout_mask(seed, i, h, S, dropout_p) for h in range(H)])
-    weight = scores.exp() / (counts * scores.exp()).sum(-1, keepdim=True)
-    out = torch.einsum("bhqk,bkhd->bqhd", weight * kept, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_dropout_is_a_function_of_positions(monkeypatch, is_causal):
-    """Equal to the definition under the same mask, with whatever tiles; forward and backward."""
-    pattern = DilatedPattern([16, 40], [1, 2])
-    case = Case(seq_len=40, num_heads=2, pattern=pattern, is_causal=is_causal)
-    want = with_dropout(case, 1234567890123, 0.3)
-    kernel = get_backend("triton")
-    q, k, v, dout = case.tensors(dtype=torch.float32, device=DEVICE)
-    options = {
-        "is_causal": is_causal,
-        "scale": case.head_dim**-0.5,
-        "dropout_p": 0.3,
-        "dropout_seed": 1234567890123,
-        "key_padding_mask": None,
-        "cu_seqlens": None,
-    }
-    for tile in ((64, 64), (16, 16), (16, 32)):
-        monkeypatch.setattr(launch, "choose_config", lambda *_, tile=tile: Config(*tile, 4, 2))
-        with torch.no_grad():
-            out, lse = kernel.dilated_forward(q, k, v, pattern, **options)
-            grads = kernel.dilated_backward(dout, None, q, k, v, out, lse, pattern, **options)
-        for got, exact_ in zip((out, *grads), want, strict=True):
-            assert relative_error(got, exact_) < 5e-6
-
-
-def test_dropout_drops_what_it_should():
-    masks = [
-        dropout_mask(seed, branch, head, 256, 0.25)
-        for seed, branch, head in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1 + 2**33, 0, 0)]
-    ]
-    for mask in masks:
-        assert set(mask.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
-        # 65536 draws: five standard deviations.
-        assert abs((mask == 0).double().mean() - 0.25) < 5 * (0.25 * 0.75 / 65536) ** 0.5
-    for i, one in enumerate(masks):
-        for other in masks[:i]:
-            both = ((one == 0) & (other == 0)).double().mean()
-            assert abs(both - 0.0625) < 5 * (0.0625 * 0.9375 / 65536) ** 0.5
-
-
-def test_dropout_follows_the_seed_of_torch():
-    case = Case(seq_len=20, num_heads=2, pattern=DilatedPattern([20], [1]))
-    results = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        results.append(attend(case, dropout_p=0.5))
-    assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
-    assert not torch.equal(results[0][0], results[2][0])
-    assert torch.equal(results[0][1], results[2][1])  # the lse knows nothing of it
-
-
 # Memory
 
 
@@ -216,29 +133,21 @@ def test_forward_needs_one_float32_copy_of_the_output():
     assert peak <= out.nbytes + lse.nbytes + 2 * out.nbytes + 2**20
 
 
-def test_the_order_of_launches_is_dilated_first():
-    pattern = DilatedPattern([8, 32, 16, 8], [1, 4, 2, 1])
-    launches = launch.plan_launches(pattern, 40, None)
-    assert [(plan.branch, plan.rate) for plan in launches] == [(1, 4), (2, 2), (0, 1), (3, 1)]
-
-
 # Tile order
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_hilbert_order_gives_the_same_bits(is_causal):
     pattern = DilatedPattern([48, 100], [1, 2])
     case = Case(seq_len=180, num_heads=2, num_kv_heads=1, pattern=pattern, is_causal=is_causal)
-    register_backend(TritonBackend(tile_order="hilbert", name="triton-hilbert"))
-    try:
-        table = launch.order_table("hilbert", 4, 3, torch.device(DEVICE))
-        assert table is not None
-        assert table.tolist() != list(range(12))
-        got = attend(case, backend="triton-hilbert")
-    finally:
-        unregister_backend("triton-hilbert")
-    assert all(torch.equal(a, b) for a, b in zip(got, attend(case), strict=True))
+    table = order_table("hilbert", 4, 3, torch.device(DEVICE))
+    assert table is not None
+    assert table.tolist() != list(range(12))
+    results = []
+    for tile_order in ("hilbert", "row_major"):
+        with registered(SMALL, tile_order=tile_order) as name:
+            results.append(attend(case, backend=name))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_an_unknown_order_is_refused():

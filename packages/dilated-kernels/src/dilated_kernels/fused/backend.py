@@ -6,6 +6,7 @@ Triton is imported when a call needs it, so that a machine without a GPU never l
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dilated_kernels.availability import (
     input_reasons,
 )
 from dilated_kernels.fused.tile_order import TileOrder, check_tile_order
+from dilated_kernels.fused.tuning import Config, Kind, check_configs
 from dilated_kernels.ranking.choice import Rank, rank
 
 MAX_HEAD_DIM = 256
@@ -35,10 +37,12 @@ class TritonBackend:
     Args:
         tile_order: In which order the tiles of a launch start, "row_major" or "hilbert"; results
             are the same to the bit.
+        configs: Tiles, warps and stages for the kernels "forward", "dq" and "dk_dv", as
+            `{"dq": (64, 64, 4, 3)}`; a kernel that is not named takes those of the table.
         name: Under which to register it, beside the one that is registered already.
 
     Raises:
-        ValueError: If there is no such order.
+        ValueError: If there is no such order, no such kernel, or no kernel can have such a config.
 
     Example:
         >>> from dilated_core import register_backend, unregister_backend
@@ -49,9 +53,16 @@ class TritonBackend:
     priority = 50
     contract = CONTRACT_VERSION
 
-    def __init__(self, *, tile_order: TileOrder = "row_major", name: str = "triton") -> None:
+    def __init__(
+        self,
+        *,
+        tile_order: TileOrder = "row_major",
+        configs: Mapping[Kind, Config] | None = None,
+        name: str = "triton",
+    ) -> None:
         check_tile_order(tile_order)
         self.tile_order: TileOrder = tile_order
+        self.configs = check_configs(configs or {})
         self.name = name
 
     def priority_for(self, inputs: AttentionInputs) -> Rank:
@@ -106,10 +117,10 @@ class TritonBackend:
         cu_seqlens: torch.Tensor | None,
     ) -> AttentionOutput:
         """See `AttentionBackend`."""
-        options = self._options(
+        options = _attention().Options(
             is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
         )
-        return _launch().dilated_forward(q, k, v, pattern, options)
+        return _attention().dilated_forward(q, k, v, pattern, options, self._tuning(q))
 
     def dilated_backward(
         self,
@@ -130,10 +141,12 @@ class TritonBackend:
         cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend`."""
-        options = self._options(
+        options = _attention().Options(
             is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
         )
-        return _launch().dilated_backward(dout, dlse, q, k, v, out, lse, pattern, options)
+        return _attention().dilated_backward(
+            dout, dlse, q, k, v, out, lse, pattern, options, self._tuning(q)
+        )
 
     def forward(
         self,
@@ -148,8 +161,10 @@ class TritonBackend:
         key_padding_mask: torch.Tensor | None,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`: dense attention is a pattern of one branch."""
-        options = self._options(is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None)
-        return _launch().dilated_forward(q, k, v, _dense(q), options)
+        options = _attention().Options(
+            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None
+        )
+        return _attention().dilated_forward(q, k, v, _dense(q), options, self._tuning(q))
 
     def backward(
         self,
@@ -167,8 +182,12 @@ class TritonBackend:
         key_padding_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `AttentionBackend.backward`."""
-        options = self._options(is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None)
-        return _launch().dilated_backward(dout, None, q, k, v, out, lse, _dense(q), options)
+        options = _attention().Options(
+            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None
+        )
+        return _attention().dilated_backward(
+            dout, None, q, k, v, out, lse, _dense(q), options, self._tuning(q)
+        )
 
     def decode_forward(
         self,
@@ -183,35 +202,26 @@ class TritonBackend:
         scale: float,
     ) -> AttentionOutput:
         """See `AttentionBackend`."""
-        return imported("dilated_kernels.fused.decode_launch").decode_forward(
+        return imported("dilated_kernels.fused.decoding").decode_forward(
             q, k, v, keys, values, layout, position=position, scale=scale
         )
 
-    def _options(
-        self,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> Any:
-        mask = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
-        return _launch().Options(
-            *(is_causal, scale, dropout_p, dropout_seed, mask, cu_seqlens, self.tile_order)
-        )
+    def _tuning(self, q: torch.Tensor) -> Any:
+        return _attention().tuning_for(q, self.tile_order, self.configs)
 
 
 def _dense(q: torch.Tensor) -> DilatedPattern:
     return DilatedPattern([max(1, q.shape[1])], [1])
 
 
-def _launch() -> Any:
-    return imported("dilated_kernels.fused.launch")
+def _attention() -> Any:
+    return imported("dilated_kernels.fused.attention")
 
 
 def _is_interpreted() -> bool:
-    return not import_problem("triton") and _launch().is_interpreted()
+    if import_problem("triton"):
+        return False
+    return imported("dilated_kernels.fused.launch").is_interpreted()
 
 
 backend = TritonBackend()

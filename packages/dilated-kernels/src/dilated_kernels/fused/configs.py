@@ -9,13 +9,13 @@ yet.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import triton
 
-Kind = Literal["forward", "dq", "dk_dv"]
+from dilated_kernels.fused.tuning import Config, Kind, Tuning
+
 Arithmetic = Literal["half", "tf32", "ieee"]
 Generation = Literal["ampere", "ada", "hopper", "blackwell"]
 
@@ -29,22 +29,6 @@ SHARED_BYTES: dict[Generation, int] = {
 
 TENSOR_COLUMNS = 512
 """Columns of tensor memory that a program may use on "blackwell"."""
-
-
-class Config(NamedTuple):
-    """How a kernel is cut and compiled.
-
-    Attributes:
-        block_m: Queries per tile.
-        block_n: Keys per tile.
-        num_warps: Warps per program.
-        num_stages: Depth of the software pipeline.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -276,25 +260,21 @@ def choose_config(
     kind: Kind,
     dtype: torch.dtype,
     head_dim: int,
-    device: torch.device,
+    tuning: Tuning,
     max_rows: int,
-    precision: str,
     extras: bool = False,
 ) -> Config:
-    """The configuration for a launch: that of the table, with tiles no larger than a segment.
+    """The configuration for a launch, with tiles no longer than a segment.
 
     Args:
-        kind, dtype, head_dim, precision, extras: As for `tabled_config`.
-        device: Where it runs; a CPU is treated as a GPU of compute capability 8.0.
+        kind, dtype, head_dim, extras: As for `tabled_config`.
+        tuning: Its config for this kernel, if it has one, replaces the table's.
         max_rows: The most rows of a head in a segment.
     """
-    config = tabled_config(kind, dtype, head_dim, _capability(device), precision, extras)
+    config = tuning.configs.get(kind) or tabled_config(
+        kind, dtype, head_dim, tuning.capability, tuning.precision, extras
+    )
     longest = max(16, triton.next_power_of_2(max_rows))
     return config._replace(
         block_m=min(config.block_m, longest), block_n=min(config.block_n, longest)
     )
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)

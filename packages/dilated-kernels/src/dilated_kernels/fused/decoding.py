@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,11 +11,7 @@ from dilated_core import AttentionOutput
 from dilated_core.backends.cache_layout import CacheLayout
 
 from dilated_kernels.fused import decode
-from dilated_kernels.fused.launch import dot_precision
-
-# To a type checker a kernel is a Python function, whose launch options it does not know.
-decode_kernel = cast(Any, decode.decode_kernel)
-merge_kernel = cast(Any, decode.merge_kernel)
+from dilated_kernels.fused.launch import Launch, dot_precision, run
 
 # A program reads about 64 KiB of half-precision keys and values: enough to make up for its partial
 # result of D float32, few enough that one sequence of 12 heads occupies a GPU.
@@ -66,13 +62,15 @@ class Splits(NamedTuple):
     keys_per_split: int
 
 
-def choose_splits(layout: CacheLayout, position: int, head_dim: int) -> Splits:
+def choose_splits(
+    layout: CacheLayout, position: int, head_dim: int, elements_per_split: int = ELEMENTS_PER_SPLIT
+) -> Splits:
     """A function of position and pattern alone, so the batch makes no difference to results.
 
     Heads see no more keys than this counts, which is as if every branch kept the position.
     """
     num_keys = sum(position % w // r for w, r in layout.branches)
-    at_least = ELEMENTS_PER_SPLIT // triton.next_power_of_2(head_dim)
+    at_least = elements_per_split // triton.next_power_of_2(head_dim)
     keys_per_split = max(at_least, -(-num_keys // MAX_SPLITS))
     return Splits(max(1, -(-num_keys // keys_per_split)), keys_per_split)
 
@@ -87,6 +85,7 @@ def decode_forward(
     *,
     position: int,
     scale: float,
+    elements_per_split: int = ELEMENTS_PER_SPLIT,
 ) -> AttentionOutput:
     """See `dilated_core.AttentionBackend`: append the token at `position`, and attend from it.
 
@@ -97,44 +96,86 @@ def decode_forward(
         layout: Where each head's rows are.
         position: Of the token, counted from 0.
         scale: Factor of the scores.
+        elements_per_split: Elements of keys that one program reads, at least.
 
     Returns:
         `out` `(B, 1, H, D)` in the dtype of q and `lse` `(B, 1, H)`, float32.
     """
     B, _, H, D = q.shape
     out, lse = q.new_empty(B, 1, H, D), q.new_empty(B, 1, H, dtype=torch.float32)
-    if not B:
-        return AttentionOutput(out, lse)
+    if B:
+        launches = decode_launches(
+            q, k, v, keys, values, layout, out, lse,
+            position=position, scale=scale, precision=dot_precision(q.dtype),
+            elements_per_split=elements_per_split,
+        )  # fmt: skip
+        run(launches, q.device)
+    return AttentionOutput(out, lse)
+
+
+def decode_launches(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: CacheLayout,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    position: int,
+    scale: float,
+    precision: str,
+    elements_per_split: int = ELEMENTS_PER_SPLIT,
+) -> Iterator[Launch]:
+    """The launch of `decode_kernel`, and that of `merge_kernel` where the keys are split.
+
+    Args:
+        q, k, v, keys, values, layout, position, scale: As for `decode_forward`.
+        out: `(B, 1, H, D)`, contiguous; written.
+        lse: float32 `(B, 1, H)`, contiguous; written.
+        precision: Of float32 products: see `dilated_kernels.fused.arithmetic.dot`.
+        elements_per_split: As for `decode_forward`.
+    """
+    B, _, H, D = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     H_kv = k.shape[2]
     blocks = choose_blocks(H // H_kv, D, len(layout.branches), q.dtype)
-    splits = choose_splits(layout, position, D)
+    splits = choose_splits(layout, position, D, elements_per_split)
     partial = partial_stats = None
     if splits.parts > 1:
         partial = q.new_empty(B, H, splits.parts, D, dtype=torch.float32)
         partial_stats = q.new_empty(B, H, splits.parts, 2, dtype=torch.float32)
     tiles = -(-(H // H_kv) // blocks.BLOCK_H)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        decode_kernel[(B * H_kv * tiles * splits.parts,)](
+    yield Launch(
+        decode.decode_kernel,
+        (B * H_kv * tiles * splits.parts,),
+        (
             *(q, k, v, keys, values, layout.branch_table, layout.offsets, layout.first_rows),
             *(out, lse, partial, partial_stats),
             *(q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2)),
             *(keys.shape[1], H, H_kv, len(layout.branches)),
             *(position, *splits, scale),
-            HEAD_DIM=D,
+        ),
+        {
+            "HEAD_DIM": D,
             **blocks._asdict(),
-            PRECISION=dot_precision(q.dtype),
-            WIDE=position >= 2**31 - 1,
-            enable_fp_fusion=True,
+            "PRECISION": precision,
+            "WIDE": position >= 2**31 - 1,
+            "enable_fp_fusion": True,
+        },
+    )
+    if partial is not None:
+        yield Launch(
+            decode.merge_kernel,
+            (B * H,),
+            (partial, partial_stats, out, lse, splits.parts),
+            {
+                "HEAD_DIM": D,
+                "BLOCK_S": 16,
+                "BLOCK_D": blocks.BLOCK_D,
+                "MAX_SPLITS": MAX_SPLITS,
+                "num_warps": 4,
+                "enable_fp_fusion": True,
+            },
         )
-        if partial is not None:
-            merge_kernel[(B * H,)](
-                *(partial, partial_stats, out, lse, splits.parts),
-                HEAD_DIM=D,
-                BLOCK_S=16,
-                BLOCK_D=blocks.BLOCK_D,
-                MAX_SPLITS=MAX_SPLITS,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-    return AttentionOutput(out, lse)

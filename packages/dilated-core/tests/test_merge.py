@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from dilated_core import AttentionOutput, DilatedPattern, dilated_attention_with_lse, merge_partials
-from dilated_core.merge import add_zero_keys, fold_lse_
+from dilated_core.merge import empty_partial, fold_, fold_lse_, zero_key_partial
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,4 +210,31 @@ def test_zero_keys_are_keys_of_zeros():
     q, k, v = torch.randn(3, 2, 7, 4, dtype=torch.float64).unbind()
     zeros = torch.zeros(2, 3, 4, dtype=torch.float64)
     expected = _attend(q, torch.cat([k, zeros], 1), torch.cat([v, zeros], 1))
-    torch.testing.assert_close(add_zero_keys(_attend(q, k, v), 3), expected, rtol=0, atol=1e-14)
+    partial = _attend(q, k, v)
+    zero_keys = zero_key_partial(3, partial)
+    torch.testing.assert_close(merge_partials([partial, zero_keys]), expected, rtol=0, atol=1e-14)
+    fold_(partial, zero_keys)
+    torch.testing.assert_close(partial, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_folding_into_nothing_is_the_partial_and_order_does_not_matter(dtype):
+    partials = [
+        AttentionOutput(torch.randn(3, 7, 4).to(dtype), torch.randn(3, 7).double())
+        for _ in range(4)
+    ]
+    partials[1].lse[0, :3] = -torch.inf
+    partials = [
+        AttentionOutput(p.out, p.lse.to(torch.promote_types(dtype, torch.float32)))
+        for p in partials
+    ]
+    into = empty_partial((3, 7, 4), dtype=dtype, device="cpu")
+    fold_(into, partials[0])
+    assert torch.equal(into.out, partials[0].out.to(into.out.dtype))
+    assert torch.equal(into.lse, partials[0].lse)
+    for partial in partials[1:]:
+        fold_(into, partial)
+    whole = merge_partials([AttentionOutput(p.out.double(), p.lse.double()) for p in partials])
+    rounding = 8 * torch.finfo(into.out.dtype).eps
+    torch.testing.assert_close(into.out.double(), whole.out, rtol=0, atol=4 * rounding)
+    torch.testing.assert_close(into.lse.double(), whole.lse, rtol=rounding, atol=rounding)

@@ -61,12 +61,6 @@ def test_a_layer_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in mha.parameters())
 
 
-def test_vmap_is_refused():
-    q, k, v = _tensors(3, 2, 20, 4, 8)
-    with pytest.raises(ValueError, match=r"vmap over dilated attention is not supported; make the"):
-        torch.func.vmap(lambda q, k, v: dilated_attention(q, k, v, PATTERN))(q, k, v)
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_meta_tensors_give_shapes(kv_heads):
     q = torch.empty(2, 2**20, 4, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)

@@ -1,18 +1,19 @@
 """Dilated attention (LongNet, arXiv 2307.02486), exact on any device.
 
-The flow, in the order to read it: `pattern` says which positions each head keeps, `strips` turns
-each branch into strided views, a backend (`eager`, `sdpa`, or another package's) attends within a
-strip and returns (out, lse), `merge` combines them, `ops` makes operators of it, and `attention` is
-what users call. `reference` is the definition itself, which every test compares with.
+The flow, in the order to read it: `pattern` says which positions each head keeps, `strips` plans
+which strided views cover them and runs them, `backends` attend within one view and return (out,
+lse), `merge` combines the results, `ops` makes operators of it, and `attention` is what users call.
+`reference` is the definition itself, which every test compares with.
 """
 
 from importlib.metadata import version as _version
 
 from dilated_core.attention import dilated_attention, dilated_attention_with_lse
-from dilated_core.backends.contract import AttentionBackend, AttentionInputs
+from dilated_core.backends.contract import AttentionBackend, AttentionInputs, AttentionOptions
 from dilated_core.backends.dtype import recommended_dtype
 from dilated_core.backends.registry import (
     available_backends,
+    choose_backend,
     explain_backends,
     register_backend,
     unregister_backend,
@@ -21,7 +22,7 @@ from dilated_core.decoding.cache import DecodingCache, decode_step, decode_step_
 from dilated_core.decoding.size import decoding_cache_nbytes, decoding_cache_rows
 from dilated_core.inspection.attention_rows import AttentionRows, attention_rows
 from dilated_core.inspection.memory_profile import MemoryProfile, memory_profile
-from dilated_core.merge import AttentionOutput, merge_partials
+from dilated_core.merge import AttentionOutput, empty_partial, fold_, merge_partials
 from dilated_core.modules.config import (
     DilatedAttentionConfig,
     DynamicDilatedAttentionConfig,
@@ -47,6 +48,9 @@ from dilated_core.reference import (
 from dilated_core.streaming.pool import WorkspacePool
 from dilated_core.streaming.stream import dilated_attention_streamed
 from dilated_core.streaming.tensors import MappedTensor, tensor_sink, tensor_source
+from dilated_core.strips.attend import attend_, differentiate_
+from dilated_core.strips.plan import Problem, Span, plan_problems
+from dilated_core.strips.view import Rows
 
 __version__ = _version("dilated-core")
 
@@ -82,6 +86,15 @@ __all__ = [
     "rotate",
     "rotation_at",
     "with_alibi",
+    # parts of attention, for packages that spread it over devices or blocks
+    "Problem",
+    "Rows",
+    "Span",
+    "attend_",
+    "differentiate_",
+    "empty_partial",
+    "fold_",
+    "plan_problems",
     # modules
     "AttentionVariant",
     "DilatedAttention",
@@ -95,7 +108,9 @@ __all__ = [
     # backends
     "AttentionBackend",
     "AttentionInputs",
+    "AttentionOptions",
     "available_backends",
+    "choose_backend",
     "explain_backends",
     "recommended_dtype",
     "register_backend",

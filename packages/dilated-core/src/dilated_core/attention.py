@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Never
+
 import torch
 
-from dilated_core import ops
+from dilated_core.checks import check_bool, check_head_range, check_names
+from dilated_core.dispatch import attend
 from dilated_core.inputs import (
+    check_backend_name,
     check_cu_seqlens,
     check_dropout,
     check_inputs,
@@ -14,6 +19,7 @@ from dilated_core.inputs import (
     check_scale,
 )
 from dilated_core.merge import AttentionOutput
+from dilated_core.ops import Settings
 from dilated_core.pattern.branches import DilatedPattern
 
 
@@ -28,8 +34,10 @@ def dilated_attention_with_lse(
     dropout_p: float = 0.0,
     key_padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
+    **unknown: Never,
 ) -> AttentionOutput:
     """`dilated_attention` that also returns the log of the softmax denominators.
 
@@ -42,6 +50,8 @@ def dilated_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
+    if unknown:
+        check_names("dilated_attention", unknown, _ARGUMENTS)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
         if key_padding_mask is not None:
@@ -49,10 +59,13 @@ def dilated_attention_with_lse(
                 "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
                 "so give one of the two."
             )
-    if (dtype := _autocast_dtype(q)) is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_bool("is_causal", is_causal)
+    q, k, v = _cast_by_autocast(q), _cast_by_autocast(k), _cast_by_autocast(v)
     check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
     check_max_workspace_bytes(max_workspace_bytes)
+    check_backend_name(backend)
+    if head_range is not None:
+        head_range = check_head_range(head_range, q.shape[-2])
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, q)
         key_padding_mask = key_padding_mask.contiguous()
@@ -62,16 +75,11 @@ def dilated_attention_with_lse(
     dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    options = ops.encode_options(
-        pattern,
-        is_causal=bool(is_causal),
-        backend=backend,
-        max_workspace_bytes=max_workspace_bytes,
-    )
     scale = check_scale(scale, q.shape[-1])
-    out, lse = ops.attend(
-        q, k, v, scale, dropout_p, options, dropout_seed, key_padding_mask, cu_seqlens
+    settings = Settings(
+        pattern, is_causal, scale, dropout_p, head_range, max_workspace_bytes, backend
     )
+    out, lse = attend(q, k, v, settings, dropout_seed, key_padding_mask, cu_seqlens)
     return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])
 
 
@@ -86,8 +94,10 @@ def dilated_attention(
     dropout_p: float = 0.0,
     key_padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
+    **unknown: Never,
 ) -> torch.Tensor:
     """Attention of each query over the keys that the pattern's branches select for it.
 
@@ -111,8 +121,10 @@ def dilated_attention(
         key_padding_mask: `(B, S)` bool, True for keys that nobody sees, such as padding; any
             positions. Its rows are queries all the same. A query left without keys gives 0.
         cu_seqlens: `(N + 1,)` int32 or int64, where each of N documents that are packed one after
-            another begins, and where the last one ends: from 0 to T. Each document is a sequence of
-            its own, and segments restart with it.
+            another begins, and where the last one ends: from 0 to T, not decreasing. Each document
+            is a sequence of its own, and segments restart with it. A document may be empty.
+        head_range: (first, total), if q, k and v hold the heads from `first` on of `total`, as when
+            heads are spread over devices: they then have the offsets of these heads. None: (0, H).
         max_workspace_bytes: Memory that forward may take beyond its inputs and results, in bytes.
             Within it work is cut by heads, batch rows and segments; a limit too low to work in is
             refused. None: no limit in float32 and float64, about the size of the output in half
@@ -144,16 +156,27 @@ def dilated_attention(
         dropout_p=dropout_p,
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
+        head_range=head_range,
         max_workspace_bytes=max_workspace_bytes,
         backend=backend,
+        **unknown,
     ).out
 
 
-def _autocast_dtype(q: torch.Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region around the call, if there is one that concerns q."""
-    if not isinstance(q, torch.Tensor) or not q.is_floating_point():
-        return None
-    kind = q.device.type
+# Names of all arguments, for errors about others.
+_ARGUMENTS = tuple(
+    name for name in inspect.signature(dilated_attention).parameters if name != "unknown"
+)
+
+
+def _cast_by_autocast(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as autocast around the call casts it.
+
+    As in PyTorch's own operators, float64 and integers stay what they are.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -135,27 +134,46 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:
         )
 
 
-def document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> list[int]:
-    """Where each document of a packed sequence begins, and the end, read and checked.
+def read_document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> torch.Tensor:
+    """`cu_seqlens` as int64 on the CPU, checked.
 
     Raises:
-        ValueError: If they do not go from 0 to `num_positions` in rising order.
+        ValueError: If they do not go from 0 to `num_positions` without ever decreasing.
     """
-    bounds = cast("list[int]", cu_seqlens.tolist())
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens starts at {bounds[0]}; the first document begins at 0.")
-    for i, (start, stop) in enumerate(pairwise(bounds)):
-        if stop <= start:
-            raise ValueError(
-                f"cu_seqlens goes from {start} to {stop} at entry {i + 1}; it must increase, so "
-                f"leave out empty documents."
-            )
-    if bounds[-1] != num_positions:
+    bounds = cu_seqlens.detach().to("cpu", torch.int64)
+    first, last = int(bounds[0]), int(bounds[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens starts at {first}; the first document begins at 0.")
+    if (falls := (bounds.diff() < 0).nonzero()).numel():
+        i = int(falls[0])
         raise ValueError(
-            f"cu_seqlens ends at {bounds[-1]} and q has {num_positions} positions; the last "
-            f"document must end where q does."
+            f"cu_seqlens goes from {int(bounds[i])} to {int(bounds[i + 1])} at entry {i + 1}; it "
+            f"must not decrease, as each document ends where the next one begins."
+        )
+    if last != num_positions:
+        raise ValueError(
+            f"cu_seqlens ends at {last} and q has {num_positions} positions; the last document "
+            f"must end where q does."
         )
     return bounds
+
+
+def document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> list[int]:
+    """`read_document_bounds` as a list."""
+    return cast("list[int]", read_document_bounds(cu_seqlens, num_positions).tolist())
+
+
+def check_backend_name(backend: object) -> None:
+    """Refuse what is no name of a backend.
+
+    Raises:
+        TypeError: If it is not a string.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(
+            f"backend is {backend!r}; it must be 'auto' or the name of one of "
+            f"dilated_core.available_backends()."
+        )
 
 
 def check_max_workspace_bytes(value: int | None) -> None:

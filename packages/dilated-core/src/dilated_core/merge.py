@@ -61,7 +61,7 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
             f"partials have out of dtypes {[str(p.out.dtype) for p in partials]}; they must be "
             f"equal, so convert them with .to(...) first."
         )
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulation_dtype(dtype)
     for p in partials:
         if not (dtype.is_floating_point and p.lse.dtype.is_floating_point):
             raise TypeError(
@@ -88,6 +88,24 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
     return AttentionOutput(mixed.to(dtype), lse)
 
 
+def fold_(into: AttentionOutput, partial: AttentionOutput) -> None:
+    """Merge `partial` into `into`, in place: `merge_partials` of the two.
+
+    Args:
+        into: `out` `(…, D)` and `lse` `(…)` in `accumulation_dtype`, any strides. A row that holds
+            nothing yet has lse −inf and out 0, see `empty_partial`.
+        partial: Of the same shapes. A row whose lse is −inf adds nothing; its out must be finite.
+
+    Example:
+        >>> a = AttentionOutput(torch.tensor([1.0]), torch.tensor(0.0))
+        >>> fold_(a, AttentionOutput(torch.tensor([4.0]), torch.tensor(2.0).log()))
+        >>> a.out
+        tensor([3.])
+    """
+    weight = fold_lse_(into.lse, partial.lse.to(into.lse.dtype)).unsqueeze(-1)
+    into.out.lerp_(partial.out.to(into.out.dtype), weight)
+
+
 def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     """In place, lse becomes logaddexp(lse, partial_lse); returns the weight exp(partial − merged).
 
@@ -107,16 +125,20 @@ def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def add_zero_keys(partial: AttentionOutput, count: int) -> AttentionOutput:
-    """Let every query of `partial` also attend to `count` keys of score 0 and value 0.
+def empty_partial(
+    shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str
+) -> AttentionOutput:
+    """The result over no key at all, to fold others into: out 0 and lse −inf.
 
-    They are one more partial result with out = 0 and lse = log(count).
+    Args:
+        shape: Of out.
+        dtype: Of the inputs; out and lse have its `accumulation_dtype`.
+        device: Of the tensors.
     """
-    zero_lse = math.log(count)
-    keep = (partial.lse - zero_lse).sigmoid().unsqueeze(-1)
+    wide = accumulation_dtype(dtype)
     return AttentionOutput(
-        (partial.out * keep).to(partial.out.dtype),
-        torch.logaddexp(partial.lse, torch.full_like(partial.lse, zero_lse)),
+        torch.zeros(*shape, dtype=wide, device=device),
+        torch.full(tuple(shape[:-1]), -math.inf, dtype=wide, device=device),
     )
 
 
@@ -127,3 +149,17 @@ def lse_dtype(device: torch.device) -> torch.dtype:
     by as much. MPS has no float64.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def zero_key_partial(count: int, like: AttentionOutput) -> AttentionOutput:
+    """The result over `count` keys of score 0 and value 0: out 0 and lse = log(count).
+
+    Shapes, dtypes and device are those of `like`; no memory is allocated for them.
+    """
+    out = like.out.new_zeros(()).expand(like.out.shape)
+    return AttentionOutput(out, like.lse.new_full((), math.log(count)).expand(like.lse.shape))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which results are merged and lse is kept: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -44,23 +44,24 @@ class WholePattern(Picky):
     name = "whole"
     calls = ()
 
-    def dilated_forward(self, q, k, v, pattern, *, is_causal, scale, key_padding_mask, **options):
+    def dilated_forward(self, q, k, v, pattern, options, *, cu_seqlens):
         self.calls += ("forward",)
         out, lse = reference_dilated_attention_with_lse(
-            q, k, v, pattern, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask
-        )
+            q, k, v, pattern, is_causal=options.is_causal, scale=options.scale,
+            key_padding_mask=options.key_padding_mask,
+        )  # fmt: skip
         return AttentionOutput(out.to(q.dtype), lse.float())
 
     def dilated_backward(
-        self, dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, key_padding_mask,
-        **options,
+        self, dout, dlse, q, k, v, out, lse, pattern, options, *, cu_seqlens
     ):  # fmt: skip
         self.calls += ("backward",)
         text = ops.encode_options(
-            pattern, is_causal=is_causal, backend="eager", max_workspace_bytes=None
+            pattern, is_causal=options.is_causal, backend="eager", max_workspace_bytes=None
         )
         tensors = (dout, dlse, q, k, v, out, lse)
-        return ops.attention_backward(*tensors, scale, 0.0, text, None, key_padding_mask, None)
+        others = (None, options.key_padding_mask, None)
+        return ops.attention_backward(*tensors, options.scale, 0.0, text, *others)
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ def test_registration_mistakes(picky):
         register_backend(object())
     old = Picky()
     old.name, old.contract = "old", 0
-    with pytest.raises(ValueError, match="contract 0, and this dilated-core has 1; update the old"):
+    with pytest.raises(ValueError, match="contract 0, and this dilated-core has 2; update the old"):
         register_backend(old)
     with pytest.raises(ValueError, match="no backend 'old' is registered"):
         unregister_backend("old")
@@ -245,6 +246,13 @@ class Choosy(Picky):
         if inputs.seq_len is not None and inputs.seq_len >= 1000:
             return 20, "timed on a long evening"
         return 5, "a guess"
+
+
+class Reluctant(Picky):
+    name, priority = "reluctant", -3
+
+    def why_not(self, inputs):
+        return []
 
 
 @pytest.fixture
@@ -308,9 +316,9 @@ def test_what_ranks_below_zero_is_had_by_name_alone(choosy, monkeypatch):
     with pytest.raises(ValueError, match=r"(?s)no backend can run.*only by name: 13 is unlucky"):
         registry.choose_backend("auto", inputs._replace(seq_len=7))
     # A constant priority below zero means the same.
-    monkeypatch.setattr(Choosy, "priority", -3)
-    monkeypatch.delattr(Choosy, "priority_for")
-    assert "choosy    only by name: its priority is -3" in explain_backends()
+    unregister_backend("choosy")
+    register_backend(Reluctant())
+    assert "reluctant only by name: its priority is -3" in explain_backends()
 
 
 def test_a_ranking_overrules_all_backends_until_it_is_taken_back(choosy):

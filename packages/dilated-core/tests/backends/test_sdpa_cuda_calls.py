@@ -5,16 +5,11 @@ What they compute is tested on a GPU, by test_conformance.py.
 
 import pytest
 import torch
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.sdpa import SdpaBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPTIONS = {
-    "is_causal": True,
-    "scale": 0.5,
-    "dropout_p": 0.0,
-    "dropout_seed": 0,
-    "key_padding_mask": None,
-}
+OPTIONS = AttentionOptions(is_causal=True, scale=0.5)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
@@ -43,8 +38,8 @@ def test_shapes(monkeypatch, dtype, head_dim, capability, operator, num_rows, nu
         q, dout, k, v = (
             torch.empty(s, dtype=dtype, device="cuda") for s in (shape, shape, kv_shape, kv_shape)
         )
-        out, lse = SdpaBackend().forward(q, k, v, **OPTIONS)
-        grads = SdpaBackend().backward(dout, q, k, v, out, lse.contiguous(), **OPTIONS)
+        out, lse = SdpaBackend().forward(q, k, v, OPTIONS)
+        grads = SdpaBackend().backward(dout, q, k, v, out, lse.contiguous(), OPTIONS)
     assert out.shape == shape
     assert lse.shape == shape[:-1]
     assert lse.dtype == torch.float32

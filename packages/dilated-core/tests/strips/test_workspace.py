@@ -12,16 +12,18 @@ from dilated_core import (
     dilated_attention_with_lse,
     reference_dilated_attention_with_lse,
 )
-from dilated_core.strips.workspace import plan_pieces
+from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.registry import get_backend
+from dilated_core.strips.workspace import Geometry, plan_pieces
 from dilated_core.testing import Case, random_cases, relative_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 
-def _smallest(case):
-    q, k, v, _ = case.tensors(dtype=torch.float64)
+def _smallest(q, pattern, k=None, **options):
+    k = q if k is None else k
     try:
-        dilated_attention(q, k, v, case.pattern, **case.options(), max_workspace_bytes=1)
+        dilated_attention(q, k, k, pattern, **options, max_workspace_bytes=1)
     except ValueError as error:
         return int(str(error).split()[-1].rstrip("."))
     return 1
@@ -32,9 +34,9 @@ def _smallest(case):
 # Strips of the whole sequence that are cut by batch rows.
 @example(case=Case(batch_size=3, seq_len=5, pattern=DilatedPattern([5, 5], [1, 1])), share=0.0)
 def test_any_limit_gives_the_same(case, share):
-    smallest = _smallest(case)
-    limit = int(smallest + share * 20 * smallest)
     q, k, v, dout = case.tensors(dtype=torch.float64)
+    smallest = _smallest(q, case.pattern, k, **case.options())
+    limit = int(smallest + share * 20 * smallest)
     exact, exact_lse = reference_dilated_attention_with_lse(q, k, v, case.pattern, **case.options())
     out, lse = dilated_attention_with_lse(
         q, k, v, case.pattern, **case.options(), max_workspace_bytes=limit
@@ -58,6 +60,15 @@ def test_half_precision_in_pieces_is_rounded_once(dtype):
         assert relative_error(again, whole) < torch.finfo(dtype).eps / 2
 
 
+def _pieces(pattern, shape, num_kv_heads, dtype, limit, backend=None):
+    B, S, H, D = shape
+    inputs = AttentionInputs(
+        torch.device("cpu"), dtype, H, D,
+        num_kv_heads=num_kv_heads, seq_len=S, max_workspace_bytes=limit,
+    )  # fmt: skip
+    return plan_pieces(Geometry(pattern, inputs, B, (0, H), False, True, backend, 2))
+
+
 @pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_pieces_of_positions_are_as_exact(batch_size, head_offsets):
@@ -65,10 +76,12 @@ def test_pieces_of_positions_are_as_exact(batch_size, head_offsets):
     pattern = DilatedPattern([8, 16], [1, 3], padding="attended", head_offsets=head_offsets)
     q, k, v = torch.randn(3, batch_size, 77, 4, 16).bfloat16().unbind()
     mask = torch.rand(batch_size, 77) < 0.3
-    shape, limit = (batch_size, 77, 4, 16), 4_000
-    pieces = plan_pieces(pattern, shape, 4, q.dtype, is_batch_dense=True, max_workspace_bytes=limit)
+    shape = (batch_size, 77, 4, 16)
+    limit = _smallest(q, pattern)
+    pieces = _pieces(pattern, shape, 4, q.dtype, limit, get_backend("sdpa"))
     assert max(piece.positions.stop - piece.positions.start for piece in pieces) < 77
     for options in ({}, {"is_causal": True}, {"key_padding_mask": mask}):
+        limit = _smallest(q, pattern, **options)
         whole = dilated_attention_with_lse(q, k, v, pattern, **options)
         again = dilated_attention_with_lse(q, k, v, pattern, **options, max_workspace_bytes=limit)
         assert relative_error(again.out, whole.out) < torch.finfo(q.dtype).eps / 2
@@ -80,9 +93,7 @@ def test_pieces_cover_every_row_once():
     for dtype in (torch.float32, torch.bfloat16):
         for limit in (4_000, 6_000, 20_000, None):
             shape = (3, 100, 6, 8)
-            pieces = plan_pieces(
-                pattern, shape, 3, dtype, is_batch_dense=True, max_workspace_bytes=limit
-            )
+            pieces = _pieces(pattern, shape, 3, dtype, limit)
             visits = torch.zeros(shape[:3])
             for piece in pieces:
                 piece.rows(visits).add_(1)

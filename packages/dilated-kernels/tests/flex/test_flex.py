@@ -19,6 +19,7 @@ from dilated_core import (
     dilated_attention_with_lse,
     register_backend,
 )
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import unregister_backend
 from dilated_core.reference import reference_dilated_attention_with_lse
@@ -29,7 +30,7 @@ from dilated_kernels.flex.backend import flex
 from hypothesis import HealthCheck, given, settings
 
 EXACT = 1e-10
-OPTIONS = {"scale": 0.4, "dropout_p": 0.0, "dropout_seed": 0}
+OPTIONS = AttentionOptions(is_causal=False, scale=0.4)
 PATTERN = DilatedPattern([8, 16, 64], [1, 2, 4])
 
 
@@ -155,32 +156,32 @@ def test_strips(stand_in, is_causal, num_kv_heads, masked):
     q, dout, out = (randn(2, 9, 4, 8) for _ in range(3))
     k, v = (randn(2, 9, num_kv_heads, 8) for _ in range(2))
     mask = torch.rand(2, 9, num_kv_heads, generator=generator) < 0.6 if masked else None
-    options = {**OPTIONS, "is_causal": is_causal, "key_padding_mask": mask}
+    options = OPTIONS._replace(is_causal=is_causal, key_padding_mask=mask)
     eager = EagerBackend()
-    got, want = flex.forward(q, k, v, **options), eager.forward(q, k, v, **options)
+    got, want = flex.forward(q, k, v, options), eager.forward(q, k, v, options)
     torch.testing.assert_close(got, want)
     lse = want.lse + randn(2, 9, 4).abs()
     lse[0, 3] = lse[want.lse == -math.inf] = math.inf
-    got = flex.backward(dout, q, k, v, out, lse, **options)
-    torch.testing.assert_close(got, eager.backward(dout, q, k, v, out, lse, **options))
+    got = flex.backward(dout, q, k, v, out, lse, options)
+    torch.testing.assert_close(got, eager.backward(dout, q, k, v, out, lse, options))
 
 
 def test_strips_forward_by_pytorch_itself():
     q, k, v = (torch.randn(2, 9, 4, 8, dtype=torch.float64) for _ in range(3))
     for is_causal in (False, True):
         for mask in (None, torch.rand(2, 9, 4) < 0.6):
-            options = {**OPTIONS, "is_causal": is_causal, "key_padding_mask": mask}
-            got = flex.forward(q, k, v, **options)
-            torch.testing.assert_close(got, EagerBackend().forward(q, k, v, **options))
+            options = OPTIONS._replace(is_causal=is_causal, key_padding_mask=mask)
+            got = flex.forward(q, k, v, options)
+            torch.testing.assert_close(got, EagerBackend().forward(q, k, v, options))
 
 
 @pytest.mark.parametrize("as_strip", [False, True])
 def test_no_backward_on_cpu(as_strip):
     q, k, v, dout = Case(seq_len=16, pattern=PATTERN).tensors(dtype=torch.float32)
-    options = {**OPTIONS, "is_causal": False, "key_padding_mask": None}
+    options = OPTIONS
     out = dilated_attention(q, k, v, PATTERN, backend="flex")
     calls = {
-        True: lambda: flex.backward(dout, q, k, v, dout, dout[..., 0], **options),
+        True: lambda: flex.backward(dout, q, k, v, dout, dout[..., 0], options),
         False: lambda: torch.autograd.grad(out, q, dout),
     }
     with pytest.raises(NotImplementedError, match="use backend='sdpa'"):
@@ -195,11 +196,11 @@ def test_forward_of_tensors_that_want_gradients():
 
 def test_dropout_is_refused():
     x = torch.zeros(1, 4, 2, 8)
-    options = {**OPTIONS, "dropout_p": 0.5, "is_causal": False, "key_padding_mask": None}
+    options = OPTIONS._replace(dropout_p=0.5)
     for call in (
-        lambda: flex.forward(x, x, x, **options),
-        lambda: flex.backward(x, x, x, x, x, x[..., 0], **options),
-        lambda: flex.dilated_forward(x, x, x, PATTERN, cu_seqlens=None, **options),
+        lambda: flex.forward(x, x, x, options),
+        lambda: flex.backward(x, x, x, x, x, x[..., 0], options),
+        lambda: flex.dilated_forward(x, x, x, PATTERN, options, cu_seqlens=None),
     ):
         with pytest.raises(ValueError, match=r"dropout_p is 0\.5"):
             call()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dilated_core import DilatedPattern
+from dilated_core.backends.contract import AttentionOptions
 from dilated_kernels.fused import TritonBackend, attention, configs
 from dilated_kernels.fused.tuning import Config, Tuning
 
@@ -81,8 +82,7 @@ def test_a_backend_launches_with_its_own_configs(monkeypatch):
     monkeypatch.setattr(attention, "run", lambda launches, _: launched.extend(launches))
     q = torch.zeros(1, 64, 2, 16)
     mine = TritonBackend(configs={"dq": (32, 16, 2, 1)}, name="mine")
-    given = {"is_causal": False, "scale": 1.0, "dropout_p": 0.0, "dropout_seed": 0}
-    mine.backward(q, q, q, q, q, q[..., 0], **given, key_padding_mask=None)
+    mine.backward(q, q, q, q, q, q[..., 0], AttentionOptions(is_causal=False, scale=1.0))
     sizes = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     found = [tuple(launch.constants.get(size) for size in sizes) for launch in launched]
     _, dq, dk_dv = found

@@ -184,7 +184,9 @@ def test_beams_go_on_from_the_rows_they_were_given():
     cache.prefill(*(x[:, :26] for x in tensors[1:]))
     cache.reorder(beams)
     steps = [
-        decode_step_with_lse(*(x[beams, t : t + 1] for x in tensors), cache, backend="triton-test").out
+        decode_step_with_lse(
+            *(x[beams, t : t + 1] for x in tensors), cache, backend="triton-test"
+        ).out
         for t in range(26, 30)
     ]
     want = reference_dilated_attention_with_lse(*tensors, PATTERN, is_causal=True).out

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from dilated_core import DilatedPattern, dilated_attention_with_lse
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.testing import Case, relative_error
 from dilated_kernels.fused import TritonBackend
 from dilated_kernels.fused.arithmetic import keep_factor
@@ -54,20 +55,14 @@ def test_dropout_is_a_function_of_positions(is_causal):
     case = Case(seq_len=40, num_heads=2, pattern=pattern, is_causal=is_causal)
     want = with_dropout(case, 1234567890123, 0.3)
     q, k, v, dout = case.tensors(dtype=torch.float32, device=DEVICE)
-    options = {
-        "is_causal": is_causal,
-        "scale": case.head_dim**-0.5,
-        "dropout_p": 0.3,
-        "dropout_seed": 1234567890123,
-        "key_padding_mask": None,
-        "cu_seqlens": None,
-    }
+    options = AttentionOptions(is_causal, case.head_dim**-0.5, 0.3, 1234567890123)
     for tile in ((64, 64), (16, 16), (16, 32)):
         configs = dict.fromkeys(("forward", "dq", "dk_dv"), Config(*tile, 4, 2))
         kernel = TritonBackend(configs=configs)
         with torch.no_grad():
-            out, lse = kernel.dilated_forward(q, k, v, pattern, **options)
-            grads = kernel.dilated_backward(dout, None, q, k, v, out, lse, pattern, **options)
+            out, lse = kernel.dilated_forward(q, k, v, pattern, options, cu_seqlens=None)
+            tensors = (dout, None, q, k, v, out, lse)
+            grads = kernel.dilated_backward(*tensors, pattern, options, cu_seqlens=None)
         for got, exact_ in zip((out, *grads), want, strict=True):
             assert relative_error(got, exact_) < 5e-6
 

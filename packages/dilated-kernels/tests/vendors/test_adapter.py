@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from dilated_core import dilated_attention, register_backend
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import unregister_backend
 from dilated_core.testing import AWKWARD_CASES, BackendConformance
 from dilated_kernels.vendors import adapter
 
 NAMED = {case.name: case for case in AWKWARD_CASES}
-OPTIONS = {"is_causal": False, "scale": 1.0, "dropout_p": 0.0, "dropout_seed": 0,
-           "key_padding_mask": None}  # fmt: skip
+OPTIONS = AttentionOptions(is_causal=False, scale=1.0)
 
 
 class Kernel:
@@ -35,8 +35,8 @@ class Kernel:
         self.check(q, k, v)
         assert scale > 0
         self.batches.append(len(q))
-        options = {**OPTIONS, "is_causal": is_causal, "scale": scale}
-        out, lse = EagerBackend().forward(q, k, v, **options)
+        options = AttentionOptions(is_causal, scale)
+        out, lse = EagerBackend().forward(q, k, v, options)
         return out, lse.transpose(1, 2)
 
     def differentiate(self, dout, q, k, v, out, lse, is_causal, scale):
@@ -45,8 +45,8 @@ class Kernel:
         assert lse.is_contiguous()
         assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         self.batches.append(len(q))
-        options = {**OPTIONS, "is_causal": is_causal, "scale": scale}
-        return EagerBackend().backward(dout, q, k, v, out, lse.transpose(1, 2), **options)
+        options = AttentionOptions(is_causal, scale)
+        return EagerBackend().backward(dout, q, k, v, out, lse.transpose(1, 2), options)
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_batches_beyond_the_grid_are_split(kernel, monkeypatch):
     assert max(kernel.batches) == 3
     kernel.batches.clear()
     x = torch.zeros(7, 4, 1, 8)
-    out, lse = kernel.backend.forward(x, x, x, **OPTIONS)
-    kernel.backend.backward(x, x, x, x, out, lse, **OPTIONS)
+    out, lse = kernel.backend.forward(x, x, x, OPTIONS)
+    kernel.backend.backward(x, x, x, x, out, lse, OPTIONS)
     assert kernel.batches == [3, 3, 1] * 2
 
 
@@ -100,8 +100,8 @@ def test_rows_that_no_load_can_reach_are_copied(kernel, padding):
 def test_a_contiguous_tensor_at_an_odd_address_is_copied(kernel):
     x = torch.randn(2 * 4 * 8 + 1, dtype=torch.float64)[1:].view(2, 4, 1, 8)
     assert x.is_contiguous()
-    out, _ = kernel.backend.forward(x, x, x, **OPTIONS)
-    expected, _ = EagerBackend().forward(x, x, x, **OPTIONS)
+    out, _ = kernel.backend.forward(x, x, x, OPTIONS)
+    expected, _ = EagerBackend().forward(x, x, x, OPTIONS)
     assert torch.equal(out, expected)
 
 
@@ -113,9 +113,9 @@ def test_aligned_strips_are_not_copied():
 
 def test_nothing_to_attend_to(kernel):
     q, k = torch.empty(0, 4, 2, 8), torch.empty(0, 4, 1, 8)
-    out, lse = kernel.backend.forward(q, k, k, **OPTIONS)
+    out, lse = kernel.backend.forward(q, k, k, OPTIONS)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (0, 4, 2), torch.float32)
-    grads = kernel.backend.backward(q, q, k, k, out, lse, **OPTIONS)
+    grads = kernel.backend.backward(q, q, k, k, out, lse, OPTIONS)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
     assert kernel.batches == []
 
@@ -129,7 +129,7 @@ def test_an_infinite_lse_is_nan(infinity):
 
     backend = adapter.VendorBackend("", 1, lambda inputs: [], attend, lambda *_: None)
     x = torch.ones(1, 2, 1, 8)
-    _, lse = backend.forward(x, x, x, **OPTIONS)
+    _, lse = backend.forward(x, x, x, OPTIONS)
     assert lse[0, 0] == 0.5
     assert lse[0, 1].isnan()
 
@@ -137,11 +137,11 @@ def test_an_infinite_lse_is_nan(infinity):
 @pytest.mark.parametrize("refused", [{"dropout_p": 0.5}, {"key_padding_mask": torch.ones(1, 4, 2)}])
 def test_a_caller_who_did_not_ask_is_refused(kernel, refused):
     x = torch.zeros(1, 4, 2, 8)
-    options = {**OPTIONS, **refused}
+    options = OPTIONS._replace(**refused)
     with pytest.raises(ValueError, match="'plain' has neither dropout"):
-        kernel.backend.forward(x, x, x, **options)
+        kernel.backend.forward(x, x, x, options)
     with pytest.raises(ValueError, match="'plain' has neither dropout"):
-        kernel.backend.backward(x, x, x, x, x, x[..., 0], **options)
+        kernel.backend.backward(x, x, x, x, x, x[..., 0], options)
 
 
 def test_repeated_heads_and_their_sum():

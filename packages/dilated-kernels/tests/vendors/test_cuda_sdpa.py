@@ -6,11 +6,12 @@ test_vendor_conformance.py.
 
 import pytest
 import torch
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_kernels.vendors import cuda_sdpa
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPTIONS = {"scale": 0.5, "dropout_p": 0.0, "dropout_seed": 0, "key_padding_mask": None}
+OPTIONS = AttentionOptions(is_causal=False, scale=0.5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -40,8 +41,8 @@ def test_pytorch_takes_the_calls(
         q, dout, k, v = (
             torch.empty(s, dtype=dtype, device="cuda") for s in (shape, shape, kv_shape, kv_shape)
         )
-        out, lse = backend.forward(q, k, v, is_causal=is_causal, **OPTIONS)
-        grads = backend.backward(dout, q, k, v, out, lse, is_causal=is_causal, **OPTIONS)
+        out, lse = backend.forward(q, k, v, OPTIONS._replace(is_causal=is_causal))
+        grads = backend.backward(dout, q, k, v, out, lse, OPTIONS._replace(is_causal=is_causal))
     assert out.shape == shape
     assert lse.shape == shape[:-1]
     assert lse.dtype == torch.float32
@@ -91,11 +92,11 @@ def test_one_key_never_reaches_cudnn(monkeypatch, is_causal):
     q, dout, out = (torch.randn(3, 1, 4, 8, dtype=torch.float64) for _ in range(3))
     k, v = (torch.randn(3, 1, 2, 8, dtype=torch.float64) for _ in range(2))
     lse = torch.randn(3, 1, 4, dtype=torch.float64)
-    options = {**OPTIONS, "is_causal": is_causal}
-    got = cuda_sdpa.cudnn.forward(q, k, v, **options)
-    torch.testing.assert_close(got, EagerBackend().forward(q, k, v, **options))
-    got = cuda_sdpa.cudnn.backward(dout, q, k, v, out, lse, **options)
-    want = EagerBackend().backward(dout, q, k, v, out, lse, **options)
+    options = OPTIONS._replace(is_causal=is_causal)
+    got = cuda_sdpa.cudnn.forward(q, k, v, options)
+    torch.testing.assert_close(got, EagerBackend().forward(q, k, v, options))
+    got = cuda_sdpa.cudnn.backward(dout, q, k, v, out, lse, options)
+    want = EagerBackend().backward(dout, q, k, v, out, lse, options)
     torch.testing.assert_close(got, want)
 
 
@@ -113,7 +114,7 @@ def test_cudnn_gets_out_and_dout_in_one_layout(monkeypatch):
     q, dout, out = (torch.randn(3, 8, 4, 16, dtype=torch.bfloat16)[:, ::2] for _ in range(3))
     k = torch.randn(3, 6, 4, 16, dtype=torch.bfloat16)
     lse = torch.randn(3, 4, 4)
-    cuda_sdpa.cudnn.backward(dout, q, k, k, out, lse, is_causal=False, **OPTIONS)
+    cuda_sdpa.cudnn.backward(dout, q, k, k, out, lse, OPTIONS)
     for got, wanted in zip(given, (dout, out), strict=False):
         assert got.transpose(1, 2).is_contiguous()
         assert torch.equal(got.transpose(1, 2), wanted)

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from dilated_core import available_backends, dilated_attention, register_backend
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import forget_choices, unregister_backend
 from dilated_core.testing import AWKWARD_CASES, BackendConformance, Case, random_cases
@@ -21,7 +22,6 @@ from dilated_kernels.vendors import cuda_sdpa, flash
 from dilated_kernels.vendors import xformers as xformers_backend
 from hypothesis import HealthCheck, given, settings
 
-REST = {"dropout_p": 0.0, "dropout_seed": 0, "key_padding_mask": None}
 EXACT = 1e-10
 
 
@@ -43,7 +43,7 @@ def check(*tensors, heads=None):
 def attend(q, k, v, is_causal, scale, nan_lse):
     """out `(B, M, H, D)` and contiguous lse `(B, H, M)`; lse of a NaN row is `nan_lse`."""
     check(q, k, v)
-    out, lse = EagerBackend().forward(q, k, v, is_causal=is_causal, scale=scale, **REST)
+    out, lse = EagerBackend().forward(q, k, v, AttentionOptions(is_causal, scale))
     if scale <= 0:  # the largest score would be taken before scaling
         return torch.full_like(out, torch.nan), lse.transpose(1, 2).contiguous()
     return out.contiguous(), lse.transpose(1, 2).contiguous().masked_fill_(lse.mT.isnan(), nan_lse)
@@ -56,7 +56,7 @@ def differentiate(dout, q, k, v, out, lse, is_causal, scale):
     B, M, H, _ = q.shape
     raw = lse.as_strided((B, H, M), (H * M, M, 1))
     return EagerBackend().backward(
-        dout, q, k, v, out, raw.transpose(1, 2), is_causal=is_causal, scale=scale, **REST
+        dout, q, k, v, out, raw.transpose(1, 2), AttentionOptions(is_causal, scale)
     )
 
 

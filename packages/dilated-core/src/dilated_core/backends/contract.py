@@ -1,4 +1,11 @@
-"""What a backend is: ordinary attention on one strip, forward and backward from a given lse."""
+"""What a backend is: ordinary attention with its lse, forward, and backward from a given lse.
+
+B batch, M rows of q, N rows of k and v, H heads, H_kv heads of k and v, D head_dim.
+
+Dilation happens outside of a backend: core cuts the sequence into strided views and calls the
+backend on each of them. A backend may offer more than that. Each further capability is a protocol
+of its own below, and a backend has it by having the methods.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +13,30 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from dilated_core.backends.cache_layout import CacheLayout
 from dilated_core.merge import AttentionOutput
+from dilated_core.pattern.branches import DilatedPattern
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Raised when the methods below change meaning; a backend written for another one is refused."""
 
 
 class AttentionInputs(NamedTuple):
-    """What a backend may ask about a call before it says whether it can run it.
+    """The properties of a call by which a backend decides whether it can run.
 
     Attributes:
-        device: Where q, k and v are.
-        dtype: Their dtype.
+        device: Of q, k and v.
+        dtype: Of q, k and v.
         num_heads: H.
         head_dim: D.
         dropout_p: Probability of dropping an attention probability.
         num_kv_heads: H_kv, which divides H; H if None.
         has_key_padding_mask: Whether keys are masked.
-        is_packed: Whether several documents are packed into one sequence. Only backends that do
-            the whole pattern in one launch need to know; the others see one document at a time.
-        max_workspace_bytes: Limit of the memory beyond inputs and results, or None. Likewise.
+        is_packed: Whether several documents are packed into one sequence. Matters only to backends
+            that run the whole pattern in one launch; the others get one document at a time.
+        max_workspace_bytes: Limit of the memory beyond inputs and results, or None.
         seq_len: S, or T if packed; None where the question is about no particular length.
+        is_rectangular: Whether k and v may have other rows than q (M ≠ N), as in a ring.
     """
 
     device: torch.device
@@ -39,43 +49,43 @@ class AttentionInputs(NamedTuple):
     is_packed: bool = False
     max_workspace_bytes: int | None = None
     seq_len: int | None = None
+    is_rectangular: bool = False
+
+
+class AttentionOptions(NamedTuple):
+    """The options of one attention call, the last argument of every method of a backend.
+
+    Attributes:
+        is_causal: Query i sees only the keys j ≤ i. True only where N = M.
+        scale: Factor of the scores; finite, of any sign.
+        dropout_p: Each probability is dropped with this probability, and the others are divided by
+            1 − `dropout_p`. A backend without dropout refuses it in `why_not`.
+        dropout_seed: Which probabilities are dropped is a function of this number.
+        key_padding_mask: bool, True for keys to leave out, or None: `(B, N, H_kv)` for `forward`
+            and `backward`, `(B, S)` for a whole pattern. A query left without keys has out 0 and
+            lse −∞.
+    """
+
+    is_causal: bool
+    scale: float
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+    key_padding_mask: torch.Tensor | None = None
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""dq, dk, dv, of the shapes of q, k, v."""
 
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """Ordinary attention that returns its lse, on strided `(B, S, H, D)` views.
+    """Ordinary attention that returns its lse, on strided `(B, M, H, D)` views.
 
-    The dilation is outside: a backend sees strips, whose last stride is 1 and whose other strides
-    may be anything. Two strips of one call never overlap, so results may be written anywhere new.
-
-    A backend may also offer the whole pattern in one launch, with
-
-        dilated_forward(q, k, v, pattern, *, is_causal, scale, dropout_p, dropout_seed,
-            key_padding_mask, cu_seqlens) -> AttentionOutput
-        dilated_backward(dout, dlse, q, k, v, out, lse, pattern, *, is_causal, scale, dropout_p,
-            dropout_seed, key_padding_mask, cu_seqlens) -> (dq, dk, dv)
-
-    on whole tensors (`dlse` may be None, as may `key_padding_mask` `(B, S)` and `cu_seqlens`, whose
-    tensors are `(1, T, H, D)`); then these are used instead of the strips.
-
-    It may offer decoding, a token at a time, with
-
-        decode_forward(q, k, v, keys, values, layout, *, position, scale) -> AttentionOutput
-
-    which writes k and v `(B, 1, H_kv, D)` of the token at `position` to its rows of the cache, keys
-    and values `(B, rows, D)`, and returns what q `(B, 1, H, D)` sees of the cache then. The layout
-    is a `CacheLayout` (cache_layout.py). No other row may be written, and no row read that
-    the token does not see.
-
-    And it may rank itself by the inputs instead of by one number, with
-
-        priority_for(inputs) -> (rank, where the rank comes from)
-
-    whose second part is a phrase that `explain_backends` shows. Reasons not to run belong in
-    `why_not`; a negative rank is for what runs but should only be had by name.
+    The last stride of the views is 1, the others may be anything; no two elements of a view share
+    memory. Results are new tensors.
 
     Attributes:
-        name: What `backend=` says, such as "sdpa".
+        name: The value of `backend=` that selects it, such as "sdpa".
         priority: `backend="auto"` takes the highest that can run, and a negative one never. eager
             is 0, sdpa is 10.
         contract: The `CONTRACT_VERSION` the backend was written for.
@@ -90,29 +100,16 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> AttentionOutput:
-        """Softmax attention of q `(B, M, H, D)` over k and v `(B, M, H_kv, D)`.
+        """Softmax attention of q `(B, M, H, D)` over k and v `(B, N, H_kv, D)`, N ≥ 1.
 
-        H_kv divides H, and H/H_kv consecutive heads of q share one of k and v. Keys where
-        `key_padding_mask` `(B, M, H_kv)` is True are left out, and a row that sees no key has out 0
-        and lse −∞; without a mask there is no such row.
-
-        Each probability is dropped with probability `dropout_p`, and the others divided by
-        1 − `dropout_p`; which, is a function of `dropout_seed`. A backend without dropout says so
-        in `why_not` and is never given `dropout_p` above 0. The lse knows nothing of it.
+        H_kv divides H, and H/H_kv consecutive heads of q share one of k and v. The lse is that of
+        all visible keys, whatever dropout removes.
 
         Returns:
-            `out` in the dtype of q, `lse` float32 (float64 for float64 inputs), natural logarithm.
+            `out` `(B, M, H, D)` in the dtype of q, `lse` `(B, M, H)` float32 (float64 for float64
+            inputs), natural logarithm.
         """
         ...
 
@@ -124,19 +121,170 @@ class AttentionBackend(Protocol):
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
         """Gradients of q, k and v, *given* `out` and `lse` of a softmax over possibly more keys.
 
-        p = exp(scale · q·kᵀ − lse), delta = rowsum(dout · out), ds = p · (m · dout·vᵀ − delta);
+        p = exp(scale · q·kᵀ − lse), ds = p · (m · dout·vᵀ − delta);
         dq = scale · ds·k, dk = scale · dsᵀ·q, dv = (m · p)ᵀ·dout, where m is the dropout mask of
         forward, 0 or 1/(1 − dropout_p), and 1 without dropout. Nothing is renormalised: with the
-        lse and out that were merged over all branches, the sum of these over the branches is the
-        exact gradient, mixing weights included. A row with lse +∞ has p = 0 and gradient 0.
+        lse and out that were merged over all keys of a query, the sum of these over parts of the
+        keys is the exact gradient. A row with lse +∞ has p = 0 and gradient 0.
+
+        Args:
+            dout, out: `(B, M, H, D)`, as q.
+            q, k, v, options: As for `forward`.
+            lse: `(B, M, H)`, float32 or wider.
+            delta: rowsum(dout · out), `(B, M, H)`, float32 or wider, for callers that have it:
+                several calls for the same queries then share it. A backend may compute it again.
         """
         ...
+
+
+@runtime_checkable
+class WholePatternBackend(Protocol):
+    """A backend that also runs all branches of a pattern on whole tensors in its own launches.
+
+    `dilated_attention` calls these methods instead of cutting strips, unless only a range of the
+    heads is given.
+    """
+
+    def dilated_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pattern: DilatedPattern,
+        options: AttentionOptions,
+        *,
+        cu_seqlens: torch.Tensor | None,
+    ) -> AttentionOutput:
+        """Dilated attention of `(B, S, H, D)`; `(1, T, H, D)` with `cu_seqlens`."""
+        ...
+
+    def dilated_backward(
+        self,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        pattern: DilatedPattern,
+        options: AttentionOptions,
+        *,
+        cu_seqlens: torch.Tensor | None,
+    ) -> Gradients:
+        """Its gradients, through out and, unless `dlse` is None, through lse."""
+        ...
+
+
+@runtime_checkable
+class DecodingBackend(Protocol):
+    """A backend that also decodes, one token at a time."""
+
+    def decode_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: CacheLayout,
+        *,
+        position: int,
+        scale: float,
+    ) -> AttentionOutput:
+        """Append one token to a cache, and return what the token sees of the cache then.
+
+        Writes k and v `(B, 1, H_kv, D)` of the token at `position` to its rows of the cache, keys
+        and values `(B, rows, D)`. No other row is written, and no row is read that the token does
+        not see.
+
+        Returns:
+            The result for q `(B, 1, H, D)`.
+        """
+        ...
+
+
+@runtime_checkable
+class RankedBackend(Protocol):
+    """A backend whose rank depends on the inputs, instead of being `priority` for all of them."""
+
+    def priority_for(self, inputs: AttentionInputs) -> tuple[int, str]:
+        """Its rank for these inputs, and where the rank comes from, for `explain_backends`.
+
+        A negative rank is for inputs that it can run, but only when it is asked for by name.
+        """
+        ...
+
+
+@runtime_checkable
+class BoundedWorkspaceBackend(Protocol):
+    """A backend that knows how much memory it takes, so that a limit of it can be kept.
+
+    Other backends are refused where `max_workspace_bytes` is given.
+    """
+
+    def workspace_bytes(
+        self, inputs: AttentionInputs, num_problems: int, num_queries: int, num_keys: int
+    ) -> int:
+        """Bytes that one call of `forward` allocates at most, apart from its inputs and results.
+
+        Args:
+            inputs: Heads, head_dim, dtype and options of the call.
+            num_problems: Size of the batch dimension.
+            num_queries: M.
+            num_keys: N.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockSparseBackend(Protocol):
+    """A backend that also skips blocks of the attention matrix.
+
+    A block is `block_size` queries by `block_size` keys; `kept` `(H, ⌈M/block_size⌉,
+    ⌈N/block_size⌉)` bool is True for the blocks to compute.
+    """
+
+    def block_sparse_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kept: torch.Tensor,
+        block_size: int,
+        options: AttentionOptions,
+    ) -> AttentionOutput:
+        """As `AttentionBackend.forward`, over the keys of the kept blocks."""
+        ...
+
+    def block_sparse_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        kept: torch.Tensor,
+        block_size: int,
+        options: AttentionOptions,
+        *,
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
+        """As `AttentionBackend.backward`, over the keys of the kept blocks."""
+        ...
+
+
+def has_capability(backend: AttentionBackend, capability: type) -> bool:
+    """Whether the backend has the methods of one of the protocols above.
+
+    `issubclass` remembers its answer for a class; `isinstance` would compare all names again at
+    each call.
+    """
+    return issubclass(type(backend), capability)

@@ -1,17 +1,29 @@
-"""Backend `eager`: matrix product, softmax, matrix product; any device, any floating dtype."""
+"""Backend `eager`: matrix product, softmax, matrix product; any device, any floating dtype.
+
+Suffixes: B batch, K heads of k and v, G heads of q that share one of them, M rows of q, N rows of k
+and v, D head_dim.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from dilated_core.backends.cache_layout import CacheLayout
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionInputs
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionInputs,
+    AttentionOptions,
+    Gradients,
+)
 from dilated_core.backends.eager_decoding import append_tokens, attend_newest
-from dilated_core.merge import AttentionOutput
+from dilated_core.merge import AttentionOutput, accumulation_dtype
 
 # Scores held at once. 2^24 float32 are 64 MiB: large enough for full-speed products, small beside
 # the inputs of any sequence whose scores exceed it.
 _MAX_SCORES = 2**24
+
+# Scores held at once, for each number in q: so that a small call takes little memory.
+_SCORES_PER_ELEMENT = 4
 
 
 class EagerBackend:
@@ -28,35 +40,46 @@ class EagerBackend:
             return [f"the dtype is {dtype}; it takes any floating dtype."]
         return []
 
+    def workspace_bytes(
+        self, inputs: AttentionInputs, num_problems: int, num_queries: int, num_keys: int
+    ) -> int:
+        """See `BoundedWorkspaceBackend`."""
+        H, D = inputs.num_heads, inputs.head_dim
+        rows = num_problems * num_queries * H
+        kv_rows = num_problems * num_keys * (inputs.num_kv_heads or H)
+        itemsize = accumulation_dtype(inputs.dtype).itemsize
+        tile = _rows_per_tile(num_problems * H, num_queries, num_keys, D)
+        tile_scores = num_problems * H * tile * num_keys
+        # q, k and v in the dtype to accumulate in; out in that dtype and a tile of it; three
+        # numbers per row; scores, their dropout mask, and a causal mask.
+        return itemsize * (
+            3 * rows * D + 2 * kv_rows * D + 3 * rows + (2 if inputs.dropout_p else 1) * tile_scores
+        ) + 2 * tile * (num_keys + num_problems * H)
+
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
         G = q.shape[2] // k.shape[2]
-        q_BKGMD, k_BK1MD, v_BK1MD = _grouped(q, G), _grouped(k, 1), _grouped(v, 1)
-        out_BKGMD = torch.empty_like(q_BKGMD)
-        lse_BKGM = q_BKGMD.new_empty(q_BKGMD.shape[:-1])
-        generator = _generator(q.device, dropout_seed)
-        for rows in _row_tiles(q_BKGMD):
-            s = _scores(q_BKGMD, k_BK1MD, rows, is_causal, scale, key_padding_mask)
-            lse = s.logsumexp(-1, keepdim=True)
-            lse_BKGM[..., rows] = lse.squeeze(-1)
-            # A row without any key has lse −inf, and −inf − −inf is NaN.
-            p = s.sub_(lse.masked_fill_(lse == float("-inf"), 0)).exp_()
-            if dropout_p:
-                p.mul_(_dropout_mask(p, dropout_p, generator))
-            out_BKGMD[..., rows, :] = _matmul(p, v_BK1MD[..., : p.shape[-1], :])
-        out_BHMD, lse_BHM = out_BKGMD.flatten(1, 2), lse_BKGM.flatten(1, 2)
-        return AttentionOutput(out_BHMD.transpose(1, 2).to(q.dtype), lse_BHM.transpose(1, 2))
+        wide = accumulation_dtype(q.dtype)
+        out, lse = q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:-1], dtype=wide)
+        q_BKGMD, out_BKGMD = _grouped(q, G), _grouped(out, G)
+        k_BKND, v_BKND = _contiguous(k), _contiguous(v)
+        lse_BKGM = _grouped(lse.unsqueeze(-1), G).squeeze(-1)
+        generator = _generator(q.device, options.dropout_seed)
+        for rows in _row_tiles(q_BKGMD, k.shape[1]):
+            p = _scores(q_BKGMD, k_BKND, rows, options)
+            # A row without any key has the maximum −inf, and −inf − −inf is NaN.
+            largest = p.amax(-1, keepdim=True)
+            largest.masked_fill_(largest == -torch.inf, 0)
+            total = p.sub_(largest).exp_().sum(-1, keepdim=True)
+            lse_BKGM[..., rows] = (total.log() + largest).squeeze(-1)
+            if options.dropout_p:
+                p.mul_(_dropout_mask(p, options.dropout_p, generator))
+            tile = _matmul(p, v_BKND[..., : p.shape[-1], :])
+            # Normalised after the product: p itself rounds less than p divided by its sum.
+            out_BKGMD[..., rows, :] = tile.div_(total.masked_fill_(total == 0, 1))
+        return AttentionOutput(out.to(q.dtype), lse)
 
     def backward(
         self,
@@ -66,41 +89,39 @@ class EagerBackend:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
         """See `AttentionBackend.backward`."""
         G = q.shape[2] // k.shape[2]
-        dout_BKGMD, q_BKGMD, out_BKGMD = (_grouped(x, G) for x in (dout, q, out))
-        k_BK1MD, v_BK1MD = _grouped(k, 1), _grouped(v, 1)
-        delta_BKGM = (dout_BKGMD * out_BKGMD).sum(-1)
-        lse_BKGM = lse.transpose(1, 2).view(delta_BKGM.shape)
+        dout_BKGMD, q_BKGMD = _grouped(dout, G), _grouped(q, G)
+        k_BKND, v_BKND = _contiguous(k), _contiguous(v)
+        if delta is None:
+            delta = (dout * out.to(accumulation_dtype(out.dtype))).sum(-1)
+        delta_BKGM1, lse_BKGM1 = _grouped(delta.unsqueeze(-1), G), _grouped(lse.unsqueeze(-1), G)
         dq = torch.empty_like(q_BKGMD)
-        dk, dv = torch.zeros_like(k_BK1MD), torch.zeros_like(v_BK1MD)
-        generator = _generator(q.device, dropout_seed)
-        for rows in _row_tiles(q_BKGMD):
-            s = _scores(q_BKGMD, k_BK1MD, rows, is_causal, scale, key_padding_mask)
+        dk, dv = torch.zeros_like(k_BKND), torch.zeros_like(v_BKND)
+        generator = _generator(q.device, options.dropout_seed)
+        for rows in _row_tiles(q_BKGMD, k.shape[1]):
+            s = _scores(q_BKGMD, k_BKND, rows, options)
             keys = slice(s.shape[-1])
-            p = s.sub_(lse_BKGM[..., rows, None]).exp_()
-            ds = _matmul(dout_BKGMD[..., rows, :], v_BK1MD[..., keys, :].transpose(-1, -2))
+            p = s.sub_(lse_BKGM1[..., rows, :]).exp_()
+            ds = _matmul(dout_BKGMD[..., rows, :], v_BKND[..., keys, :].mT)
             kept = p
-            if dropout_p:
+            if options.dropout_p:
                 # The tiles are those of forward, so the generator gives each its mask again.
-                mask = _dropout_mask(p, dropout_p, generator)
+                mask = _dropout_mask(p, options.dropout_p, generator)
                 kept = p * mask
                 ds.mul_(mask)
             dv[..., keys, :] += _sum_over_group(kept, dout_BKGMD[..., rows, :])
-            ds.sub_(delta_BKGM[..., rows, None]).mul_(p).mul_(scale)
-            dq[..., rows, :] = _matmul(ds, k_BK1MD[..., keys, :])
+            ds.sub_(delta_BKGM1[..., rows, :]).mul_(p).mul_(options.scale)
+            dq[..., rows, :] = _matmul(ds, k_BKND[..., keys, :])
             dk[..., keys, :] += _sum_over_group(ds, q_BKGMD[..., rows, :])
         return (
             dq.flatten(1, 2).transpose(1, 2).to(q.dtype),
-            dk.flatten(1, 2).transpose(1, 2).to(k.dtype),
-            dv.flatten(1, 2).transpose(1, 2).to(v.dtype),
+            dk.transpose(1, 2).to(k.dtype),
+            dv.transpose(1, 2).to(v.dtype),
         )
 
     def decode_forward(
@@ -115,31 +136,40 @@ class EagerBackend:
         position: int,
         scale: float,
     ) -> AttentionOutput:
-        """See `AttentionBackend`."""
+        """See `DecodingBackend`."""
         append_tokens(k, v, keys, values, layout, position)
         return attend_newest(q, keys, values, layout, position=position, scale=scale)
 
 
 def _grouped(x: torch.Tensor, group: int) -> torch.Tensor:
-    """`(B, M, H, D)` -> `(B, K, group, M, D)` in the dtype to accumulate in: at least float32.
+    """`(B, M, H, D)` -> `(B, K, G, M, D)` in the dtype to accumulate in: at least float32.
 
-    K is the number of kv heads, of which each serves a group of G heads of q.
+    A view of x, unless the dtype changes.
     """
+    x = x.to(accumulation_dtype(x.dtype))
     B, M, H, D = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.transpose(1, 2).view(B, H // group, group, M, D)
+    # A size is split, so this is always a view.
+    return x.view(B, M, H // group, group, D).permute(0, 2, 3, 1, 4)
 
 
-def _matmul(a_BKGMN: torch.Tensor, b_BK1ND: torch.Tensor) -> torch.Tensor:
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`(B, N, K, D)` -> contiguous `(B, K, N, D)` in the dtype to accumulate in.
+
+    Copied once here: `matmul` would copy a strided matrix at each of its calls.
+    """
+    x = x.transpose(1, 2)
+    return torch.empty(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device).copy_(x)
+
+
+def _matmul(a_BKGMN: torch.Tensor, b_BKND: torch.Tensor) -> torch.Tensor:
     """Return a @ b, with the rows of a group as rows of one product, so that b is not repeated."""
     B, K, G, M, N = a_BKGMN.shape
-    return (a_BKGMN.reshape(B, K, G * M, N) @ b_BK1ND.squeeze(2)).view(B, K, G, M, -1)
+    return (a_BKGMN.reshape(B, K, G * M, N) @ b_BKND).view(B, K, G, M, -1)
 
 
 def _sum_over_group(a_BKGMN: torch.Tensor, b_BKGMD: torch.Tensor) -> torch.Tensor:
-    """Σ over the group of aᵀ @ b: `(B, K, 1, N, D)`."""
-    a, b = a_BKGMN.flatten(2, 3), b_BKGMD.flatten(2, 3)
-    return (a.transpose(-1, -2) @ b).unsqueeze(2)
+    """Σ over the group of aᵀ @ b: `(B, K, N, D)`."""
+    return a_BKGMN.flatten(2, 3).mT @ b_BKGMD.flatten(2, 3)
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
@@ -152,26 +182,28 @@ def _dropout_mask(p: torch.Tensor, dropout_p: float, generator: torch.Generator)
     return keep.div_(1 - dropout_p)
 
 
-def _row_tiles(q_BKGMD: torch.Tensor) -> list[slice]:
-    B, K, G, M, _ = q_BKGMD.shape
-    step = max(1, _MAX_SCORES // (B * K * G * M))
+def _rows_per_tile(num_heads: int, num_queries: int, num_keys: int, head_dim: int) -> int:
+    """Queries whose scores are held at once, for `num_heads` heads of all problems together."""
+    scores = min(_MAX_SCORES, _SCORES_PER_ELEMENT * num_heads * num_queries * head_dim)
+    return min(num_queries, max(1, scores // max(1, num_heads * num_keys)))
+
+
+def _row_tiles(q_BKGMD: torch.Tensor, num_keys: int) -> list[slice]:
+    B, K, G, M, D = q_BKGMD.shape
+    step = max(1, _rows_per_tile(B * K * G, M, num_keys, D))
     return [slice(start, min(start + step, M)) for start in range(0, M, step)]
 
 
 def _scores(
-    q_BKGMD: torch.Tensor,
-    k_BK1MD: torch.Tensor,
-    rows: slice,
-    is_causal: bool,
-    scale: float,
-    key_padding_mask: torch.Tensor | None,
+    q_BKGMD: torch.Tensor, k_BKND: torch.Tensor, rows: slice, options: AttentionOptions
 ) -> torch.Tensor:
     """Scaled scores of a tile of queries; when causal, only over keys up to the tile's last row."""
-    keys = rows.stop if is_causal else k_BK1MD.shape[3]
-    s = _matmul(q_BKGMD[..., rows, :] * scale, k_BK1MD[..., :keys, :].transpose(-1, -2))
-    if is_causal:
+    keys = rows.stop if options.is_causal else k_BKND.shape[2]
+    # Scaled after the product: a scaled q would be rounded before it.
+    s = _matmul(q_BKGMD[..., rows, :], k_BKND[..., :keys, :].mT).mul_(options.scale)
+    if options.is_causal:
         ahead = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
-        s.masked_fill_(ahead.triu_(rows.start + 1), float("-inf"))
-    if key_padding_mask is not None:
-        s.masked_fill_(key_padding_mask[:, :keys].transpose(1, 2)[:, :, None, None], float("-inf"))
+        s.masked_fill_(ahead.triu_(rows.start + 1), -torch.inf)
+    if (mask := options.key_padding_mask) is not None:
+        s.masked_fill_(mask[:, :keys].transpose(1, 2)[:, :, None, None], -torch.inf)
     return s

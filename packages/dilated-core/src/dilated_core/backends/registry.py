@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionBackend, AttentionInputs
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionBackend,
+    AttentionInputs,
+    BoundedWorkspaceBackend,
+    DecodingBackend,
+    RankedBackend,
+)
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
 from dilated_core.checks import check_dtype, check_integer
@@ -29,6 +36,7 @@ Ranking = Callable[[AttentionInputs], Mapping[str, tuple[int, str]]]
 # Dictionaries are replaced and never changed, so that threads read them without a lock.
 _registered: dict[str, AttentionBackend] = {}
 _broken: dict[str, str] = {}
+_history: dict[str, tuple[AttentionBackend, ...]] = {}  # all that were ever registered, by name
 _ranking: Ranking | None = None
 _generation = 0  # counts the changes of the three above; a choice is remembered for one of them
 _changing = Lock()  # never held during an import: another thread's import may register a backend
@@ -58,11 +66,12 @@ def register_backend(backend: AttentionBackend) -> None:
             f"backend {backend.name!r} was written for backend contract {backend.contract}, and "
             f"this dilated-core has {CONTRACT_VERSION}; update the older package of the two."
         )
-    global _registered
+    global _registered, _history
     with _changing:
         if backend.name in _registered or backend.name == "auto":
             raise ValueError(f"backend name {backend.name!r} is taken; choose another name.")
         _registered = {**_registered, backend.name: backend}
+        _history = {**_history, backend.name: (*_history.get(backend.name, ()), backend)}
         forget_choices()
 
 
@@ -107,10 +116,9 @@ def forget_choices() -> None:
 
 def own_rank(backend: AttentionBackend, inputs: AttentionInputs) -> tuple[int, str]:
     """How `backend` ranks itself for these inputs, and the origin of the rank ("" if constant)."""
-    priority_for: Callable[[AttentionInputs], tuple[int, str]] | None = getattr(
-        backend, "priority_for", None
-    )
-    return (backend.priority, "") if priority_for is None else priority_for(inputs)
+    if isinstance(backend, RankedBackend):
+        return backend.priority_for(inputs)
+    return backend.priority, ""
 
 
 def get_backend(name: str) -> AttentionBackend:
@@ -135,6 +143,29 @@ def get_backend(name: str) -> AttentionBackend:
         f"backend is {name!r}; it must be 'auto' or one of "
         f"{', '.join(map(repr, available_backends()))}."
     )
+
+
+def record_choice(backend: AttentionBackend) -> tuple[str, int]:
+    """A registered backend as its name and how many had that name before it: for an operator.
+
+    Backward must run the backend of forward, even if it is taken back or replaced in between.
+    """
+    return backend.name, _history[backend.name].index(backend)
+
+
+def recorded_backend(record: tuple[str, int]) -> AttentionBackend:
+    """The backend that `record_choice` recorded.
+
+    A graph that was compiled in another process may ask for one that is not loaded yet.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    name, number = record
+    if number >= len(_history.get(name, ())):
+        get_backend(name)
+    backends = _history.get(name, ())
+    return backends[number] if number < len(backends) else get_backend(name)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -223,8 +254,12 @@ def explain_backends(
 
 def _why_not(backend: AttentionBackend, inputs: AttentionInputs, for_decoding: bool) -> list[str]:
     reasons = backend.why_not(inputs)
-    if for_decoding and not hasattr(backend, "decode_forward"):
+    if for_decoding and not isinstance(backend, DecodingBackend):
         return [*reasons, "it has no decode kernel."]
+    limit = inputs.max_workspace_bytes
+    # One reason is enough: a backend may have its own words for it.
+    if limit is not None and not reasons and not isinstance(backend, BoundedWorkspaceBackend):
+        return [f"max_workspace_bytes is {limit}; it does not tell how much memory it takes."]
     return reasons
 
 
@@ -257,7 +292,7 @@ def _explain(inputs: AttentionInputs) -> str:
     chosen = False
     for rank, origin, backend in _in_order(inputs):
         because = f" (rank {rank}: {origin})" if origin else ""
-        if reasons := backend.why_not(inputs):
+        if reasons := _why_not(backend, inputs, False):
             verdict = f"cannot run: {' '.join(reasons)}"
         elif rank < 0:
             verdict = f"only by name: {origin or f'its priority is {rank}'}"

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionInputs
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionInputs,
+    AttentionOptions,
+    Gradients,
+)
 from dilated_core.merge import AttentionOutput
 
 _aten: Any = torch.ops.aten
@@ -19,6 +24,9 @@ _aten: Any = torch.ops.aten
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _AMPERE = (8, 0)
+
+# The largest tiles of PyTorch's CPU kernel (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+_CPU_QUERY_TILE, _CPU_KEY_TILE = 256, 512
 
 
 class SdpaBackend:
@@ -40,6 +48,11 @@ class SdpaBackend:
         if not torch.cuda.is_available():
             return ["the device is cuda; this PyTorch sees no CUDA device."]
         reasons = _wrong_dtype(inputs, (torch.float32, *_HALF_DTYPES))
+        if inputs.max_workspace_bytes is not None:
+            reasons.append(
+                f"max_workspace_bytes is {inputs.max_workspace_bytes}; PyTorch does not tell what "
+                f"its CUDA kernels allocate."
+            )
         if inputs.has_key_padding_mask:
             reasons.append("key_padding_mask is given; PyTorch's CUDA flash kernel has no mask.")
         if (
@@ -56,36 +69,50 @@ class SdpaBackend:
             )
         return reasons
 
+    def workspace_bytes(
+        self, inputs: AttentionInputs, num_problems: int, num_queries: int, num_keys: int
+    ) -> int:
+        """See `BoundedWorkspaceBackend`; of PyTorch's kernel for CPUs."""
+        H, D, itemsize = inputs.num_heads, inputs.head_dim, inputs.dtype.itemsize
+        is_half = inputs.dtype in _HALF_DTYPES
+        queries, keys = min(num_queries, _CPU_QUERY_TILE), min(num_keys, _CPU_KEY_TILE)
+        # Per thread: scores, three numbers per row and out of a tile, in float32 or wider.
+        tile = max(itemsize, 4) * queries * (keys + D + 3)
+        rows = num_problems * H
+        # q times a negative or zero scale.
+        total = rows * num_queries * D * itemsize
+        if is_half:
+            # Scores once more in half precision; k and v in the order that matrix units read.
+            tile += itemsize * queries * keys
+            total += 2 * itemsize * rows * _rounded(num_keys, 64) * _rounded(D, 64)
+        if inputs.has_key_padding_mask:
+            # Hidden keys per head, as bool and as what is added; the running minimum with its
+            # indices, and which rows see nothing.
+            total += rows * (num_keys * (itemsize + 11) + num_queries)
+        return total + torch.get_num_threads() * tile
+
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
-        q, scale, _ = _with_positive_scale(q, scale)
-        q_BHMD, k_BHMD, v_BHMD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        hidden, is_causal = options.key_padding_mask, options.is_causal
+        q, scale, _ = _with_positive_scale(q, options.scale)
+        q_BHMD, k_BHND, v_BHND = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.device.type == "cpu":
-            mask = _additive(key_padding_mask, q)
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, attn_mask=mask, scale=scale
-            )
-            if key_padding_mask is not None:
-                # For a row without keys the kernel says lse = 0.
-                lse.masked_fill_(_sees_nothing(key_padding_mask, q.shape[2], is_causal), -math.inf)
+                q_BHMD, k_BHND, v_BHND, 0.0, is_causal,
+                attn_mask=_additive(hidden, q), scale=scale,
+            )  # fmt: skip
+            if hidden is not None:
+                # For a row without keys the kernel returns lse = 0.
+                lse.masked_fill_(_sees_nothing(hidden, q.shape[2], is_causal), -math.inf)
         elif _has_cuda_flash(q):
             out, lse = _aten._scaled_dot_product_flash_attention(
-                q_BHMD, k_BHMD, v_BHMD, 0.0, is_causal, False, scale=scale
+                q_BHMD, k_BHND, v_BHND, 0.0, is_causal, False, scale=scale
             )[:2]
         else:
             out, lse = _aten._scaled_dot_product_efficient_attention(
-                q_BHMD, *(_repeated(x, q_BHMD) for x in (k_BHMD, v_BHMD)),
+                q_BHMD, *(_repeated(x, q_BHMD) for x in (k_BHND, v_BHND)),
                 None, True, 0.0, is_causal, scale=scale,
             )[:2]  # fmt: skip
             lse = lse[:, :, : q.shape[1]]  # the kernel pads rows to a multiple of 32
@@ -99,17 +126,15 @@ class SdpaBackend:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend.backward`."""
-        M, K = k.shape[1:3]
-        mask = _additive(key_padding_mask, q) if q.device.type == "cpu" else None
-        q, scale, sign = _with_positive_scale(q, scale)
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
+        """See `AttentionBackend.backward`; PyTorch's kernels compute delta themselves."""
+        M, (N, K) = q.shape[1], k.shape[1:3]
+        is_causal = options.is_causal
+        mask = _additive(options.key_padding_mask, q) if q.device.type == "cpu" else None
+        q, scale, sign = _with_positive_scale(q, options.scale)
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
         if q.device.type == "cpu":
             if q.dtype in _HALF_DTYPES:
@@ -120,11 +145,11 @@ class SdpaBackend:
                 dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale
             )
         else:
-            # Neither kernel uses the random state without dropout, yet both want one.
+            # Neither kernel uses the random state without dropout, yet both require one.
             no_rng = torch.zeros((), dtype=torch.int64, device=q.device)
             if _has_cuda_flash(q):
                 grads = _aten._scaled_dot_product_flash_attention_backward(
-                    dout, q, k, v, out, lse.contiguous(), None, None, M, M, 0.0, is_causal,
+                    dout, q, k, v, out, lse.contiguous(), None, None, M, N, 0.0, is_causal,
                     no_rng, no_rng, scale=scale,
                 )  # fmt: skip
             else:
@@ -151,25 +176,28 @@ def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, f
 
 
 def _additive(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """The mask `(B, M, K)` as what the CPU kernel adds to scores: `(B, H, M, M)`, expanded."""
+    """The mask `(B, N, K)` as what the CPU kernel adds to scores: `(B, H, M, N)`, expanded."""
     if key_padding_mask is None:
         return None
-    B, M, H, _ = q.shape
-    hidden = _per_head(key_padding_mask, H)
+    hidden = _per_head(key_padding_mask, q.shape[2])
     mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-    return mask[:, :, None].expand(B, H, M, M)
+    return mask[:, :, None].expand(-1, -1, q.shape[1], -1)
 
 
 def _per_head(key_padding_mask: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The mask `(B, M, K)` for each head of q: `(B, H, M)`."""
+    """The mask `(B, N, K)` for each head of q: `(B, H, N)`."""
     hidden = key_padding_mask.transpose(1, 2)
     return hidden.repeat_interleave(num_heads // hidden.shape[1], dim=1)
 
 
 def _sees_nothing(key_padding_mask: torch.Tensor, num_heads: int, is_causal: bool) -> torch.Tensor:
-    """Which rows see no key: `(B, H, M or 1)`."""
+    """Which rows see no key: `(B, H, M)`, or `(B, H, 1)` for all rows alike."""
     hidden = _per_head(key_padding_mask, num_heads)
     return torch.cummin(hidden, -1)[0] if is_causal else hidden.all(-1, keepdim=True)
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _repeated(x_BKMD: torch.Tensor, q_BHMD: torch.Tensor) -> torch.Tensor:

@@ -1,240 +1,246 @@
-"""Dilated attention by running an ordinary backend on each strip.
+"""Run problems on a backend and merge what they give, forward and backward, in place.
 
-Forward runs the backend on each strip and merges (out, lse) as it goes; one pair is kept for all
-branches. Backward runs the backend's backward on each strip with the *merged* out and lse, which
-makes every strip's probabilities the global ones, and adds up.
+Forward merges (out, lse) of each problem; one pair is kept for all branches. Backward calls the
+backend with the *merged* out and lse, which makes every problem's probabilities the global ones,
+and adds up. A whole sequence, a hop of a ring and a step of streaming differ only in the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-from dilated_core.backends.contract import AttentionBackend
-from dilated_core.merge import AttentionOutput, add_zero_keys, fold_lse_
-from dilated_core.pattern.branches import DilatedPattern
-from dilated_core.strips.view import Strip
-from dilated_core.strips.workspace import Piece, plan_pieces, smallest_workspace
+from dilated_core.backends.contract import AttentionBackend, AttentionOptions, Gradients
+from dilated_core.merge import (
+    AttentionOutput,
+    accumulation_dtype,
+    empty_partial,
+    fold_,
+    zero_key_partial,
+)
+from dilated_core.strips.plan import Problem
+from dilated_core.strips.view import Rows, viewable
 
 
-class Call(NamedTuple):
-    """The options of one call, as the strips need them."""
-
-    kernel: AttentionBackend
-    pattern: DilatedPattern
-    is_causal: bool
-    scale: float
-    dropout_p: float
-    dropout_seed: int
-    key_padding_mask: torch.Tensor | None
-    max_workspace_bytes: int | None
-
-    def options(self, strip_index: int) -> dict[str, Any]:
-        """Keywords for the backend; each strip drops by a seed of its own."""
-        return {
-            "is_causal": self.is_causal,
-            "scale": self.scale,
-            "dropout_p": self.dropout_p,
-            "dropout_seed": self.dropout_seed + strip_index,
-            "key_padding_mask": self.key_padding_mask,
-        }
-
-
-def forward_over_strips(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous out `(B, S, H, D)` and lse `(B, S, H)`.
+def attend_(
+    into: AttentionOutput,
+    problems: Sequence[Problem],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    backend: AttentionBackend,
+) -> None:
+    """Merge the results of some problems into `into`, in place.
 
     Args:
-        call: The options.
-        q: `(B, S, H, D)`; `(1, T, H, D)` if packed.
-        k, v: The same with H_kv heads.
-        bounds: Where each document of a packed sequence begins, and T; None if not packed.
+        into: `out` `(B, M, H, D)` and `lse` `(B, M, H)`, contiguous, in the `accumulation_dtype` of
+            q; what `dilated_core.merge.empty_partial` returns, or the result over other keys.
+        problems: Of `plan_problems`, for these tensors.
+        q: `(B, M, H, D)`, the positions of the span of queries.
+        k, v: `(B, N, H_kv, D)`, the positions of the span of keys.
+        options: `key_padding_mask` is `(B, N)`. Problem number i has the dropout seed
+            `dropout_seed + i`. `is_causal` is not read: the plan has it.
+        backend: Of `choose_backend`, for these inputs.
     """
-    q, k, v = (_strided(x) for x in (q, k, v))
-    if call.max_workspace_bytes is not None:
-        _check_workspace(call, call.max_workspace_bytes, q, k, bounds)
-    if bounds is None:
-        pieces = _plan(call, q, k, v)
-        if len(pieces) == 1:
-            out, lse = _attend_piece(_masked(call, pieces[0]), pieces[0], 0, q, k, v)
-            out = out if out.dtype == q.dtype else out.to(q.dtype)
-            return out.contiguous(), lse.contiguous()
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
-    index = 0
-    for q_, k_, v_, out_, lse_ in _sequences(bounds, q, k, v, out, lse):
-        for piece in _plan(call, q_, k_, v_):
-            inputs = piece.rows(q_), piece.kv_rows(k_), piece.kv_rows(v_)
-            partial = _attend_piece(_masked(call, piece), piece, index, *inputs)
-            piece.rows(out_).copy_(partial.out)
-            piece.rows(lse_).copy_(partial.lse)
+    attend(problems, q, k, v, options, backend=backend, into=into)
+
+
+def attend(
+    problems: Sequence[Problem],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    backend: AttentionBackend,
+    into: AttentionOutput | None = None,
+) -> AttentionOutput:
+    """`attend_`, or without `into` the result of the problems alone.
+
+    Half precision is merged in float32, with one rounding at the end and not one per branch; the
+    result is then float32, unless there is nothing to merge.
+    """
+    q, k, v = viewable(q), viewable(k), viewable(v)
+    k, v = without_masked_rows(k, options), without_masked_rows(v, options)
+    is_fresh, merged = into is None, 0
+    if into is None and problems and _covers(problems[0].queries, q):
+        # An undilated branch without a tail: its result is what all others are merged into.
+        first = problems[0]
+        partial = _run(first, 0, q, k, v, options, backend)
+        into = AttentionOutput(partial.out.reshape(q.shape), partial.lse.reshape(q.shape[:-1]))
+        if len(problems) == 1 and not first.zero_keys:
+            return into
+        into = AttentionOutput(into.out.to(into.lse.dtype).contiguous(), into.lse.contiguous())
+        del partial
+        if first.zero_keys:
+            fold_(into, zero_key_partial(first.zero_keys, into))
+        merged = 1
+    if into is None:
+        into = empty_partial(q.shape, dtype=q.dtype, device=q.device)
+    for i, problem in enumerate(problems[merged:], merged):
+        queries = problem.queries
+        rows = AttentionOutput(queries.view(into.out), queries.view(into.lse))
+        if problem.keys.num_rows:
+            partial = _run(problem, i, q, k, v, options, backend)
+            if is_fresh and problem.is_first:
+                rows.out.copy_(partial.out)
+                rows.lse.copy_(partial.lse)
+            else:
+                fold_(rows, partial)
             del partial  # before the next one is made
-            index += len(piece.strips)
-    return out, lse
+        if problem.zero_keys:
+            fold_(rows, zero_key_partial(problem.zero_keys, rows))
+    return into
 
 
-def backward_over_strips(
-    call: Call,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bounds: list[int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contiguous gradients of q, k and v; arguments as in `forward_over_strips`."""
-    q, k, v = (_strided(x) for x in (q, k, v))
-    # Like out it must not be what decides on the strips: they are those of forward, each with its
-    # dropout seed.
-    dout = dout.contiguous()
-    if call.key_padding_mask is not None:
-        # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    if bounds is None:
-        pieces = _plan(call, q, k, v)
-        if len(pieces) == 1:
-            tensors = (dout, dlse, q, k, v, out, lse)
-            grads = _gradients_of_piece(_masked(call, pieces[0]), pieces[0], 0, *tensors)
-            dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
-            return dq, dk, dv
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if dlse is None:
-        dlse_of_sequences = None
-    else:
-        dlse_of_sequences = [part for (part,) in _sequences(bounds, dlse)]
-    index = 0
-    for i, (q_, k_, v_, dout_, out_, lse_, dq_, dk_, dv_) in enumerate(
-        _sequences(bounds, q, k, v, dout, out, lse, dq, dk, dv)
-    ):
-        dlse_ = None if dlse_of_sequences is None else dlse_of_sequences[i]
-        for piece in _plan(call, q_, k_, v_):
-            grads = _gradients_of_piece(
-                _masked(call, piece),
-                piece,
-                index,
-                piece.rows(dout_),
-                None if dlse_ is None else piece.rows(dlse_),
-                piece.rows(q_),
-                piece.kv_rows(k_),
-                piece.kv_rows(v_),
-                piece.rows(out_),
-                piece.rows(lse_),
-            )
-            piece.rows(dq_).copy_(grads[0])
-            piece.kv_rows(dk_).copy_(grads[1])
-            piece.kv_rows(dv_).copy_(grads[2])
-            del grads
-            index += len(piece.strips)
-    return dq, dk, dv
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to accumulate and to keep lse in: float32, or float64 for float64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _attend_piece(
-    call: Call, piece: Piece, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> AttentionOutput:
-    """Attention of one piece, whose first strip has the given index.
-
-    Half precision is folded in float32, with one rounding at the end and not one per branch; the
-    result is then float32, unless there is nothing to fold.
-    """
-    B, S, H, D = q.shape
-    strips = piece.strips
-    if len(strips) == 1 and strips[0].is_everything:
-        return _attend_strip(call, index, strips[0], q, k, v)
-    folded = 0
-    if strips and strips[0].num_elements == B * S * H:
-        # An undilated branch without a tail: its result is where all others fold into.
-        out, lse = _attend_strip(call, index, strips[0], q, k, v)
-        out, lse = out.reshape(B, S, H, D), lse.reshape(B, S, H)
-        if len(strips) > 1:
-            out, lse = out.to(wide(q.dtype)).contiguous(), lse.contiguous()
-        folded = 1
-    else:
-        out = q.new_zeros(B, S, H, D, dtype=wide(q.dtype))
-        lse = out.new_full((B, S, H), float("-inf"))
-    for i, strip in enumerate(strips[folded:], folded):
-        partial = _attend_strip(call, index + i, strip, q, k, v)
-        lse_view, out_view = strip.view(lse), strip.view(out)
-        if strip.is_first:
-            lse_view.copy_(partial.lse)
-            out_view.copy_(partial.out)
-        else:
-            weight = fold_lse_(lse_view, partial.lse).unsqueeze(-1)
-            out_view.lerp_(partial.out.to(out.dtype), weight)
-        del partial  # before the next one is made
-    return AttentionOutput(out, lse)
-
-
-def _attend_strip(
-    call: Call, index: int, strip: Strip, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> AttentionOutput:
-    """Attention within one strip, with the zero keys that its segments are padded with."""
-    partial = call.kernel.forward(
-        strip.view(q), strip.view_kv(k), strip.view_kv(v), **_options(call, index, strip, k)
-    )
-    # Causal queries lie before the padding of their segment, so they never see it.
-    if strip.zero_keys and not call.is_causal:
-        return add_zero_keys(partial, strip.zero_keys)
-    return partial
-
-
-def _gradients_of_piece(
-    call: Call,
-    piece: Piece,
+def _run(
+    problem: Problem,
     index: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: AttentionOptions,
+    backend: AttentionBackend,
+) -> AttentionOutput:
+    """The backend's result for one problem, without zero keys; `q`, `k`, `v` are `viewable`."""
+    queries, keys = problem.queries.view(q), problem.keys.view(k)
+    result = backend.forward(queries, keys, problem.keys.view(v), _options(options, problem, index))
+    out, lse = result
+    if out.shape != queries.shape or lse.shape != queries.shape[:-1]:
+        raise ValueError(
+            f"backend {backend.name!r} returned out of shape {tuple(out.shape)} and lse of shape "
+            f"{tuple(lse.shape)} for q of shape {tuple(queries.shape)}; out must have the shape of "
+            f"q, and lse that shape without head_dim."
+        )
+    if out.dtype != q.dtype or lse.dtype != accumulation_dtype(q.dtype):
+        raise ValueError(
+            f"backend {backend.name!r} returned out in {out.dtype} and lse in {lse.dtype} for q in "
+            f"{q.dtype}; out must have the dtype of q, and lse {accumulation_dtype(q.dtype)}."
+        )
+    return result
+
+
+def differentiate_(
+    into: Gradients,
+    problems: Sequence[Problem],
     dout: torch.Tensor,
-    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Gradients of q, k and v of one piece, summed in float32 or wider."""
-    B, S, H, _ = q.shape
-    totals: list[torch.Tensor] | None = None
-    for i, strip in enumerate(piece.strips, index):
-        q_rows, k_rows, v_rows = strip.view(q), strip.view_kv(k), strip.view_kv(v)
-        rows = (strip.view(dout), q_rows, k_rows, v_rows, strip.view(out), strip.view(lse))
-        dq, dk, dv = call.kernel.backward(*rows, **_options(call, i, strip, k))
-        if totals is None:
-            if strip.num_elements == B * S * H:
-                totals = [
-                    grad.to(wide(q.dtype)).reshape(x.shape).contiguous()
-                    for grad, x in ((dq, q), (dk, k), (dv, v))
-                ]
+    options: AttentionOptions,
+    *,
+    backend: AttentionBackend,
+    delta: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+) -> None:
+    """Add the gradients of some problems to `into`, in place.
+
+    Args:
+        into: dq `(B, M, H, D)`, dk and dv `(B, N, H_kv, D)`, contiguous, in the
+            `accumulation_dtype` of q.
+        problems, q, k, v, options, backend: As for `attend_`.
+        dout: Gradient of out, as q.
+        out, lse: The result over all keys that the queries see, those of other calls included.
+        delta: rowsum(dout · out), `(B, M, H)`, if the caller has it.
+        dlse: Gradient of lse, `(B, M, H)`; None: none.
+    """
+    tensors = (dout, q, k, v, out, lse)
+    differentiate(problems, *tensors, options, backend=backend, delta=delta, dlse=dlse, into=into)
+
+
+def differentiate(
+    problems: Sequence[Problem],
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    backend: AttentionBackend,
+    delta: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+    into: Gradients | None = None,
+) -> Gradients:
+    """`differentiate_`, or without `into` the gradients of the problems alone."""
+    q, k, v, dout = (viewable(x) for x in (q, k, v, dout))
+    # Views take them by the strides of contiguous tensors, whatever the caller's are.
+    out, lse = out.contiguous(), lse.contiguous()
+    delta, dlse = (None if x is None else x.contiguous() for x in (delta, dlse))
+    k, v = without_masked_rows(k, options), without_masked_rows(v, options)
+    if options.key_padding_mask is not None:
+        # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    wide = accumulation_dtype(q.dtype)
+    for i, problem in enumerate(problems):
+        queries, keys = problem.queries, problem.keys
+        if keys.num_rows == 0:
+            continue
+        q_rows, k_rows, v_rows = queries.view(q), keys.view(k), keys.view(v)
+        grads = backend.backward(
+            *(queries.view(dout), q_rows, k_rows, v_rows, queries.view(out), queries.view(lse)),
+            _options(options, problem, i),
+            delta=None if delta is None else queries.view(delta),
+        )
+        _check_gradients(backend, grads, (q_rows, k_rows, v_rows))
+        if into is None:
+            if _covers(queries, q) and _covers(keys, k):
+                dq, dk, dv = (
+                    grad.to(wide).reshape(x.shape).contiguous()
+                    for grad, x in zip(grads, (q, k, v), strict=True)
+                )
+                into = dq, dk, dv
                 continue
-            totals = [x.new_zeros(x.shape, dtype=wide(q.dtype)) for x in (q, k, v)]
-        strip.view(totals[0]).add_(dq)
-        strip.view_kv(totals[1]).add_(dk)
-        strip.view_kv(totals[2]).add_(dv)
-        del dq, dk, dv  # before the next ones are made
-    if totals is None:
-        totals = [torch.zeros_like(x) for x in (q, k, v)]
+            dq, dk, dv = (_zeros_like(x) for x in (q, k, v))
+            into = dq, dk, dv
+        queries.view(into[0]).add_(grads[0])
+        keys.view(into[1]).add_(grads[1])
+        keys.view(into[2]).add_(grads[2])
+        del grads  # before the next ones are made
+    if into is None:
+        dq, dk, dv = (_zeros_like(x) for x in (q, k, v))
+        into = dq, dk, dv
     if dlse is not None:
-        _add_gradient_through_lse_(call, piece, totals[0], totals[1], dlse, q, k, lse)
-    return totals
+        _add_gradient_through_lse_(into, problems, dlse, q, k, lse, options, backend)
+    if (mask := options.key_padding_mask) is not None:
+        # 0 · NaN: a masked row has gradient 0 whatever the other factors are.
+        into[1].masked_fill_(mask[:, :, None, None], 0)
+        into[2].masked_fill_(mask[:, :, None, None], 0)
+    return into
+
+
+def _covers(rows: Rows, x: torch.Tensor) -> bool:
+    """Whether the rows are all of x `(B, L, H, …)`."""
+    return rows.num_elements == x.shape[0] * x.shape[1] * x.shape[2]
+
+
+def _zeros_like(x: torch.Tensor) -> torch.Tensor:
+    return x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
+
+
+def without_masked_rows(x: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """K or v `(B, N, H_kv, D)` with 0 in masked rows: there, probability 0 times NaN is NaN."""
+    if (mask := options.key_padding_mask) is None:
+        return x
+    copy = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
+    return copy.masked_fill_(mask[:, :, None, None], 0)
 
 
 def _add_gradient_through_lse_(
-    call: Call,
-    piece: Piece,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
+    into: Gradients,
+    problems: Sequence[Problem],
     dlse: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     lse: torch.Tensor,
+    options: AttentionOptions,
+    backend: AttentionBackend,
 ) -> None:
     """Add what a gradient of lse sends to q and k: ds += p · dlse.
 
@@ -242,84 +248,48 @@ def _add_gradient_through_lse_(
     p·k is a forward with k in the place of v, and (p · dlse)ᵀ·q is the dv of a backward whose dout
     is dlse · q. Dropout comes after the softmax, so the lse does not depend on it.
     """
-    call = call._replace(dropout_p=0.0)
-    dlse = (dlse * call.scale).unsqueeze(-1)
-    dout = (dlse * q).to(q.dtype)
-    zeros_q, zeros_k = torch.zeros_like(q), torch.zeros_like(k)
-    for strip in piece.strips:
-        options = _options(call, 0, strip, k)
-        q_rows, k_rows, lse_rows = strip.view(q), strip.view_kv(k), strip.view(lse)
-        partial = call.kernel.forward(q_rows, k_rows, k_rows, **options)
+    options = options._replace(dropout_p=0.0)
+    dlse = (dlse * options.scale).unsqueeze(-1).contiguous()
+    dout = (dlse * q).to(q.dtype).contiguous()
+    zeros_q, zeros_k = q.new_zeros(q.shape), k.new_zeros(k.shape)
+    for problem in problems:
+        queries, keys = problem.queries, problem.keys
+        if keys.num_rows == 0:
+            continue
+        strip_options = _options(options, problem, 0)
+        q_rows, k_rows, lse_rows = queries.view(q), keys.view(k), queries.view(lse)
+        partial = backend.forward(q_rows, k_rows, k_rows, strip_options)
         weight = (partial.lse - lse_rows).exp_().unsqueeze(-1)
-        strip.view(dq).add_(strip.view(dlse) * weight * partial.out)
-        dk_rows = call.kernel.backward(
-            strip.view(dout), q_rows, k_rows, strip.view_kv(zeros_k), strip.view(zeros_q), lse_rows,
-            **options,
+        queries.view(into[0]).add_(queries.view(dlse) * weight * partial.out)
+        dk_rows = backend.backward(
+            queries.view(dout), q_rows, k_rows, keys.view(zeros_k), queries.view(zeros_q), lse_rows,
+            strip_options,
         )[2]  # fmt: skip
-        strip.view_kv(dk).add_(dk_rows)
+        keys.view(into[1]).add_(dk_rows)
 
 
-def _plan(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Piece, ...]:
-    B, S, H, D = q.shape
-    dense = all(x.stride(0) == S * x.stride(1) for x in (q, k, v))
-    return plan_pieces(
-        call.pattern,
-        (B, S, H, D),
-        k.shape[2],
-        q.dtype,
-        is_batch_dense=dense,
-        max_workspace_bytes=call.max_workspace_bytes,
+def _options(options: AttentionOptions, problem: Problem, index: int) -> AttentionOptions:
+    """The options of a call of the backend; each problem drops by a seed of its own."""
+    keys, mask = problem.keys, options.key_padding_mask
+    if mask is not None:
+        # Every head has the same mask, hence stride 0; their offsets are in the view.
+        mask = mask.contiguous()
+        mask = keys.view(mask.as_strided((*mask.shape, keys.num_heads), (*mask.stride(), 0)))
+    return AttentionOptions(
+        problem.is_causal,
+        options.scale,
+        options.dropout_p,
+        options.dropout_seed + index,
+        mask,
     )
 
 
-def _check_workspace(
-    call: Call, limit: int, q: torch.Tensor, k: torch.Tensor, bounds: list[int] | None
+def _check_gradients(
+    backend: AttentionBackend, grads: Gradients, rows: Sequence[torch.Tensor]
 ) -> None:
-    needed = max(
-        smallest_workspace(call.pattern, tuple(q_.shape), k_.shape[2], q_.dtype)
-        for q_, k_ in _sequences(bounds, q, k)
-    )
-    if limit < needed:
-        raise ValueError(f"max_workspace_bytes is {limit}; these inputs need at least {needed}.")
-
-
-def _masked(call: Call, piece: Piece) -> Call:
-    """The call with the piece's part of the mask, which is `(B, S)`."""
-    if call.key_padding_mask is None or piece.is_whole:
-        return call
-    return call._replace(key_padding_mask=call.key_padding_mask[piece.batches, piece.positions])
-
-
-def _options(call: Call, index: int, strip: Strip, k: torch.Tensor) -> dict[str, Any]:
-    options = call.options(index)
-    if call.key_padding_mask is not None:
-        mask = call.key_padding_mask.unsqueeze(-1).expand(k.shape[:3])
-        options["key_padding_mask"] = strip.view_kv(mask)
-    return options
-
-
-def _sequences(
-    bounds: list[int] | None, *tensors: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors themselves; if packed, views of each run of documents of one length as a batch.
-
-    Args:
-        bounds: Where each document begins, and T; None if not packed.
-        *tensors: `(B, S, …)`; `(1, T, …)` if packed.
-    """
-    if bounds is None:
-        yield tensors
-        return
-    start = 0
-    for length, run in groupby(stop - begin for begin, stop in pairwise(bounds)):
-        stop = start + length * len(list(run))
-        yield tuple(x[0, start:stop].view(-1, length, *x.shape[2:]) for x in tensors)
-        start = stop
-
-
-def _strided(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself where kernels can read it through its strides, else a contiguous copy.
-
-    Kernels want unit stride along head_dim; expanded (stride 0) dimensions are copied, too.
-    """
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+    for name, grad, x in zip(("dq", "dk", "dv"), grads, rows, strict=True):
+        if grad.shape != x.shape:
+            raise ValueError(
+                f"backend {backend.name!r} returned {name} of shape {tuple(grad.shape)}; it must "
+                f"have the shape of {name[1]}, {tuple(x.shape)}."
+            )

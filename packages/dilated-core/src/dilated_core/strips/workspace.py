@@ -1,23 +1,29 @@
 """Pieces: parts of a call that are done one after another, so that their workspace is bounded.
 
 What attention needs beyond its inputs and results is, for the part of the sequence at hand, the
-result of one strip and (in half precision) a float32 accumulator. Heads and batch rows do not
-interact, nor do positions on two sides of a place where all branches end a segment; so a call can
-be cut there, and is, until its workspace fits.
+result of one problem, what the backend takes for it, and (in half precision) a float32 accumulator.
+Heads and batch rows do not interact, nor do positions on two sides of a place where all branches
+end a segment; so a call can be cut there, and is, until its workspace fits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
+from dilated_core.backends.contract import (
+    AttentionBackend,
+    AttentionInputs,
+    BoundedWorkspaceBackend,
+)
+from dilated_core.merge import accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern
-from dilated_core.strips.plan import plan_strips
-from dilated_core.strips.view import Strip
+from dilated_core.strips.plan import Problem, Span, plan_problems
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -32,7 +38,7 @@ class Piece:
     Attributes:
         batches, positions, heads, kv_heads: What it covers.
         is_whole: It covers everything.
-        strips: Its strips, which count batches, positions and heads from its first ones.
+        problems: Its problems, which count batches, positions and heads from its first ones.
     """
 
     batches: slice
@@ -40,7 +46,7 @@ class Piece:
     heads: slice
     kv_heads: slice
     is_whole: bool
-    strips: tuple[Strip, ...]
+    problems: tuple[Problem, ...]
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Its part of a `(B, S, H, …)` tensor, a view."""
@@ -51,137 +57,163 @@ class Piece:
         return x if self.is_whole else x[self.batches, self.positions, self.kv_heads]
 
 
-@lru_cache(maxsize=256)
-def plan_pieces(
-    pattern: DilatedPattern,
-    shape: tuple[int, int, int, int],
-    num_kv_heads: int,
-    dtype: torch.dtype,
-    *,
-    is_batch_dense: bool,
-    max_workspace_bytes: int | None,
-) -> tuple[Piece, ...]:
-    """Cut a call into the fewest pieces whose workspace fits, or nearly if none does.
+class Geometry(NamedTuple):
+    """What the pieces of a call depend on.
 
-    Args:
+    Attributes:
         pattern: The branches.
-        shape: B, S, H, D.
-        num_kv_heads: H_kv.
-        dtype: Of q.
-        is_batch_dense: See `plan_strips`.
-        max_workspace_bytes: Memory that the forward pass may take beyond inputs and results. None:
-            no limit in float32 and float64; in half precision about the size of the output.
-
-    Returns:
-        Pieces that cover every position and head once.
+        inputs: Heads, head_dim, dtype and options; `seq_len` is S, and `max_workspace_bytes` the
+            memory that forward may take beyond inputs and results. None: no limit in float32 and
+            float64; in half precision about the size of the output.
+        batch_size: B.
+        head_range: (first, total) as for `plan_problems`.
+        is_causal: Whether queries see only the past.
+        is_batch_dense: As for `plan_problems`.
+        backend: The backend if there is a limit, which counts what it allocates; else None.
+        num_threads: Of PyTorch, which backends' memory may depend on; 0 without a limit.
     """
-    if 0 in shape:
+
+    pattern: DilatedPattern
+    inputs: AttentionInputs
+    batch_size: int
+    head_range: tuple[int, int]
+    is_causal: bool
+    is_batch_dense: bool
+    backend: AttentionBackend | None
+    num_threads: int
+
+
+class _Size(NamedTuple):
+    """Batch rows, positions and heads of k and v that a piece covers at most."""
+
+    batches: int
+    positions: int
+    kv_heads: int
+
+
+@lru_cache(maxsize=256)
+def plan_pieces(geometry: Geometry) -> tuple[Piece, ...]:
+    """Cut a call into the fewest pieces whose workspace fits, or nearly if none does."""
+    inputs = geometry.inputs
+    whole = _whole(geometry)
+    size_in_bytes = math.prod(whole) * _group(inputs) * inputs.head_dim * inputs.dtype.itemsize
+    if size_in_bytes == 0:
         return ()
-    limit = max_workspace_bytes
-    if limit is None and dtype in HALF_DTYPES:
-        limit = max(_UNCUT_BYTES, math.prod(shape) * dtype.itemsize)
+    limit = inputs.max_workspace_bytes
+    if limit is None and inputs.dtype in HALF_DTYPES:
+        limit = max(_UNCUT_BYTES, size_in_bytes)
     pieces: tuple[Piece, ...] = ()
-    for sizes in _sizes(pattern, shape, num_kv_heads):
-        pieces = _cut(pattern, shape, num_kv_heads, sizes, is_batch_dense)
+    for size in _sizes(geometry):
+        pieces = _cut(geometry, size)
         if limit is None:
             break
-        accumulator, problem, row = _needs(pieces, sizes, shape, num_kv_heads, dtype)
-        rows = (limit - accumulator) // row
-        if problem <= rows:
-            return tuple(_split_strips(piece, rows, accumulator == 0) for piece in pieces)
+        room = limit - _fixed_bytes(geometry, size)
+        if all(_problem_bytes(geometry, p, 1) <= room for piece in pieces for p in piece.problems):
+            return tuple(_with_split_problems(geometry, piece, room) for piece in pieces)
     return pieces
 
 
 @lru_cache(maxsize=256)
-def smallest_workspace(
-    pattern: DilatedPattern,
-    shape: tuple[int, int, int, int],
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> int:
-    """The smallest `max_workspace_bytes` that can be kept; arguments as in `plan_pieces`."""
-    if 0 in shape:
+def smallest_workspace(geometry: Geometry) -> int:
+    """The smallest `max_workspace_bytes` that can be kept."""
+    whole = _whole(geometry)
+    if 0 in whole:
         return 0
-    smallest = math.inf
-    for sizes in _sizes(pattern, shape, num_kv_heads):
-        pieces = _cut(pattern, shape, num_kv_heads, sizes, is_batch_dense=False)
-        accumulator, problem, row = _needs(pieces, sizes, shape, num_kv_heads, dtype)
-        smallest = min(smallest, accumulator + problem * row)
-    return int(smallest)
+    return min(
+        _fixed_bytes(geometry, size)
+        + max(
+            (_problem_bytes(geometry, p, 1) for piece in pieces for p in piece.problems), default=0
+        )
+        for size in _sizes(geometry)
+        for pieces in [_cut(geometry, size)]
+    )
 
 
-def _needs(
-    pieces: tuple[Piece, ...],
-    sizes: tuple[int, int, int],
-    shape: tuple[int, int, int, int],
-    num_kv_heads: int,
-    dtype: torch.dtype,
-) -> tuple[int, int, int]:
-    """Bytes of a piece's accumulator, rows of its largest problem, bytes for each such row."""
-    _, _, H, D = shape
-    is_half = dtype in HALF_DTYPES
-    # A strip's result, its conversion to the dtype of the accumulator, three numbers per row.
-    row = D * (dtype.itemsize + 4 * is_half) + 12
-    problem = max((s.num_rows * s.num_heads for p in pieces for s in p.strips), default=1)
-    if pieces[0].is_whole and not is_half:
-        # In one piece and without conversion, the result itself is what strips accumulate in.
-        return 0, problem, row
-    B, S, kv_heads = sizes
-    return B * S * kv_heads * (H // num_kv_heads) * (D * max(dtype.itemsize, 4) + 4), problem, row
+def _whole(geometry: Geometry) -> _Size:
+    inputs = geometry.inputs
+    return _Size(geometry.batch_size, inputs.seq_len or 0, inputs.num_kv_heads or inputs.num_heads)
 
 
-def _sizes(
-    pattern: DilatedPattern, shape: tuple[int, int, int, int], num_kv_heads: int
-) -> Iterator[tuple[int, int, int]]:
-    """Batches, positions and kv heads of a piece, from everything to as little as possible."""
-    B, S, _, _ = shape
-    sizes = B, S, num_kv_heads
-    yield sizes
-    # First heads, which keeps the strips long; last positions, where all branches end a segment.
-    while sizes[2] > 1:
-        sizes = B, S, -(-sizes[2] // 2)
-        yield sizes
-    while sizes[0] > 1:
-        sizes = -(-sizes[0] // 2), S, 1
-        yield sizes
-    common = math.lcm(*(min(w, S) for w in pattern.segment_lengths))
-    while sizes[1] > common:
-        sizes = 1, common * (-(-sizes[1] // common) // 2), 1
-        yield sizes
+def _group(inputs: AttentionInputs) -> int:
+    return inputs.num_heads // (inputs.num_kv_heads or inputs.num_heads or 1)
 
 
-def _cut(
-    pattern: DilatedPattern,
-    shape: tuple[int, int, int, int],
-    num_kv_heads: int,
-    sizes: tuple[int, int, int],
-    is_batch_dense: bool,
-) -> tuple[Piece, ...]:
-    B, S, H, _ = shape
-    group = H // num_kv_heads
-    is_whole = sizes == (B, S, num_kv_heads)
+def _fixed_bytes(geometry: Geometry, size: _Size) -> int:
+    """Bytes that a piece takes however its problems are split."""
+    inputs, D = geometry.inputs, geometry.inputs.head_dim
+    rows = math.prod(size)
+    masked = 2 * rows * D * inputs.dtype.itemsize if inputs.has_key_padding_mask else 0
+    if size == _whole(geometry) and inputs.dtype not in HALF_DTYPES:
+        # In one piece and without conversion, the result itself is what is accumulated in.
+        return masked
+    wide = accumulation_dtype(inputs.dtype).itemsize
+    return masked + rows * _group(inputs) * wide * (D + 1)
+
+
+def _problem_bytes(geometry: Geometry, problem: Problem, count: int) -> int:
+    """Bytes for the result of `count` of the problem's segments, merged into the accumulator."""
+    inputs, queries = geometry.inputs, problem.queries
+    wide = accumulation_dtype(inputs.dtype).itemsize
+    # The backend's out, its conversion to the accumulator's dtype, and three numbers per row.
+    row = inputs.head_dim * (inputs.dtype.itemsize + wide * (inputs.dtype in HALF_DTYPES))
+    needed = count * queries.num_rows * queries.num_heads * (row + 3 * wide)
+    return needed + _backend_bytes(geometry, problem, count)
+
+
+def _backend_bytes(geometry: Geometry, problem: Problem, count: int) -> int:
+    backend, queries, keys = geometry.backend, problem.queries, problem.keys
+    if not isinstance(backend, BoundedWorkspaceBackend):
+        return 0
+    inputs = geometry.inputs._replace(num_heads=queries.num_heads, num_kv_heads=keys.num_heads)
+    return backend.workspace_bytes(inputs, count, queries.num_rows, keys.num_rows)
+
+
+def _sizes(geometry: Geometry) -> Iterator[_Size]:
+    """Sizes of pieces, from everything to as little as possible."""
+    size = _whole(geometry)
+    yield size
+    # First heads, which keeps the views long; last positions, where all branches end a segment.
+    while size.kv_heads > 1:
+        size = size._replace(kv_heads=-(-size.kv_heads // 2))
+        yield size
+    while size.batches > 1:
+        size = size._replace(batches=-(-size.batches // 2))
+        yield size
+    S = size.positions
+    common = math.lcm(*(min(w, S) for w in geometry.pattern.segment_lengths))
+    while size.positions > common:
+        size = size._replace(positions=common * (-(-size.positions // common) // 2))
+        yield size
+
+
+def _cut(geometry: Geometry, size: _Size) -> tuple[Piece, ...]:
+    B, S, K = _whole(geometry)
+    group = _group(geometry.inputs)
+    first_head, total_heads = geometry.head_range
     return tuple(
         Piece(
             batches=slice(b, b_end),
             positions=slice(s, s_end),
             heads=slice(h * group, h_end * group),
             kv_heads=slice(h, h_end),
-            is_whole=is_whole,
-            strips=plan_strips(
-                pattern,
-                b_end - b,
-                s_end - s,
-                H,
-                num_kv_heads=num_kv_heads,
-                heads=(h * group, h_end * group),
-                clip_length=S,
+            is_whole=size == (B, S, K),
+            problems=plan_problems(
+                geometry.pattern,
+                queries=Span(s, s_end),
+                keys=Span(s, s_end),
+                seq_len=S,
+                num_heads=(h_end - h) * group,
+                num_kv_heads=h_end - h,
+                head_range=(first_head + h * group, total_heads),
+                batch_size=b_end - b,
+                is_causal=geometry.is_causal,
                 # Positions are only cut where there is one batch row.
-                is_batch_dense=is_batch_dense,
+                is_batch_dense=geometry.is_batch_dense,
             ),
         )
-        for b, b_end in _spans(B, sizes[0])
-        for s, s_end in _spans(S, sizes[1])
-        for h, h_end in _spans(num_kv_heads, sizes[2])
+        for b, b_end in _spans(B, size.batches)
+        for s, s_end in _spans(S, size.positions)
+        for h, h_end in _spans(K, size.kv_heads)
     )
 
 
@@ -189,15 +221,32 @@ def _spans(length: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _split_strips(piece: Piece, max_rows: int, in_place: bool) -> Piece:
-    strips: list[Strip] = []
+def _with_split_problems(geometry: Geometry, piece: Piece, room: int) -> Piece:
+    """The piece with each problem cut into the largest parts that fit."""
+    problems: list[Problem] = []
     everything = math.prod(
         part.stop - part.start for part in (piece.batches, piece.positions, piece.heads)
     )
-    for strip in piece.strips:
-        if in_place and not strips and strip.num_elements == everything:
-            # Its result becomes the result that the others are folded into.
-            strips.append(strip)
-        else:
-            strips.extend(strip.split(max_rows))
-    return replace(piece, strips=tuple(strips))
+    is_in_place = piece.is_whole and geometry.inputs.dtype not in HALF_DTYPES
+    for problem in piece.problems:
+        total = problem.queries.num_problems
+        becomes_result = not problems and is_in_place and problem.queries.num_elements == everything
+        if becomes_result and _backend_bytes(geometry, problem, total) <= room:
+            problems.append(problem)
+            continue
+        fits, too_many = 1, total + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if _problem_bytes(geometry, problem, middle) <= room:
+                fits = middle
+            else:
+                too_many = middle
+        problems.extend(problem.split(fits))
+    return Piece(
+        piece.batches,
+        piece.positions,
+        piece.heads,
+        piece.kv_heads,
+        piece.is_whole,
+        tuple(problems),
+    )

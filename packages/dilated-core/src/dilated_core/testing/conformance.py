@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs, AttentionOptions
 from dilated_core.backends.registry import get_backend
 from dilated_core.pattern.branches import DilatedPattern
 from dilated_core.reference import reference_dilated_attention_with_lse
@@ -178,8 +178,7 @@ class BackendConformance(HostileInputs):
                     dq, dk, dv = kernel.backward(
                         dout[:, queries], q[:, queries], k[:, keys], v[:, keys],
                         out[:, queries], lse[:, queries],
-                        is_causal=False, scale=case.head_dim**-0.5, dropout_p=0.0, dropout_seed=0,
-                        key_padding_mask=None,
+                        AttentionOptions(is_causal=False, scale=case.head_dim**-0.5),
                     )  # fmt: skip
                     got[0][:, queries] += dq
                     got[1][:, keys] += dk
@@ -202,12 +201,11 @@ class BackendConformance(HostileInputs):
         hidden = torch.rand(1, 24, 2, generator=torch.Generator().manual_seed(0)) < 0.3
         hidden[:, :, 1] = True
         hidden = hidden.to(self.device)
-        options: dict[str, Any] = {"is_causal": is_causal, "scale": 0.3}
-        options |= {"dropout_p": 0.0, "dropout_seed": 0}
+        options = AttentionOptions(is_causal, 0.3, key_padding_mask=hidden)
         with torch.no_grad():
-            out, lse = kernel.forward(q, k, v, **options, key_padding_mask=hidden)
+            out, lse = kernel.forward(q, k, v, options)
             row_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-            got = kernel.backward(dout, q, k, v, out, row_lse, **options, key_padding_mask=hidden)
+            got = kernel.backward(dout, q, k, v, out, row_lse, options)
         Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
         scores = 0.3 * torch.einsum("bqhd,bkhd->bhqk", Q, K.repeat_interleave(2, 2))
         is_masked = hidden.repeat_interleave(2, 2).permute(0, 2, 1)[:, :, None, :]

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from dilated_core import AttentionOutput, DilatedPattern, merge_partials
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionInputs
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionInputs,
+    AttentionOptions,
+    Gradients,
+)
 
 from dilated_kernels import availability
 from dilated_kernels.flex.mask import (
@@ -73,26 +78,22 @@ class FlexBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         pattern: DilatedPattern,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> AttentionOutput:
         """See `AttentionBackend`."""
-        _refuse_dropout(dropout_p)
+        _refuse_dropout(options.dropout_p)
         documents = documents_of(cu_seqlens, q)
         mask = pattern_mask(
             pattern,
             q,
-            is_causal=is_causal,
+            is_causal=options.is_causal,
             documents=documents,
-            key_padding_mask=key_padding_mask,
+            key_padding_mask=options.key_padding_mask,
         )
-        result = _attend(q.detach(), k.detach(), v.detach(), mask, scale)
-        if pattern.padding == "masked" or is_causal:
+        result = _attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
+        if pattern.padding == "masked" or options.is_causal:
             return result
         count = zero_keys(pattern, q, documents)
         lse = count.to(result.lse.dtype).log().expand(result.lse.shape)
@@ -108,45 +109,36 @@ class FlexBackend:
         out: torch.Tensor,
         lse: torch.Tensor,
         pattern: DilatedPattern,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
         """See `AttentionBackend`. Zero keys have no gradient; they are in `out` and `lse`.
 
         Raises:
             NotImplementedError: On CPU, where PyTorch's flex_attention has no backward.
         """
-        _refuse_dropout(dropout_p)
+        _refuse_dropout(options.dropout_p)
         mask = pattern_mask(
             pattern,
             q,
-            is_causal=is_causal,
+            is_causal=options.is_causal,
             documents=documents_of(cu_seqlens, q),
-            key_padding_mask=key_padding_mask,
+            key_padding_mask=options.key_padding_mask,
         )
-        return _differentiate(dout, dlse, q, k, v, out, lse, mask, scale)
+        return _differentiate(dout, dlse, q, k, v, out, lse, mask, options.scale)
 
     def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        options: AttentionOptions,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
-        _refuse_dropout(dropout_p)
-        mask = strip_mask(q, k, is_causal=is_causal, key_padding_mask=key_padding_mask)
-        return _attend(q.detach(), k.detach(), v.detach(), mask, scale)
+        _refuse_dropout(options.dropout_p)
+        mask = strip_mask(q, k, options)
+        return _attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
 
     def backward(
         self,
@@ -156,21 +148,18 @@ class FlexBackend:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
         """See `AttentionBackend.backward`.
 
         Raises:
             NotImplementedError: On CPU, where PyTorch's flex_attention has no backward.
         """
-        _refuse_dropout(dropout_p)
-        mask = strip_mask(q, k, is_causal=is_causal, key_padding_mask=key_padding_mask)
-        return _differentiate(dout, None, q, k, v, out, lse, mask, scale)
+        _refuse_dropout(options.dropout_p)
+        mask = strip_mask(q, k, options)
+        return _differentiate(dout, None, q, k, v, out, lse, mask, options.scale)
 
 
 def _attend(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from dilated_core import DilatedPattern
+from dilated_core.backends.contract import AttentionOptions
 from dilated_core.inputs import document_bounds
 
 # Each pattern, length and dtype is a kernel of its own. Past its limit the compiler would fall back
@@ -92,20 +93,18 @@ def pattern_mask(
     return Mask(_block_mask(mask_mod, batch, _heads(pattern, H), S, S, q.device), score_mod)
 
 
-def strip_mask(
-    q: torch.Tensor, k: torch.Tensor, *, is_causal: bool, key_padding_mask: torch.Tensor | None
-) -> Mask:
-    """Ordinary attention of q `(B, M, H, D)` over k.
+def strip_mask(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions) -> Mask:
+    """Ordinary attention of q `(B, M, H, D)` over k `(B, N, H_kv, D)`.
 
     Args:
         q, k: For their shapes and device.
-        is_causal: Whether keys behind the query are left out.
-        key_padding_mask: `(B, M, H_kv)`, True for keys to leave out, or None.
+        options: As for `AttentionBackend.forward`.
     """
-    if not is_causal and key_padding_mask is None:
+    is_causal, hidden = options.is_causal, options.key_padding_mask
+    if not is_causal and hidden is None:
         return Mask(None, None)
     B, M, H, _ = q.shape
-    hidden, group = key_padding_mask, H // k.shape[2]
+    group = H // k.shape[2]
 
     def mask_mod(
         b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor

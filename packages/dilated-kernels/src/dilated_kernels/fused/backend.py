@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from dilated_core import AttentionInputs, AttentionOutput, DilatedPattern
 from dilated_core.backends.cache_layout import CacheLayout
-from dilated_core.backends.contract import CONTRACT_VERSION
+from dilated_core.backends.contract import CONTRACT_VERSION, AttentionOptions, Gradients
 
 from dilated_kernels.availability import (
     HALF_DTYPES,
@@ -66,7 +66,7 @@ class TritonBackend:
         self.name = name
 
     def priority_for(self, inputs: AttentionInputs) -> Rank:
-        """See `AttentionBackend`; only the backend called "triton" is taken by "auto"."""
+        """See `RankedBackend`; only the backend called "triton" is taken by "auto"."""
         if self.name != "triton":
             return Rank(-1, "registered beside triton, by its own name")
         return rank(self.name, inputs)
@@ -95,6 +95,8 @@ class TritonBackend:
             head_dim_multiple=1,
             max_head_dim=MAX_HEAD_DIM,
         )
+        if inputs.is_rectangular:
+            reasons.append("k has other rows than q; its kernels need as many keys as queries.")
         if inputs.max_workspace_bytes is not None:
             reasons.append(
                 f"max_workspace_bytes is {inputs.max_workspace_bytes}; it accumulates in a float32 "
@@ -108,19 +110,13 @@ class TritonBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         pattern: DilatedPattern,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
     ) -> AttentionOutput:
-        """See `AttentionBackend`."""
-        options = _attention().Options(
-            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
-        )
-        return _attention().dilated_forward(q, k, v, pattern, options, self._tuning(q))
+        """See `WholePatternBackend`."""
+        all_options = _attention().Options(*options, cu_seqlens)
+        return _attention().dilated_forward(q, k, v, pattern, all_options, self._tuning(q))
 
     def dilated_backward(
         self,
@@ -132,39 +128,21 @@ class TritonBackend:
         out: torch.Tensor,
         lse: torch.Tensor,
         pattern: DilatedPattern,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend`."""
-        options = _attention().Options(
-            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, cu_seqlens
-        )
+    ) -> Gradients:
+        """See `WholePatternBackend`."""
+        all_options = _attention().Options(*options, cu_seqlens)
         return _attention().dilated_backward(
-            dout, dlse, q, k, v, out, lse, pattern, options, self._tuning(q)
+            dout, dlse, q, k, v, out, lse, pattern, all_options, self._tuning(q)
         )
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`: dense attention is a pattern of one branch."""
-        options = _attention().Options(
-            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None
-        )
-        return _attention().dilated_forward(q, k, v, _dense(q), options, self._tuning(q))
+        return self.dilated_forward(q, k, v, self._dense(q, k), options, cu_seqlens=None)
 
     def backward(
         self,
@@ -174,19 +152,14 @@ class TritonBackend:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend.backward`."""
-        options = _attention().Options(
-            is_causal, scale, dropout_p, dropout_seed, key_padding_mask, None
-        )
-        return _attention().dilated_backward(
-            dout, None, q, k, v, out, lse, _dense(q), options, self._tuning(q)
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
+        """See `AttentionBackend.backward`; a kernel computes delta."""
+        pattern = self._dense(q, k)
+        return self.dilated_backward(
+            dout, None, q, k, v, out, lse, pattern, options, cu_seqlens=None
         )
 
     def decode_forward(
@@ -201,17 +174,21 @@ class TritonBackend:
         position: int,
         scale: float,
     ) -> AttentionOutput:
-        """See `AttentionBackend`."""
+        """See `DecodingBackend`."""
         return imported("dilated_kernels.fused.decoding").decode_forward(
             q, k, v, keys, values, layout, position=position, scale=scale
         )
 
+    def _dense(self, q: torch.Tensor, k: torch.Tensor) -> DilatedPattern:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"q has {q.shape[1]} rows and k {k.shape[1]}; the kernels of backend "
+                f"{self.name!r} need as many keys as queries, so take another backend."
+            )
+        return DilatedPattern([max(1, q.shape[1])], [1])
+
     def _tuning(self, q: torch.Tensor) -> Any:
         return _attention().tuning_for(q, self.tile_order, self.configs)
-
-
-def _dense(q: torch.Tensor) -> DilatedPattern:
-    return DilatedPattern([max(1, q.shape[1])], [1])
 
 
 def _attention() -> Any:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from dilated_core import AttentionOutput
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionInputs
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionInputs,
+    AttentionOptions,
+    Gradients,
+)
 
 from dilated_kernels.ranking.choice import Rank, rank
 
@@ -27,7 +32,10 @@ _ALIGNMENT = 16
 _T = torch.Tensor
 
 Attend = Callable[[_T, _T, _T, bool, float], tuple[_T, _T]]
-"""(q, k, v, is_causal, scale) -> out `(B, M, H, D)` and natural lse `(B, H, M)`, scale above 0."""
+"""(q, k, v, is_causal, scale) -> out `(B, M, H, D)` and natural lse `(B, H, M)`, scale above 0.
+
+k and v are `(B, N, K, D)`; is_causal only with N = M.
+"""
 
 Differentiate = Callable[[_T, _T, _T, _T, _T, _T, bool, float], tuple[_T, _T, _T]]
 """(dout, q, k, v, out, lse, is_causal, scale) -> dq, dk, dv; lse contiguous `(B, H, M)`."""
@@ -54,7 +62,7 @@ class VendorBackend:
     contract: int = CONTRACT_VERSION
 
     def priority_for(self, inputs: AttentionInputs) -> Rank:
-        """See `AttentionBackend`."""
+        """See `RankedBackend`."""
         return rank(self.name, inputs)
 
     def why_not(self, inputs: AttentionInputs) -> list[str]:
@@ -66,23 +74,18 @@ class VendorBackend:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
+        options: AttentionOptions,
     ) -> AttentionOutput:
         """See `AttentionBackend.forward`."""
-        self._refuse(dropout_p, key_padding_mask)
+        self._refuse(options)
         if q.numel() == 0:
             return AttentionOutput(torch.empty_like(q), q.new_empty(q.shape[:-1]).float())
-        q, scale, _ = _with_positive_scale(q, scale)
+        q, scale, _ = _with_positive_scale(q, options.scale)
         outs: list[torch.Tensor] = []
         lses: list[torch.Tensor] = []
         for part in _in_batches(q, k, v):
             q_, k_, v_ = map(_aligned, part)
-            out_, lse_ = self.attend(q_, k_, v_, is_causal, scale)
+            out_, lse_ = self.attend(q_, k_, v_, options.is_causal, scale)
             outs.append(out_)
             lses.append(lse_)
         lse_BHM = _joined(lses)
@@ -99,33 +102,30 @@ class VendorBackend:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
+        options: AttentionOptions,
         *,
-        is_causal: bool,
-        scale: float,
-        dropout_p: float,
-        dropout_seed: int,
-        key_padding_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend.backward`."""
-        self._refuse(dropout_p, key_padding_mask)
+        delta: torch.Tensor | None = None,
+    ) -> Gradients:
+        """See `AttentionBackend.backward`; the kernels compute delta themselves."""
+        self._refuse(options)
         if q.numel() == 0:
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        q, scale, sign = _with_positive_scale(q, scale)
+        q, scale, sign = _with_positive_scale(q, options.scale)
         lse_BHM = lse.transpose(1, 2).contiguous()
         grads: tuple[list[torch.Tensor], ...] = ([], [], [])
         for *part, lse_ in _in_batches(dout, q, k, v, out, lse_BHM):
             dout_, q_, k_, v_, out_ = map(_aligned, part)
-            new = self.differentiate(dout_, q_, k_, v_, out_, lse_, is_causal, scale)
+            new = self.differentiate(dout_, q_, k_, v_, out_, lse_, options.is_causal, scale)
             for all_of_it, grad in zip(grads, new, strict=True):
                 all_of_it.append(grad)
         dq, dk, dv = map(_joined, grads)
         return dq if sign == 1 else dq * sign, dk, dv
 
-    def _refuse(self, dropout_p: float, key_padding_mask: torch.Tensor | None) -> None:
-        """Say again what `why_not` said, to whoever calls without asking."""
-        if dropout_p or key_padding_mask is not None:
+    def _refuse(self, options: AttentionOptions) -> None:
+        """Repeat the `why_not` check for callers that skipped it."""
+        if options.dropout_p or options.key_padding_mask is not None:
             raise ValueError(
-                f"backend {self.name!r} has neither dropout (dropout_p is {dropout_p}) nor "
+                f"backend {self.name!r} has neither dropout (dropout_p is {options.dropout_p}) nor "
                 f"key_padding_mask; ask its why_not first."
             )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs, AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 
 from dilated_kernels import availability
@@ -41,7 +41,7 @@ def _cudnn_attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if k.shape[1] == 1:
-        out, lse = _eager.forward(q, k, v, **_one_key(scale))
+        out, lse = _eager.forward(q, k, v, _one_key(scale))
         return out, lse.transpose(1, 2)
     B, M, H, _ = q.shape
     q_BHMD, k_BHMD, v_BHMD = _heads_first(q, repeated(k, q), repeated(v, q))
@@ -62,7 +62,9 @@ def _cudnn_differentiate(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if k.shape[1] == 1:
-        return _eager.backward(dout, q, k, v, out, lse.transpose(1, 2), **_one_key(scale))
+        return _eager.backward(
+            dout, q, k, v, out, lse.transpose(1, 2), AttentionOptions(is_causal=False, scale=scale)
+        )
     # PyTorch keeps the plan that cuDNN made for the strides of out and dout, and looks it up by
     # those of q, k and v alone (MHA.cpp, MHACacheKeyWrapper), so the former must not vary.
     dout, out = dout.contiguous(), out.contiguous()
@@ -139,15 +141,9 @@ def _no_rng(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return nothing, nothing
 
 
-def _one_key(scale: float) -> dict[str, Any]:
+def _one_key(scale: float) -> AttentionOptions:
     """Options for the strips that cuDNN refuses: those with a single key, causal or not."""
-    return {
-        "is_causal": False,
-        "scale": scale,
-        "dropout_p": 0.0,
-        "dropout_seed": 0,
-        "key_padding_mask": None,
-    }
+    return AttentionOptions(is_causal=False, scale=scale)
 
 
 cudnn = VendorBackend("cudnn", 30, _why_not_cudnn, _cudnn_attend, _cudnn_differentiate)

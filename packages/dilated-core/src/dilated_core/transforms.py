@@ -1,0 +1,205 @@
+"""Transforms of `torch.func`, forward mode and second derivatives of dilated attention.
+
+First derivatives by plain backward do not come here. Here the operators are autograd functions
+with a rule for each transform: vmap makes the mapped dimension part of the batch, and what is
+beyond the gradient itself is computed by strips/composite.py, in operations that PyTorch can
+differentiate again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from dilated_core.backends.contract import Gradients
+from dilated_core.ops import attention_backward, attention_forward, encode_call
+from dilated_core.strips import composite
+from dilated_core.strips.call import Call, backward, forward
+
+_Masks = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class TransformedAttention(torch.autograd.Function):
+    """out and lse of q, k, v, with key_padding_mask and cu_seqlens, by a call without its mask."""
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        call: Call,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result, by the backend."""
+        if _is_traced():
+            return attention_forward(q, k, v, *encode_call(call), key_padding_mask, cu_seqlens)
+        return forward(call.masked(key_padding_mask), q, k, v, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Save what the derivatives need."""
+        *tensors, ctx.call = inputs
+        _refuse_dropout(ctx.call)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, mask, cu_seqlens, out, lse = ctx.saved_tensors
+        dout, dlse = grads
+        if dout is None and dlse is None:
+            return (None,) * 6
+        dout = torch.zeros_like(out) if dout is None else dout
+        call = ctx.call.masked(mask)
+        tensors = (dout, dlse, q, k, v, out, lse)
+        return (*differentiable_backward(call, *tensors, cu_seqlens), None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tangents of out and lse."""
+        q, k, v, mask, cu_seqlens, out, lse = ctx.saved_tensors
+        dq, dk, dv = (
+            torch.zeros_like(x) if tangent is None else tangent
+            for tangent, x in zip(tangents[:3], (q, k, v), strict=True)
+        )
+        call = ctx.call.masked(mask)
+        return composite.tangents(call, dq, dk, dv, q, k, v, out, lse, cu_seqlens)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """The mapped dimension as part of the batch."""
+        *tensors, call = inputs
+        return _mapped(TransformedAttention.apply, info.batch_size, in_dims[:-1], tensors, call)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """dq, dk, dv, themselves differentiable."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Gradients:
+        """The gradients, by the backend."""
+        *tensors, mask, cu_seqlens, call = inputs
+        dout, dlse, q, k, v, out, lse = tensors
+        if _is_traced():
+            return attention_backward(*tensors, *encode_call(call), mask, cu_seqlens)
+        return backward(call.masked(mask), dout, dlse, q, k, v, out, lse, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Save what the derivatives need."""
+        *tensors, ctx.call = inputs
+        _refuse_dropout(ctx.call)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        """Gradients of everything that the gradients depend on."""
+        function, given = _composite_gradients(ctx)
+        pair: Any = torch.func.vjp(function, *given.values())
+        vjp = pair[1]
+        results = dict(zip(given, vjp(grads), strict=True))
+        return (*(results.get(i) for i in range(7)), None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Gradients:
+        """Tangents of the gradients."""
+        function, given = _composite_gradients(ctx)
+        directions = tuple(
+            torch.zeros_like(x) if tangents[i] is None else tangents[i] for i, x in given.items()
+        )
+        return torch.func.jvp(function, tuple(given.values()), directions)[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """The mapped dimension as part of the batch."""
+        *tensors, call = inputs
+        return _mapped(_TransformedGradients.apply, info.batch_size, in_dims[:-1], tensors, call)
+
+
+def differentiable_backward(
+    call: Call,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> Gradients:
+    """dq, dk, dv by the backend, and their own derivatives in elementary operations."""
+    mask = call.options.key_padding_mask
+    tensors = (dout, dlse, q, k, v, out, lse, mask, cu_seqlens)
+    # torch types `apply` by the signature of forward, as if its first argument were a context.
+    return cast(Any, _TransformedGradients).apply(*tensors, call.maskless())
+
+
+def _composite_gradients(
+    ctx: Any,
+) -> tuple[Callable[..., Gradients], dict[int, torch.Tensor]]:
+    """The gradients as a function of those saved tensors that are given, by their number."""
+    *tensors, mask, cu_seqlens = ctx.saved_tensors
+    given = {i: x for i, x in enumerate(tensors) if x is not None}
+    call = ctx.call.masked(mask)
+
+    def function(*values: torch.Tensor) -> Gradients:
+        found = dict(zip(given, values, strict=True))
+        dout, dlse, q, k, v, out, lse = (found.get(i) for i in range(7))
+        tensors: Any = (dout, dlse, q, k, v, out, lse)
+        return composite.gradients(call, *tensors, cu_seqlens)
+
+    return function, given
+
+
+def _mapped(
+    function: Callable[..., Any],
+    size: int,
+    in_dims: tuple[int | None, ...],
+    tensors: list[torch.Tensor | None],
+    call: Call,
+) -> tuple[Any, Any]:
+    """Run `function` with the mapped dimension as part of the batch; results have it in front."""
+    *_, cu_seqlens = tensors
+    moved = [
+        x if x is None or dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+    if cu_seqlens is not None:
+        # A packed sequence has no batch to become part of.
+        runs = [
+            function(
+                *(
+                    x if x is None or dim is None else x[i]
+                    for x, dim in zip(moved, in_dims, strict=True)
+                ),
+                call,
+            )
+            for i in range(size)
+        ]
+        results = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+        return results, (0,) * len(results)
+    folded = [
+        None if x is None else (x.expand(size, *x.shape) if dim is None else x).flatten(0, 1)
+        for x, dim in zip(moved, in_dims, strict=True)
+    ]
+    results = tuple(x.unflatten(0, (size, -1)) for x in function(*folded, call))
+    return results, (0,) * len(results)
+
+
+def _is_traced() -> bool:
+    """Whether a dispatch mode records what runs: it must see an operator, not views written to."""
+    return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
+
+
+def _refuse_dropout(call: Call) -> None:
+    if call.options.dropout_p:
+        raise ValueError(
+            f"dropout_p is {call.options.dropout_p}; forward mode, second derivatives and "
+            f"torch.func know dilated attention without dropout only, so set it to 0 for them."
+        )

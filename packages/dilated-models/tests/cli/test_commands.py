@@ -96,7 +96,7 @@ def test_train_writes_and_reports(text, tmp_path):
     final = records[-1]
     assert final["xz_bytes"] == final["evaluation"]["num_bytes"] == 288  # 9 windows of 32
     for expected in (
-        "1 binary files passed over",
+        "1 binary files skipped",
         "step 12/12",
         "tokens/s",
         "MiB",
@@ -130,7 +130,7 @@ def test_stopped_and_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, n
     assert (out / "loss.png").exists()
     assert load_model(out).config.d_model == 32
     resumed = call("train", "--resume", "--out", out)
-    assert "going on after step 3" in resumed.output
+    assert "continuing after step 3" in resumed.output
     assert losses(out) == losses(tmp_path / "whole")
     assert len(losses(out)) == 6 + 4
     ours, theirs = (load_model(folder).state_dict() for folder in (out, tmp_path / "whole"))
@@ -212,7 +212,7 @@ def test_a_text_too_short_once_tokenised_leaves_no_folder(text, tmp_path):
     result = call(
         "train", "--text", text, "--out", out, "--tokenizer", tmp_path / "one.json", *SMALL, code=2
     )
-    assert "tokens, fewer than one window of seq_len + 1 = 33" in result.stderr
+    assert "tokens; it must have at least seq_len + 1 = 33" in result.stderr
     assert not out.exists()
 
 
@@ -246,13 +246,13 @@ def test_generate(trained):
 
 
 TRAIN_ERRORS = [
-    (["--text", "{dir}/nowhere"], "there is no file or folder '{dir}/nowhere'."),
+    (["--text", "{dir}/nowhere"], "there is no file or folder '{dir}/nowhere'; correct the path."),
     (["--text", "{dir}/empty.txt"], "there is no text in '{dir}/empty.txt'"),
-    (["--text", "{dir}/short.txt"], "too few to hold out 0.05 of them for validation"),
-    (["--text", "{dir}/few.txt"], "the training text has 95 tokens, fewer than one window"),
-    (["stray"], "unexpected argument 'stray'; text is named with --text PATH."),
+    (["--text", "{dir}/short.txt"], "it must have enough to hold out 0.05 of them"),
+    (["--text", "{dir}/few.txt"], "the training text has 95 tokens; it must have at least seq_len"),
+    (["stray"], "'stray' belongs to no option; text must be named with --text"),
     (["--preset", "huge"], "preset is 'huge'; it must be one of 'tiny', 'small', 'base'."),
-    (["--segment-lengths", "8,x"], "--segment-lengths takes integers with commas between them"),
+    (["--segment-lengths", "8,x"], "--segment-lengths is '8,x'; it must be integers with commas"),
     (["--segment-lengths", "8,0"], "segment_lengths"),
     (["--segment-lengths", "8"], "segment_lengths has 1 entries and dilation_rates 2"),
     (["--dilation-rates", "1,-1"], "dilation_rates"),
@@ -271,11 +271,11 @@ TRAIN_ERRORS = [
         "dtype is 'float16'; it must be one of 'auto', 'float32', 'bfloat16'.",
     ),
     (["--backend", "abacus"], "abacus"),
-    (["--tokenizer", "{dir}/none.json"], "there is no tokenizer file '{dir}/none.json'."),
+    (["--tokenizer", "{dir}/none.json"], "there is no tokenizer file '{dir}/none.json'; correct"),
     (["--tokenizer", "{dir}/few.txt"], "few.txt' is not a tokenizer file"),
-    (["--out", "{dir}/few.txt"], "few.txt' is a file; choose another --out."),
-    (["--out", "{dir}/few.txt/run"], "few.txt' is a file; choose another --out."),
-    (["--resume", "--out", "{dir}/nowhere"], "is no checkpoint folder: it has no config.json"),
+    (["--out", "{dir}/few.txt"], "few.txt' is a file; --out must be a folder, so choose"),
+    (["--out", "{dir}/few.txt/run"], "few.txt' is a file; --out must be a folder, so choose"),
+    (["--resume", "--out", "{dir}/nowhere"], "has no config.json; it must be the --out folder of"),
 ]
 
 
@@ -306,9 +306,9 @@ def test_train_refuses_in_one_line_and_writes_nothing(text, tmp_path, arguments,
 def test_train_does_not_touch_a_folder_that_holds_a_run(own_run, text):
     before = {path: path.read_bytes() for path in own_run.iterdir()}
     result = call("train", "--text", text, "--out", own_run, *SMALL, code=2)
-    assert "already holds a run; continue it with --resume" in result.stderr
+    assert "already holds a run; --out must be a new folder" in result.stderr
     result = call("train", "--resume", "--out", own_run, "--lr", 1, "--heads", 2, code=2)
-    assert "with the options it was started with; drop learning_rate, nhead." in result.stderr
+    assert "with its own options; leave out learning_rate, nhead." in result.stderr
     (text / "file1.py").write_text("other")
     result = call("train", "--resume", "--out", own_run, code=2)
     assert "the text has changed since" in result.stderr
@@ -335,12 +335,18 @@ def test_a_loss_that_explodes_is_one_line(text, tmp_path):
             ["generate", "--checkpoint", "{run}", "--prompt", "a", "--top-k", "0"],
             "top_k is 0; it must be",
         ),
-        (["generate", "--checkpoint", "{run}/x", "--prompt", "a"], "is no checkpoint folder"),
+        (
+            ["generate", "--checkpoint", "{run}/x", "--prompt", "a"],
+            "has no config.json; it must be",
+        ),
         (
             ["generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "x"],
             "device is 'x'; it must",
         ),
-        (["evaluate", "--checkpoint", "{run}"], "no text was named; add --text PATH."),
+        (
+            ["evaluate", "--checkpoint", "{run}"],
+            "there is no text; it must be named, so add --text",
+        ),
         (["evaluate", "--checkpoint", "{run}", "--text", "{run}/x"], "there is no file or folder"),
         (
             ["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--seq-len", "0"],
@@ -354,6 +360,17 @@ def test_generate_and_evaluate_refuse_in_one_line(trained, arguments, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_a_model_without_a_training_run_is_evaluated_at_a_given_length(trained, text, tmp_path):
+    content = json.loads((trained / "config.json").read_text())
+    del content["training"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+    arguments = ["evaluate", "--checkpoint", tmp_path, "--text", text / "file1.py"]
+    result = call(*arguments, code=2)
+    assert "was not trained by dilated train; the length of windows must be given" in result.stderr
+    assert "bits per byte over" in call(*arguments, "--seq-len", 16).output
 
 
 def test_damaged_weights_are_one_line(own_run):

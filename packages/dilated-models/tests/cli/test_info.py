@@ -50,7 +50,7 @@ def test_info_measures_backends_and_keeps_what_it_found(tmp_path):
     sizes = [(case.dtype, case.head_dim, case.seq_len) for case in measured.cases]
     assert sizes == [(d, 8, n) for d in ("float32", "bfloat16") for n in (32, 64)]
     rows = result.output.splitlines()
-    choices = rows[rows.index(next(row for row in rows if row.startswith("what 'auto' takes"))) :]
+    choices = rows[rows.index("what 'auto' takes without this measurement, and with it:") :]
     for case in measured.cases:
         by_time = sorted((t.forward_backward_s, t.backend) for t in case.timings)
         assert {"sdpa", "eager"} <= {name for _, name in by_time}
@@ -92,18 +92,21 @@ def test_info_shows_what_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--save", "x"], "--save is about a measurement; add --benchmark."),
-        (["--seq-lens", "8"], "--seq-lens is about a measurement; add --benchmark."),
-        (["--head-dims", "8"], "--head-dims is about a measurement; add --benchmark."),
-        (["--heads", "8"], "--heads is about a measurement; add --benchmark."),
-        (["--benchmark", "--seq-lens", "8,x"], "--seq-lens takes integers with commas between"),
+        (["--save", "x"], "--save is 'x' without --benchmark; it must go with --benchmark"),
+        (["--seq-lens", "8"], "--seq-lens is '8' without --benchmark; it must go with"),
+        (["--head-dims", "8"], "--head-dims is '8' without --benchmark; it must go with"),
+        (["--heads", "8"], "--heads is '8' without --benchmark; it must go with"),
+        (
+            ["--benchmark", "--seq-lens", "8,x"],
+            "--seq-lens is '8,x'; it must be integers with commas",
+        ),
         (["--benchmark", "--device", "cpu", "--heads", "0"], "num_heads is (0,); sizes must be"),
         (["--device", "cuda:9"], "device is 'cuda:9', which this machine does not have"),
         (
             ["--benchmark", "--save", "{dir}"],
-            "--save takes the name of a file; '{dir}' is a folder",
+            "--save is '{dir}', which is a folder; it must be",
         ),
-        (["--benchmark", "--save", "{dir}/a/b"], "there is no folder '{dir}/a'."),
+        (["--benchmark", "--save", "{dir}/a/b"], "there is no folder '{dir}/a'; make it first."),
     ],
 )
 def test_info_user_errors(tmp_path, arguments, expected):
@@ -119,6 +122,6 @@ def test_info_without_the_package_that_measures(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     result = info("--benchmark", code=2)
     assert result.stderr == (
-        "dilated: dilated-kernels is not installed, and it is what measures backends: "
+        "dilated: dilated-kernels is not installed; --benchmark needs it: "
         "pip install 'dilated-models[kernels]'\n"
     )

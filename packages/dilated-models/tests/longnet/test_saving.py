@@ -38,7 +38,9 @@ def test_loads_what_was_saved(saved, tokens):
 
 
 def test_missing_files(tmp_path, config):
-    with pytest.raises(FileNotFoundError, match=r"is no checkpoint folder: it has no config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no config\.json; it must be the --out folder of"
+    ):
         load_model(tmp_path / "nowhere")
     write_config(tmp_path, {"model": config.to_dict(), "tokenizer": "bytes"})
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors yet"):
@@ -58,7 +60,7 @@ def test_another_format(saved):
     folder, _ = saved
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"format_version": 2}))
-    with pytest.raises(ValueError, match=r"has format 2, but this version .* reads format 1"):
+    with pytest.raises(ValueError, match="has format 2; it must have format 1 for this version"):
         load_model(folder)
 
 
@@ -85,5 +87,5 @@ def test_damaged_or_foreign_weights(saved):
 
 def test_a_tokenizer_that_does_not_fit(tmp_path, config):
     write_config(tmp_path, {"model": config.to_dict(), "tokenizer": "bytes"})
-    with pytest.raises(ValueError, match="has 256 tokens, but the model only 61"):
+    with pytest.raises(ValueError, match="has 256 tokens and the model 61; it must have no more"):
         load_vocabulary(tmp_path)

@@ -43,7 +43,7 @@ def test_missing_and_empty_text(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder '.*nowhere'"):
         text_files([tmp_path / "nowhere"])
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"there is no text in '.*': only empty or binary files"):
+    with pytest.raises(ValueError, match=r"there is no text in '.*', only empty or binary files"):
         text_files([tmp_path])
 
 

@@ -54,5 +54,5 @@ def test_a_batch_is_inputs_and_the_next_tokens(text: Path):
 
 
 def test_text_shorter_than_a_window():
-    with pytest.raises(ValueError, match=r"has 10 tokens, fewer than one window of seq_len \+ 1"):
+    with pytest.raises(ValueError, match=r"has 10 tokens; it must have at least seq_len \+ 1 = 11"):
         WindowOrder(num_tokens=10, seq_len=10, seed=0)

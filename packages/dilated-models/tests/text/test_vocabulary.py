@@ -121,7 +121,7 @@ def test_bytes_without_tokens_are_charged_too(words: Path, tmp_path: Path):
 def test_a_failed_tokenisation_leaves_no_cache(words: Path, tmp_path: Path):
     (tmp_path / "blank").write_text("   \n")
     pieces = [Piece(tmp_path / "blank", "blank", 0, 4)]
-    with pytest.raises(ValueError, match="the tokenizer finds no token in the text"):
+    with pytest.raises(ValueError, match="the tokenizer finds 0 tokens in the text; it must"):
         token_cache(ByteStream(pieces), pieces, TokenizerVocabulary(words), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -133,6 +133,6 @@ def test_refusals(tmp_path: Path):
     with pytest.raises(ValueError, match=r"'.*bad.json' is not a tokenizer file: .*; give a"):
         TokenizerVocabulary(tmp_path / "bad.json")
     Tokenizer(models.BPE()).save(str(tmp_path / "untrained.json"))
-    with pytest.raises(ValueError, match="has no tokens; train it first"):
+    with pytest.raises(ValueError, match="has 0 tokens; it must have at least 1, so train it"):
         TokenizerVocabulary(tmp_path / "untrained.json")
     assert np.iinfo(np.uint16).max == 65535

@@ -134,7 +134,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 
 def test_restore_refuses(start, stream, tmp_path, config):
     state = start()
-    with pytest.raises(FileNotFoundError, match=r"has no checkpoint\.pt to resume from"):
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint\.pt; --resume must have one"):
         state.restore(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"checkpoint\.pt' cannot be resumed from"):
@@ -146,7 +146,7 @@ def test_restore_refuses(start, stream, tmp_path, config):
     with pytest.raises(ValueError, match=r"cannot be resumed from: .*final_norm\.weight"):
         state.restore(tmp_path)
     torch.save(content | {"format_version": 9}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="format 9 is not known"):
+    with pytest.raises(ValueError, match="its format is 9; it must be 1"):
         state.restore(tmp_path)
 
 

@@ -13,7 +13,7 @@ def test_xz_and_the_plot(tmp_path):
     bits, num_bytes = xz_bits_per_byte(bytes(noise.tolist()))
     assert 8 <= bits < 8.1
     assert num_bytes == 50_000
-    with pytest.raises(ValueError, match="there is nothing to compress"):
+    with pytest.raises(ValueError, match="text is empty; it must hold"):
         xz_bits_per_byte(b"")
     records = [{"kind": "step", "step": i, "bits_per_byte": 8 / i} for i in range(1, 5)]
     plot_losses(tmp_path, records, xz=1.0)

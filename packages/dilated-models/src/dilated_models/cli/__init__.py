@@ -7,14 +7,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; what the `dilated` script calls.
+    """Run the command line; the `dilated` script calls this.
 
-    Exit codes: 0 done; 1 a run failed (its message says how); 2 something asked for is wrong, and
-    nothing was written; 130 after Ctrl-C and 143 after SIGTERM, with the state saved.
+    Exit codes: 0 done; 1 the run failed, and a line gives the reason; 2 an option or a file is
+    wrong, and nothing was written; 130 after Ctrl-C and 143 after SIGTERM, with the state saved.
     """
-    # OpenMP's threads spin while they wait for one another. With any other busy process on the
-    # machine a spinning thread keeps the core that its partner needs, and steps take several times
-    # as long. OpenMP reads this once, when torch loads it.
+    # OpenMP's threads spin while they wait for one another. If another process is busy, a spinning
+    # thread keeps the core that its partner needs, and steps take several times as long. OpenMP
+    # reads this variable once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from dilated_models.cli.app import run

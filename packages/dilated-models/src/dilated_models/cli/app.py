@@ -1,4 +1,4 @@
-"""The commands of `dilated`, put together."""
+"""The commands of `dilated` as one application."""
 
 from __future__ import annotations
 

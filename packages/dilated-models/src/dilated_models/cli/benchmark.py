@@ -1,4 +1,4 @@
-"""`dilated info --benchmark`: how fast each backend is here, and what that changes."""
+"""`dilated info --benchmark`: time each backend here, and show the choice of "auto" with that."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def benchmark(
     num_heads: int | None,
     save: Path | None,
 ) -> None:
-    """Measure, print a table, and save the measurement if asked to."""
+    """Measure, print a table, and write the measurement to `save` if that is given."""
     try:
         from dilated_kernels.ranking.measure import measure_backends
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "dilated_kernels":
             raise
         raise fail(
-            "dilated-kernels is not installed, and it is what measures backends: "
+            "dilated-kernels is not installed; --benchmark needs it: "
             "pip install 'dilated-models[kernels]'"
         ) from error
     with user_errors():
@@ -51,22 +51,26 @@ def benchmark(
     if save is not None:
         typer.echo()
         typer.echo(
-            f"saved; for backend='auto' to follow it in a program:\n"
+            f"saved; to make backend='auto' use it in a program:\n"
             f"from dilated_kernels.ranking.measured_choice import use_measured_choice\n"
             f"use_measured_choice({str(save)!r})"
         )
 
 
 def _check_writable(path: Path) -> None:
-    """Before the minutes that a measurement takes, not after.
+    """Check the path before the measurement, which takes minutes.
 
     Raises:
         ValueError: If `path` is a folder, or in one that does not exist.
     """
     if path.is_dir():
-        raise ValueError(f"--save takes the name of a file; {str(path)!r} is a folder.")
+        raise ValueError(
+            f"--save is {str(path)!r}, which is a folder; it must be the name of a file."
+        )
     if not path.parent.is_dir():
-        raise ValueError(f"--save {str(path)!r}: there is no folder {str(path.parent)!r}.")
+        raise ValueError(
+            f"--save is {str(path)!r} and there is no folder {str(path.parent)!r}; make it first."
+        )
 
 
 def _table(measured: MeasuredChoice) -> str:
@@ -97,7 +101,7 @@ def _rate(seconds: float, flops: int) -> str:
 
 
 def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
-    """What "auto" takes in each case, by itself and by the measurement."""
+    """The backend that "auto" takes in each case, without and with the measurement."""
     import torch
     from dilated_core import AttentionInputs
     from dilated_core.backends.registry import choose_backend
@@ -120,7 +124,7 @@ def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
     finally:
         use_measured_choice(None)
     return [
-        "what 'auto' takes, and what it takes when it follows this measurement:",
+        "what 'auto' takes without this measurement, and with it:",
         *(
             f"  {_size(case):<42}{old:<10}{new}"
             for case, old, new in zip(measured.cases, before, after, strict=True)

@@ -11,17 +11,17 @@ USAGE_ERROR = 2
 
 
 def fail(message: object, *, code: int = USAGE_ERROR) -> typer.Exit:
-    """Print one line on stderr; raise what is returned."""
+    """Print one line on stderr, and return the exception to raise."""
     typer.echo(f"dilated: {' '.join(str(message).split())}", err=True)
     return typer.Exit(code)
 
 
 @contextmanager
 def user_errors() -> Generator[None]:
-    """Around the part of a command that checks what the user asked for, before any work.
+    """Wrap the part of a command that checks options and files, before any work.
 
-    A ValueError, TypeError or OSError there is the user's to mend, so its text is all they see. A
-    missing module is part of an extra.
+    A ValueError, TypeError or OSError in it is a user error, so only its text is printed. A missing
+    module is part of an extra.
     """
     try:
         yield

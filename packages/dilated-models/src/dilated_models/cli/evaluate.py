@@ -37,13 +37,14 @@ def evaluate(
     with user_errors(), tempfile.TemporaryDirectory(prefix="dilated-") as cache:
         paths = all_text(text, more_text)
         if paths is None:
-            raise ValueError("no text was named; add --text PATH.")
+            raise ValueError("there is no text; it must be named, so add --text PATH.")
         import torch
 
         from dilated_models.longnet.saving import load_model, load_vocabulary, read_config
         from dilated_models.text.files import text_files
         from dilated_models.text.streams import ByteStream
         from dilated_models.text.vocabulary import TokenizerVocabulary, token_cache
+        from dilated_models.training.config import TrainingConfig
         from dilated_models.training.devices import choose_device, choose_dtype
         from dilated_models.training.evaluation import evaluate as score
         from dilated_models.training.report import context_lines
@@ -56,11 +57,18 @@ def evaluate(
         stream = ByteStream(pieces)
         if isinstance(vocabulary, TokenizerVocabulary):
             stream = token_cache(stream, pieces, vocabulary, Path(cache))
-        trained_seq_len = int(read_config(checkpoint)["training"]["seq_len"])
+        if seq_len is None:
+            training = read_config(checkpoint).get("training")
+            if training is None:
+                raise ValueError(
+                    f"{str(checkpoint)!r} was not trained by dilated train; the length of windows "
+                    f"must be given, so add --seq-len."
+                )
+            seq_len = TrainingConfig.from_dict(training).seq_len
         result = score(
             model,
             stream,
-            seq_len=trained_seq_len if seq_len is None else seq_len,
+            seq_len=seq_len,
             max_tokens=max_tokens,
             batch_size=batch_size,
             autocast=autocast,

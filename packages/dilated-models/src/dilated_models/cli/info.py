@@ -36,35 +36,38 @@ def info(
     device: Annotated[
         str | None,
         typer.Option(
-            help="Say it of this device only: auto (a CUDA device, else the CPU), cpu, cuda:0, mps."
+            help="Show this device only: auto (a CUDA device, else the CPU), cpu, cuda:0, mps."
         ),
     ] = None,
     benchmark: Annotated[
         bool,
-        typer.Option("--benchmark", help="Measure the backends on one device, here and now."),
+        typer.Option("--benchmark", help="Time the backends on one device."),
     ] = False,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the measurement as JSON, to choose backends by."),
+        typer.Option(metavar="FILE", help="Write the measurement to this file, as JSON."),
     ] = None,
     seq_lens: Annotated[
         str | None,
-        typer.Option(metavar="N,N", help="Positions to measure at; usual ones if left out."),
+        typer.Option(metavar="N,N", help="Sequence lengths to time; typical ones if left out."),
     ] = None,
     head_dims: Annotated[
         str | None,
-        typer.Option(metavar="N,N", help="Head dimensions to measure; usual ones if left out."),
+        typer.Option(metavar="N,N", help="Head dimensions to time; typical ones if left out."),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(help="Heads to measure with; a usual number if left out.")
+        int | None, typer.Option(help="Number of heads; a typical one if left out.")
     ] = None,
 ) -> None:
-    """Versions, devices, and which attention backends run here, with reasons for the others."""
+    """Versions, devices, attention backends that run here, and reasons why others do not."""
     with user_errors():
         given = {"--save": save, "--seq-lens": seq_lens, "--head-dims": head_dims, "--heads": heads}
         for option, value in given.items():
             if value is not None and not benchmark:
-                raise ValueError(f"{option} is about a measurement; add --benchmark.")
+                raise ValueError(
+                    f"{option} is {str(value)!r} without --benchmark; it must go with --benchmark, "
+                    f"so add that."
+                )
         lengths = integers("--seq-lens", seq_lens)
         dims = integers("--head-dims", head_dims)
         from dilated_models.training.devices import choose_device

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and functions that read their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TextOption = Annotated[
     list[Path] | None,
     typer.Option("--text", metavar="PATH ...", help="Text files, or folders of them."),
 ]
-# `--text a b c`: an option takes one value, so the rest arrives here.
+# In `--text a b c` the option takes one value; the others arrive here.
 MoreTextArgument = Annotated[list[Path] | None, typer.Argument(hidden=True)]
 CheckpointOption = Annotated[
     Path, typer.Option("--checkpoint", metavar="DIR", help="The --out folder of a training run.")
@@ -33,7 +33,9 @@ def all_text(text: Sequence[Path] | None, more: Sequence[Path] | None) -> list[P
         ValueError: If there are stray arguments without `--text`.
     """
     if more and not text:
-        raise ValueError(f"unexpected argument {str(more[0])!r}; text is named with --text PATH.")
+        raise ValueError(
+            f"{str(more[0])!r} belongs to no option; text must be named with --text, so add that."
+        )
     return [*text, *(more or [])] if text else None
 
 
@@ -49,6 +51,6 @@ def integers(option: str, value: str | None) -> list[int] | None:
         return [int(part) for part in value.split(",")]
     except ValueError as error:
         raise ValueError(
-            f"{option} takes integers with commas between them, such as 256,512,1024; got "
-            f"{value!r}."
+            f"{option} is {value!r}; it must be integers with commas between them, such as "
+            f"256,512,1024."
         ) from error

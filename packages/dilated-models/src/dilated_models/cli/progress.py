@@ -1,4 +1,4 @@
-"""A live progress bar on a terminal, and a line now and then elsewhere."""
+"""A progress bar on a terminal; elsewhere, a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dilated_models.training.evaluation import Evaluation
 from dilated_models.training.loop import StepRecord
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SMOOTHING = 0.1  # weight of the newest step in the loss and the rate that are shown
+_SMOOTHING = 0.1  # weight of the newest step in the shown loss and rate
 
 
 class TrainingProgress:
-    """An observer of a run: step, bits per byte, tokens/s, peak memory, time left.
+    """Shows the progress of a run: step, bits per byte, tokens/s, peak memory, time left.
 
     Args:
-        console: Where to; without a terminal, a plain line every ten seconds replaces the bar.
-        steps: Steps in all.
-        done: Steps done before.
-        peak_memory_bytes: Called for the most memory used so far.
+        console: Prints the lines. If it is no terminal, a line every ten seconds replaces the bar.
+        steps: Number of all steps.
+        done: Number of steps that an earlier part of the run did.
+        peak_memory_bytes: Returns the most memory used so far.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def stepped(self, record: StepRecord) -> None:
-        """Move on by one step."""
+        """Show one more step."""
         self._bits_per_byte = _blend(self._bits_per_byte, record.bits_per_byte)
         self._seconds_per_token = _blend(
             self._seconds_per_token, record.seconds / record.num_tokens
@@ -79,17 +79,17 @@ class TrainingProgress:
         ):
             self._last_line = now
             left = (self._steps - record.step) * record.num_tokens * self._seconds_per_token
-            self._say(f"step {record.step}/{self._steps} · {numbers} · {_clock(left)} left")
+            self._print(f"step {record.step}/{self._steps} · {numbers} · {_clock(left)} left")
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Print the loss on the validation text."""
-        self._say(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
+        self._print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
 
     def busy(self, what: str) -> None:
-        """Say what is going on between steps."""
+        """Show the work between two steps."""
         self._bar.update(self._task, what=what)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dilated_models.training.run import Report, Run
 
 _RUNS = Path("runs")
-_CHOSEN_BY_RESUME = "--resume continues a run with the options it was started with; drop {}."
+_CHOSEN_BY_RESUME = "--resume continues a run with its own options; leave out {}."
 
 
 def train(
@@ -87,7 +87,7 @@ def train(
 ) -> None:
     """Train a LongNet on text; without --text, on the Python standard library's sources.
 
-    Ctrl-C or SIGTERM saves and exits with code 130 or 143; --resume goes on from there.
+    Ctrl-C or SIGTERM saves the run and exits with code 130 or 143; --resume continues it.
     """
     began = time.monotonic()
     with user_errors():
@@ -173,7 +173,7 @@ def train(
 
 
 def _printable(text: str) -> str:
-    """Text whose control characters a terminal shows instead of obeying."""
+    """The text without control characters, which would command a terminal."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -187,7 +187,7 @@ def _newest_run() -> Path:
     runs = sorted(_RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise FileNotFoundError(
-            f"there is no run under {str(_RUNS)!r} to resume; name one with --out DIR."
+            f"there is no run in {str(_RUNS)!r} to resume; name its folder with --out DIR."
         )
     return runs[-1].parent
 
@@ -203,9 +203,9 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
         f"{num_parameters / 1e6:.2f}M parameters, {model.num_decoder_layers} layers, "
         f"segments/rates {branches}, {training.dtype} on {run.device}",
         f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
-        + (f"; {split.skipped} binary files passed over" if split.skipped else ""),
+        + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
         f"{training.steps} steps of {training.batch_size} windows of {training.seq_len} tokens"
-        + (f", going on after step {step}" if step else "")
+        + (f", continuing after step {step}" if step else "")
         + f"; writing to {run.folder}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
@@ -222,7 +222,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         "",
         *context_lines(result),
         "",
-        "sample, after the beginning of the validation text and a bar:",
+        "sample: the beginning of the validation text, a bar, and text by the model:",
         _printable(f"{report.prompt}|{report.sample}"),
         "",
         f"{run.folder}: model.safetensors, config.json, metrics.jsonl, loss.png, checkpoint.pt; "

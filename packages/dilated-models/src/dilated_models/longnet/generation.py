@@ -21,16 +21,17 @@ def generate(
 ) -> Iterator[int]:
     """Sample a continuation.
 
-    Every token is drawn from a full forward over all tokens before it, so each distribution is
-    exactly the model's. Draws happen on the CPU: a seed gives the same text on every device whose
-    logits are the same.
+    Every token is drawn after a full forward over all tokens before it, so each distribution is
+    exactly the model's. Draws happen on the CPU, so devices with equal logits give equal texts for
+    one seed.
 
     Args:
-        model: The model; put in evaluation mode for the time.
+        model: The model. It is in evaluation mode until the last token is drawn or the iterator is
+            closed.
         prompt: Token ids, at least one.
         max_new_tokens: Number of tokens to yield, at least 1.
         temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Draw among this many most likely tokens; None means among all.
+        top_k: Number of the most likely tokens to draw among; None means all.
         seed: Of the draws.
 
     Yields:

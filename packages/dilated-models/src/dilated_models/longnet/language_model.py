@@ -181,7 +181,7 @@ class LongNetLM(nn.Module):
                 )
             if config.positions == "none":
                 raise ValueError(
-                    f"positions is {tuple(positions.shape)} int64; it must be None for a model "
+                    f"positions has shape {tuple(positions.shape)}; it must be None for a model "
                     f'with positions="none", so leave it out.'
                 )
         if config.positions == "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `config.json` with the format version in front."""
+    """Write `config.json`: the format version, then `content`."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
     with write_atomically(folder / CONFIG_FILE) as part:
         part.write_text(text, "utf-8")
@@ -42,8 +43,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{str(folder)!r} is no checkpoint folder: it has no {CONFIG_FILE}; name the --out "
-            f"folder of a training run."
+            f"{str(folder)!r} has no {CONFIG_FILE}; it must be the --out folder of a training run, "
+            f"so name such a folder."
         )
     try:
         content: Any = json.loads(path.read_text("utf-8"))
@@ -55,8 +56,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{str(path)!r} has format {version!r}, but this version of dilated-models reads "
-            f"format {FORMAT_VERSION}; use the version that wrote it."
+            f"{str(path)!r} has format {version!r}; it must have format {FORMAT_VERSION} for this "
+            f"version of dilated-models, so use the version that wrote it."
         )
     if not isinstance(model, dict) or not isinstance(tokenizer, str):
         raise ValueError(f"{str(path)!r} was not written by dilated train.")
@@ -72,12 +73,12 @@ def save_model(folder: Path, model: LongNetLM) -> None:
         save_file(state, part, metadata={"format": "pt"})
 
 
-def load_model(folder: Path, *, device: torch.device | str = "cpu") -> LongNetLM:
-    """Build the model of a folder and load its weights, every one of them.
+def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LongNetLM:
+    """Build the model of a folder and load all of its weights.
 
     Args:
         folder: Holds `config.json` and `model.safetensors`.
-        device: Where the model goes.
+        device: Of the parameters.
 
     Returns:
         The model, in evaluation mode.
@@ -86,6 +87,7 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu") -> LongNetLM
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or the weights do not fit the configuration.
     """
+    folder = Path(folder)
     config = _model_config(folder)
     path = folder / MODEL_FILE
     if not path.is_file():
@@ -115,8 +117,9 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     num_tokens = _model_config(folder).num_tokens
     if vocabulary.num_tokens > num_tokens:
         raise ValueError(
-            f"the tokenizer in {str(folder)!r} has {vocabulary.num_tokens} tokens, but the model "
-            f"only {num_tokens}; put back the tokenizer it was trained with."
+            f"the tokenizer in {str(folder)!r} has {vocabulary.num_tokens} tokens and the model "
+            f"{num_tokens}; it must have no more than the model, so put back the tokenizer of the "
+            f"training run."
         )
     return vocabulary
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Below this many files a split by file would be too coarse, so every file is cut in two instead.
+# With fewer files a split by file would be too coarse, so every file is cut in two instead.
 _FEWEST_FILES_TO_SPLIT = 20
 _SNIFFED_BYTES = 8192
 
@@ -19,7 +19,7 @@ class Piece(NamedTuple):
 
     Attributes:
         path: The file.
-        name: Path relative to the folder that was given, with `/`; what the split depends on.
+        name: Path relative to the given folder, with `/`. The split depends on it.
         start: First byte.
         stop: One past the last byte.
     """
@@ -41,7 +41,7 @@ class Split(NamedTuple):
     Attributes:
         train: Pieces to train on.
         validation: Pieces to validate on; no byte is in both.
-        skipped: Files left out of the given folders because they look binary.
+        skipped: Number of files in the given folders that were skipped as binary.
     """
 
     train: list[Piece]
@@ -73,7 +73,7 @@ def standard_library_files() -> tuple[list[Piece], int]:
     ]
     if not pieces:
         raise ValueError(
-            f"this Python keeps no source files under {root}; name some text with --text PATH."
+            f"this Python has no source files under {root}; name some text with --text PATH."
         )
     return sorted(pieces, key=lambda piece: piece.name), 0
 
@@ -81,14 +81,14 @@ def standard_library_files() -> tuple[list[Piece], int]:
 def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
     """Every file named, and every text file in every folder named, in the order of their names.
 
-    A file that is named is taken as it is. In a folder, hidden files and folders are passed over,
-    and so are files with a zero byte among their first 8192, which are counted.
+    A named file is taken as it is. In a folder, hidden files and folders are skipped. Files with a
+    zero byte among their first 8192 are taken for binary: they are skipped and counted.
 
     Args:
         paths: Files and folders.
 
     Returns:
-        The non-empty files and the number of files passed over as binary.
+        The non-empty files, and the number of files skipped as binary.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -101,7 +101,7 @@ def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
             for piece in _walk(path, pruned={"__pycache__"}):
                 if piece.num_bytes == 0 or any(p.startswith(".") for p in piece.name.split("/")):
                     continue
-                if _looks_binary(piece.path):
+                if _has_zero_byte(piece.path):
                     skipped += 1
                 else:
                     found.setdefault(piece.path.resolve(), piece)
@@ -110,18 +110,21 @@ def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
             if size:
                 found.setdefault(path.resolve(), Piece(path, path.name, 0, size))
         else:
-            raise FileNotFoundError(f"there is no file or folder {str(path)!r}.")
+            raise FileNotFoundError(f"there is no file or folder {str(path)!r}; correct the path.")
     if not found:
         named = ", ".join(repr(str(path)) for path in paths)
-        raise ValueError(f"there is no text in {named}: only empty or binary files.")
+        raise ValueError(
+            f"there is no text in {named}, only empty or binary files; name a folder that has some."
+        )
     return sorted(found.values(), key=lambda piece: (piece.name, str(piece.path))), skipped
 
 
 def split_files(pieces: Iterable[Piece], skipped: int, *, validation_share: float) -> Split:
-    """Hold out part of the text for validation; a pure function of names and sizes.
+    """Hold out part of the text for validation, as a pure function of names and sizes.
 
-    With 20 files or more, a file validates if the SHA-256 of its name, read as a fraction, is below
-    the share: adding a file moves no other. With fewer, the end of every file validates.
+    With 20 files or more, a file is for validation if the SHA-256 of its name, read as a fraction,
+    is below the share. So adding a file moves no other file. With fewer than 20 files, the end of
+    every file is for validation.
 
     Args:
         pieces: Whole files.
@@ -164,6 +167,6 @@ def _walk(root: Path, *, pruned: set[str]) -> Iterator[Piece]:
                 yield Piece(path, relative, 0, path.stat().st_size)
 
 
-def _looks_binary(path: Path) -> bool:
+def _has_zero_byte(path: Path) -> bool:
     with path.open("rb") as file:
         return b"\0" in file.read(_SNIFFED_BYTES)

@@ -1,4 +1,4 @@
-"""Which window of the text each row of each batch is: a pure function of seed and step."""
+"""Which window of the text each row of a batch is, as a pure function of seed and step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FEISTEL_ROUNDS = 4
 class WindowOrder:
     """Windows of `seq_len + 1` tokens, each once per epoch in an order drawn from the seed.
 
-    Epoch e cuts the text into windows from its own random phase, and visits them in the order of a
-    four-round Feistel permutation: window i of the epoch is computed, never looked up, so a resumed
-    run needs only its step and a text of any length needs no shuffled list.
+    Epoch e cuts the text into windows from a random phase of its own, and visits them in the order
+    of a four-round Feistel permutation. Window i of the epoch is computed from i alone. So a
+    resumed run needs only its step, and a long text needs no shuffled list in memory.
 
     Args:
         num_tokens: Length of the text, in tokens.
@@ -38,19 +38,19 @@ class WindowOrder:
     def __init__(self, *, num_tokens: int, seq_len: int, seed: int) -> None:
         if num_tokens < seq_len + 1:
             raise ValueError(
-                f"the training text has {num_tokens} tokens, fewer than one window of seq_len + 1 "
-                f"= {seq_len + 1}; use more text or a smaller --seq-len."
+                f"the training text has {num_tokens} tokens; it must have at least seq_len + 1 = "
+                f"{seq_len + 1}, one window, so use more text or a smaller --seq-len."
             )
         self._seq_len = seq_len
         self._seed = seed
         spare = num_tokens - 1
-        # One window fewer than fit, so that the phase has room; unless only one fits at all.
+        # One window fewer than would fit leaves room for the phase. A text of one window has none.
         self.windows_per_epoch = max(1, spare // seq_len - 1)
         self._phases = spare - self.windows_per_epoch * seq_len + 1
         self._half_bits = max(1, ((self.windows_per_epoch - 1).bit_length() + 1) // 2)
 
     def start(self, sample: int) -> int:
-        """First token of the window that is drawn as number `sample`, from 0."""
+        """First token of the window with number `sample`, which counts from 0 over all epochs."""
         epoch, index = divmod(sample, self.windows_per_epoch)
         phase = self._hash(epoch, 0, 0) % min(self._phases, self._seq_len)
         return phase + self._permute(epoch, index) * self._seq_len
@@ -80,7 +80,9 @@ class WindowOrder:
 
     def _permute(self, epoch: int, index: int) -> int:
         mask = (1 << self._half_bits) - 1
-        while True:  # walk the cycle until it comes back into range: under four steps on average
+        # The permutation is of a power of 4, at most 4 times windows_per_epoch. Repeating it until
+        # the index is in range takes less than 4 rounds on average.
+        while True:
             left, right = index >> self._half_bits, index & mask
             for round_number in range(1, _FEISTEL_ROUNDS + 1):
                 left, right = right, left ^ (self._hash(epoch, round_number, right) & mask)

@@ -1,4 +1,4 @@
-"""Long sequences of tokens that stay on disk: bytes of many files, or a token cache."""
+"""Long sequences of tokens that stay on disk: the bytes of many files, or a cache of tokens."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class TokenStream(Protocol):
 
 
 class ByteStream:
-    """The bytes of many files end to end, memory-mapped as they are needed.
+    """The bytes of many files end to end, memory-mapped when they are read.
 
-    At most 64 files are mapped at once, so a folder of any size can be read.
+    At most 64 files are mapped at a time, so a folder of any size can be read.
 
     Args:
         pieces: What to concatenate, in order; none may be empty.
@@ -68,7 +68,10 @@ class ByteStream:
     def text_of(self, start: int, stop: int) -> bytes:
         """Bytes `start` … `stop − 1`, which must lie inside the stream."""
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"bytes {start}…{stop} are not inside a text of {len(self)} bytes.")
+            raise IndexError(
+                f"start is {start} and stop {stop}; they must be in order and within the "
+                f"{len(self)} bytes of the text."
+            )
         parts: list[bytes] = []
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
@@ -77,7 +80,10 @@ class ByteStream:
             taken = min(stop - start, piece.stop - here)
             part = self._map(piece)[here : here + taken]
             if len(part) != taken:
-                raise OSError(f"{piece.path} became shorter while it was being read.")
+                raise OSError(
+                    f"{piece.path} has become shorter since it was opened; start again, and leave "
+                    f"the text unchanged while it is read."
+                )
             parts.append(part)
             start += taken
             index += 1
@@ -96,12 +102,12 @@ class ByteStream:
 
 
 class TokenFile:
-    """Tokens and their byte lengths in two memory-mapped files, beside the text they stand for.
+    """Tokens and their byte lengths in two memory-mapped files, and the text they stand for.
 
     Args:
         tokens: Path of the token ids.
         token_dtype: Of the ids in that file.
-        byte_lengths: Path of as many uint32, the bytes each token stands for.
+        byte_lengths: Path of as many uint32: the number of bytes that each token stands for.
         text: The bytes that were tokenised.
     """
 

@@ -21,7 +21,7 @@ _PART_BYTES = 1 << 20
 
 
 class Vocabulary(Protocol):
-    """What turns text into token ids."""
+    """Converts text to token ids and back."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +48,7 @@ class ByteVocabulary:
     num_tokens = 256
 
     def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes; a lone surrogate, as in an argument that is no UTF-8, is its raw byte."""
+        """UTF-8 bytes. A lone surrogate, which stands for a byte that is no UTF-8, is that byte."""
         return list(text.encode("utf-8", "surrogateescape"))
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -68,11 +68,13 @@ class TokenizerVocabulary:
     """
 
     def __init__(self, path: Path) -> None:
-        # tokenizers is part of the extra `cli`, and bytes need no tokenizer.
+        # Imported here: tokenizers is part of the extra `cli`, and bytes need none.
         from tokenizers import Tokenizer
 
         if not path.is_file():
-            raise FileNotFoundError(f"there is no tokenizer file {str(path)!r}.")
+            raise FileNotFoundError(
+                f"there is no tokenizer file {str(path)!r}; correct the path, or use bytes."
+            )
         self.json_bytes = path.read_bytes()
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_buffer(self.json_bytes)
@@ -83,7 +85,10 @@ class TokenizerVocabulary:
             ) from error
         self.num_tokens: int = self.tokenizer.get_vocab_size()
         if self.num_tokens == 0:
-            raise ValueError(f"the tokenizer {str(path)!r} has no tokens; train it first.")
+            raise ValueError(
+                f"the tokenizer {str(path)!r} has 0 tokens; it must have at least 1, so train it "
+                f"first."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -96,8 +101,9 @@ class TokenizerVocabulary:
     def encode_with_byte_lengths(self, text: str) -> tuple[Int64Array, Int64Array]:
         """Token ids, and for each how many UTF-8 bytes of `text` it stands for.
 
-        A token is charged from its first character to the first of the next token, so whitespace
-        a tokenizer drops counts too and the lengths add up to the text (if there is any token).
+        A token counts from its first character to the first character of the next token. So
+        whitespace that the tokenizer drops counts too, and the lengths add up to the text, unless
+        the text has no token at all.
         """
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int64)
@@ -113,16 +119,16 @@ class TokenizerVocabulary:
 def token_cache(
     text: ByteStream, pieces: Sequence[Piece], vocabulary: TokenizerVocabulary, folder: Path
 ) -> TokenFile:
-    """Tokenise a text once, into two files that later calls find again.
+    """Tokenise a text once, into two files that later calls read.
 
-    The text is read in parts of at most a mebibyte, cut behind a line's end where there is one, so
-    memory stays bounded. Invalid UTF-8 is read as U+FFFD.
+    The text is read in parts of at most a mebibyte, which bounds the memory. A part ends with a
+    line, unless a line is longer than that. Invalid UTF-8 is read as U+FFFD.
 
     Args:
         text: The text.
         pieces: The pieces of `text`; no token crosses from one to the next.
         vocabulary: The tokenizer.
-        folder: Where the cache lies; made if missing.
+        folder: Folder of the two files; made if missing.
 
     Raises:
         ValueError: If the tokenizer finds no token in the text.
@@ -175,13 +181,14 @@ def _tokenise(
         pending = lengths[-1:]
     if not len(pending):
         raise ValueError(
-            "the tokenizer finds no token in the text; check that they belong together."
+            "the tokenizer finds 0 tokens in the text; it must find at least 1, so use a tokenizer "
+            "that was trained on such text."
         )
     lengths_file.write(pending.astype(np.uint32).tobytes())
 
 
 def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:
-    """The text, decoded, in parts of bounded size that end with a line where they can."""
+    """The decoded text in parts of bounded size, which end with a line where possible."""
     start = 0
     for piece in pieces:
         stop = start + piece.num_bytes

@@ -42,7 +42,8 @@ class TrainingConfig:
     Args:
         steps: Number of optimiser steps.
         batch_size: Windows per step.
-        accumulation: Parts a batch is computed in, to save memory; divides `batch_size`.
+        accumulation: Number of parts in which a batch is computed, to save memory; divides
+            `batch_size`.
         seq_len: Window length, in tokens.
         learning_rate: Peak, after warm-up.
         warmup_steps: Steps of linear warm-up.
@@ -121,12 +122,12 @@ class TrainingConfig:
 
 
 class Preset(NamedTuple):
-    """A model and a run that suit each other.
+    """A model and the numbers of a run for it.
 
     Attributes:
-        model: Fields of `LongNetConfig`, but for the vocabulary.
+        model: Fields of `LongNetConfig`, without `num_tokens`.
         training: Fields of `TrainingConfig`.
-        summary: What it is for, in one line.
+        summary: Time and hardware, in one line.
     """
 
     model: dict[str, Any]
@@ -145,7 +146,7 @@ PRESETS: dict[str, Preset] = {
             "dilation_rates": (1, 2, 4),
             "tie_embeddings": True,
         },
-        # On this budget many small steps beat fewer large ones, and 128 wide beats 192.
+        # Tried on this budget: many small steps beat fewer large ones, and width 128 beats 192.
         training={
             "steps": 1600,
             "batch_size": 1,

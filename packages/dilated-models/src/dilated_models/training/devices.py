@@ -7,10 +7,10 @@ from dilated_core.checks import check_choice
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; `"auto"` is a CUDA device if there is one, else the CPU.
+    """The device with a name; `"auto"` is a CUDA device if there is one, else the CPU.
 
     Raises:
-        ValueError: If the name is no device, or the device is not there.
+        ValueError: If no device has this name, or this machine lacks the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
-    """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 on a GPU that has it.
+    """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 on a GPU that has it, else float32.
 
     Raises:
         ValueError: If the name is another.

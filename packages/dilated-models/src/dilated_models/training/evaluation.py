@@ -1,4 +1,4 @@
-"""How many bits per byte a model needs, and how that falls as it sees more context."""
+"""Bits per byte of a model on a text, overall and by the length of the context."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ContextBucket:
     """The loss at one range of context lengths.
 
     Attributes:
-        shortest: Least number of tokens the model had seen, at least 1.
-        longest: Largest number of tokens the model had seen.
-        bits_per_byte: Mean over the targets predicted from such a context.
-        num_bytes: Bytes those targets stand for.
+        shortest: Least number of tokens of context, at least 1.
+        longest: Largest number of tokens of context.
+        bits_per_byte: Mean over the targets that were predicted from such a context.
+        num_bytes: Bytes that these targets stand for.
     """
 
     shortest: int
@@ -45,7 +45,7 @@ class Evaluation:
         bits_per_token: The same, per target token.
         num_tokens: Targets scored.
         num_bytes: Bytes the targets stand for.
-        by_context: The loss by the number of tokens seen, shortest context first.
+        by_context: The loss by the number of tokens of context, shortest first.
     """
 
     bits_per_byte: float
@@ -63,12 +63,12 @@ def scored_ranges(
     Args:
         num_tokens: Length of the text.
         seq_len: Window length.
-        max_tokens: Most targets to score, rounded down to whole windows if it is more than one;
-            None means all.
+        max_tokens: Most targets to score; None means all. Above one window, it is rounded down to
+            whole windows.
 
     Returns:
-        Pairs (start, stop), in order and apart: tokens start … stop − 1 are inputs, and the tokens
-        after each of them are the targets.
+        Pairs (start, stop), in order, without overlap. Tokens start … stop − 1 are inputs, and the
+        token after each of them is its target.
 
     Raises:
         TypeError: If a number is not an integer.
@@ -119,14 +119,14 @@ def evaluate(
     Each window starts without context; no token is a target twice.
 
     Args:
-        model: The model; its mode and device are left as they are found.
+        model: The model. Its mode and device are the same afterwards.
         stream: The text.
         seq_len: Longest context, in tokens.
-        max_tokens: Score only this many, as `scored_ranges` spreads them.
+        max_tokens: Score only this many, spread as in `scored_ranges`.
         batch_size: Windows scored at a time.
         autocast: Compute matrix products in this dtype; None means the dtype of the parameters.
-        before_batch: Called with the targets scored so far and their number in all; may raise to
-            stop.
+        before_batch: Called before each batch with the number of targets scored so far and of all
+            targets. An exception that it raises ends the evaluation.
 
     Raises:
         TypeError: If a number is not an integer.
@@ -169,7 +169,7 @@ def evaluate(
 def _batches(
     ranges: Sequence[tuple[int, int]], seq_len: int, batch_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(first token, windows, their length) of each batch; a short last window comes alone."""
+    """(first token, windows, their length) of each batch; a short last window is a batch alone."""
     for start, stop in ranges:
         while start < stop:
             rows = min(batch_size, (stop - start) // seq_len)
@@ -179,7 +179,7 @@ def _batches(
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
-    """`torch.autocast` to a dtype, or nothing for None."""
+    """`torch.autocast` to a dtype; for None, a context that changes nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)  # pyright: ignore[reportReturnType]
 
 

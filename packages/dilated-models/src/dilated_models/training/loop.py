@@ -1,4 +1,4 @@
-"""Optimiser steps, and the state that lets them continue where they stopped."""
+"""Optimiser steps, and the checkpoint from which they continue."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _CHECKPOINT_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimiser step did.
+    """The numbers of one optimiser step.
 
     Attributes:
-        step: Steps done, this one included.
+        step: Number of the step, from 1.
         loss: Mean over the batch, in nats per token.
         bits_per_byte: The same loss over the bytes of the targets.
         learning_rate: Used in this step.
@@ -78,11 +78,11 @@ class TrainingState:
         return torch.bfloat16 if self.config.dtype == "bfloat16" else None
 
     def steps(self, stream: TokenStream, order: WindowOrder) -> Iterator[StepRecord]:
-        """Train to the last step, yielding after each.
+        """Train to the last step; yield after each step.
 
         Raises:
-            FloatingPointError: If the loss is no longer finite; the state is that of the step
-                before.
+            FloatingPointError: If the loss or a gradient is not finite. The state is then that of
+                the step before.
         """
         self.model.train()
         while self.step < self.config.steps:
@@ -133,9 +133,10 @@ class TrainingState:
         return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def save(self, folder: Path) -> None:
-        """Write everything needed to continue, atomically, as `checkpoint.pt`.
+        """Write all that is needed to continue, as `checkpoint.pt`, whole or not at all.
 
-        The file holds tensors and plain values only: `torch.load(..., weights_only=True)` reads it.
+        The file holds tensors and plain values only, so `torch.load(..., weights_only=True)` reads
+        it.
         """
         content = {
             "format_version": _CHECKPOINT_FORMAT,
@@ -159,12 +160,16 @@ class TrainingState:
         path = folder / CHECKPOINT_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{str(folder)!r} has no {CHECKPOINT_FILE} to resume from; train without --resume."
+                f"{str(folder)!r} has no {CHECKPOINT_FILE}; --resume must have one, so train "
+                f"without --resume."
             )
         try:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if content["format_version"] != _CHECKPOINT_FORMAT:
-                raise ValueError(f"format {content['format_version']!r} is not known")
+                raise ValueError(
+                    f"its format is {content['format_version']!r}; it must be "
+                    f"{_CHECKPOINT_FORMAT}, so use the version of dilated-models that wrote it."
+                )
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.step, self.seconds = int(content["step"]), float(content["seconds"])
@@ -177,7 +182,7 @@ class TrainingState:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Linear weights decay; embeddings (and an output tied to them), LayerNorms, biases do not."""
+    """Linear weights decay; embeddings (and outputs tied to them), LayerNorms, biases do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []

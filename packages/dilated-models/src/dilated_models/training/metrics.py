@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, in the order things happened."""
+"""`metrics.jsonl`: one JSON object per line, in order of time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class MetricsFile:
 
     Args:
         folder: Of the run.
-        after_step: Records of later steps are dropped first: they were written after the
-            checkpoint that a resumed run starts from, and will be written again.
+        after_step: Records of later steps are dropped first. They were written after the checkpoint
+            from which a resumed run starts, and the run writes them again.
 
     Attributes:
-        validated: Steps after which the loss on the validation text is on record.
+        validated: Steps whose validation loss is recorded.
     """
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
@@ -51,7 +51,7 @@ class MetricsFile:
         self._file.close()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record; it reaches the file at once."""
+        """Append one record, and flush it to the file."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         if kind == "validation":
@@ -63,7 +63,7 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run; a last line cut short by a crash is passed over."""
+    """All whole records of a run; a last line that a crash cut short is skipped."""
     records: list[dict[str, Any]] = []
     with (folder / METRICS_FILE).open(encoding="utf-8") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""What a finished run tells: loss curve, comparison with xz, effect of context, a sample."""
+"""Parts of a run's report: loss curve, comparison with xz, loss by length of context."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dilated_core.atomic_write import write_atomically
 from dilated_models.training.evaluation import Evaluation
 
 PLOT_FILE = "loss.png"
-# xz -9 takes seconds per MiB and 700 MB for a long input.
+# xz -9 takes seconds per MiB, and 700 MB of memory for a long input.
 _MOST_XZ_BYTES = 8 << 20
 _SMOOTHED_STEPS = 20
 
 
 def xz_bits_per_byte(text: bytes) -> tuple[float, int]:
-    """Size of `xz -9`'s output in bits, per byte of its input, for scale beside a model's loss.
+    """Bits of `xz -9`'s output per byte of its input: a scale for a model's loss.
 
     Args:
         text: At most the first 8 MiB are compressed.
@@ -31,7 +31,7 @@ def xz_bits_per_byte(text: bytes) -> tuple[float, int]:
     """
     text = text[:_MOST_XZ_BYTES]
     if not text:
-        raise ValueError("there is nothing to compress: the text is empty.")
+        raise ValueError("text is empty; it must hold at least one byte to compress.")
     return 8 * len(lzma.compress(text, preset=9)) / len(text), len(text)
 
 
@@ -43,10 +43,10 @@ def plot_losses(
     Args:
         folder: Of the run.
         records: As in `metrics.jsonl`.
-        xz: Bits per byte of `xz -9`, drawn as a level.
+        xz: Bits per byte of `xz -9`, drawn as a horizontal line.
     """
-    # matplotlib is part of the extra `cli`; Figure without pyplot needs no display and leaves no
-    # global state behind.
+    # Imported here: matplotlib is part of the extra `cli`. Without pyplot, a Figure needs no
+    # display and changes no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def plot_losses(
 
 
 def context_lines(evaluation: Evaluation) -> list[str]:
-    """A plain table of bits per byte by context, shortest first."""
+    """A table of bits per byte by length of context, shortest first."""
     lines = [f"{'tokens of context':>18}  {'bits per byte':>13}"]
     for bucket in evaluation.by_context:
         seen = f"{bucket.shortest}-{bucket.longest}"

@@ -1,4 +1,4 @@
-"""One training run from its folder's first file to its report."""
+"""One training run, from the first file in its folder to its report."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from dilated_models.training.report import plot_losses, xz_bits_per_byte
 from dilated_models.training.stopping import Stopped, StopSignals
 
 _CACHE_FOLDER = "tokens"
-_SCORED_TOKENS = 4096  # at a time, at least, so that short windows are not scored one by one
+_SCORED_TOKENS = 4096  # in a batch of validation, at least: short windows alone would be slow
 _SAMPLE_TOKENS = 200
 _SAMPLE_PROMPT_TOKENS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that defines a run, checked, before any file of it exists.
+    """All that defines a run, checked before any of its files exists.
 
     Attributes:
-        folder: Where it is kept.
-        model: What is trained.
-        training: How.
-        split: On which text.
-        text: The `--text` paths the split came from; None for the standard library.
-        vocabulary: Between text and tokens.
-        device: Where.
+        folder: Folder of its files.
+        model: Configuration of the model.
+        training: The numbers of the run.
+        split: Training and validation text.
+        text: The `--text` paths of the split; None for the standard library.
+        vocabulary: Converts the text to tokens.
+        device: Device to train on.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Run:
     device: torch.device
 
     def to_config(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """Content of `config.json`."""
         is_file = isinstance(self.vocabulary, TokenizerVocabulary)
         return {
             "model": self.model.to_dict(),
@@ -84,11 +84,11 @@ class Report:
     """The result of a finished run.
 
     Attributes:
-        evaluation: On the validation text.
-        xz_bits_per_byte: Of the same bytes under `xz -9`.
-        xz_bytes: How many bytes those are.
-        prompt: Where the sample starts: the beginning of the validation text.
-        sample: What the model wrote after it.
+        evaluation: Loss on the validation text.
+        xz_bits_per_byte: Bits per byte of `xz -9` on the same bytes.
+        xz_bytes: Number of these bytes.
+        prompt: The beginning of the validation text.
+        sample: Text that the model generated after the prompt.
     """
 
     evaluation: Evaluation
@@ -99,31 +99,30 @@ class Report:
 
 
 class Observer(Protocol):
-    """Told what happens in a run, to show it."""
+    """Receives progress events of a run."""
 
     def stepped(self, record: StepRecord) -> None:
-        """An optimiser step is done."""
+        """Called after an optimiser step."""
         ...
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
-        """A validation is done."""
+        """Called after a validation."""
         ...
 
     def busy(self, what: str) -> None:
-        """Something other than a step begins."""
+        """Called before work other than a step, which `what` names."""
         ...
 
 
 def build(run: Run) -> TrainingState:
-    """Model and optimiser of a run, drawn from its seed; touches no file.
+    """Model and optimiser of a run, drawn from its seed; writes no file.
 
     Raises:
         ValueError: If no backend can run the model, or a window does not fit the model.
     """
     torch.manual_seed(run.training.seed)
     state = TrainingState(LongNetLM(run.model, device=run.device), run.training)
-    # One window now, so that whatever the model or its backend refuses is refused before a file
-    # is written.
+    # Run one window now: an error of the model or its backend must come before a file is written.
     window = torch.zeros(1, run.training.seq_len, dtype=torch.int64, device=run.device)
     with torch.no_grad(), autocast_to(state.autocast, run.device):
         state.model.eval()(window)
@@ -134,9 +133,9 @@ class Text(NamedTuple):
     """The text of a run as tokens.
 
     Attributes:
-        train: To train on.
-        validation: To validate on.
-        order: Of the windows of `train`.
+        train: Tokens to train on.
+        validation: Tokens to validate on.
+        order: Order of the windows of `train`.
     """
 
     train: TokenStream
@@ -147,11 +146,11 @@ class Text(NamedTuple):
 def open_text(run: Run, announce: Callable[[str], None]) -> Text:
     """Open the text of a run; with a tokenizer, tokenise it into the run's folder, once.
 
-    If that fails, a folder that was not there before is not there afterwards.
+    After an error, a folder that this function made is gone.
 
     Args:
         run: The run.
-        announce: Told of tokenising, which can take long.
+        announce: Called with one line before tokenising, which can take long.
 
     Raises:
         ValueError: If either side of the text is too short.
@@ -179,15 +178,15 @@ def execute(
     the run's folder.
 
     Args:
-        run: What to do.
+        run: The run.
         text: From `open_text`.
         state: From `build`, perhaps restored.
-        observer: Is told of progress.
-        signals: Are answered between two steps, by saving.
+        observer: Receives progress events.
+        signals: Read between two steps. After a signal, the run saves its state and stops.
 
     Raises:
-        Stopped: After a signal, with everything saved.
-        FloatingPointError: If the loss stops being finite; the last checkpoint stays.
+        Stopped: After a signal, when the state is saved.
+        FloatingPointError: If the loss is no longer finite. The last checkpoint stays.
     """
     config, folder, validation = run.training, run.folder, text.validation
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +265,7 @@ def execute(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of the GPU if that is where the model is, else of the process."""
+    """Most memory used so far: on a GPU, of PyTorch's allocator there; else, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -280,7 +279,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, TokenStream]:
-    """Training and validation tokens; tokenises into the run's folder if need be."""
+    """Training and validation tokens; with a tokenizer, through a cache in the run's folder."""
     sides = [(ByteStream(pieces), pieces) for pieces in (run.split.train, run.split.validation)]
     vocabulary = run.vocabulary
     if not isinstance(vocabulary, TokenizerVocabulary):
@@ -294,7 +293,7 @@ def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, To
 def _sample(
     run: Run, model: LongNetLM, validation: TokenStream, check: Callable[[], None]
 ) -> tuple[str, str]:
-    """The first tokens of the validation text, and what the model makes of them."""
+    """The first tokens of the validation text, and a text that the model generates after them."""
     start = validation.text_of(0, min(_SAMPLE_PROMPT_TOKENS, len(validation)))
     prompt = start.decode("utf-8", "ignore")
     tokens = run.vocabulary.encode(prompt) or [0]

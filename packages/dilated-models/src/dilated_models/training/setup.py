@@ -1,4 +1,4 @@
-"""From what a user asks for to a checked `Run`; nothing here writes a file."""
+"""Build a checked `Run` from a user's options, or from a run's folder; write no file."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ def new_run(
     model: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> Run:
-    """A run that starts from a preset.
+    """A new run with the numbers of a preset.
 
-    With another `seq_len` but no segment lengths, the preset's are scaled along; with other
-    `steps`, so are its warm-up and the interval between validations.
+    If `seq_len` is given without segment lengths, the preset's segment lengths are scaled by the
+    same factor. If `steps` is given, the preset's warm-up and its interval between validations are
+    scaled by the same factor, unless they are given.
 
     Args:
-        folder: Where it will be kept; must not hold a run.
+        folder: Folder of the run; must not hold another run.
         preset: A name in `PRESETS`.
         text: Files and folders; None means the standard library's sources.
         tokenizer: `"bytes"` or the path of a tokenizer file.
-        device: Where to train.
+        device: Device to train on.
         model: Fields of `LongNetConfig` that replace the preset's.
         training: Fields of `TrainingConfig` that replace the preset's.
 
@@ -76,11 +77,11 @@ def new_run(
 
 
 def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, Any]) -> Run:
-    """The run a folder holds.
+    """The run in a folder, to continue it.
 
     Args:
         folder: Of a run that was stopped.
-        device: Where to go on.
+        device: Device to train on.
         training: Fields of `TrainingConfig` to change: `steps` or `checkpoint_every`.
 
     Raises:
@@ -100,8 +101,8 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
     split = _split(text, config)
     if split.fingerprint != fingerprint:
         raise ValueError(
-            f"the text has changed since {str(folder)!r} was started (a file was added, removed or "
-            f"resized), so the run cannot be continued exactly; start a new one."
+            f"the text has changed since {str(folder)!r} was started (a file was added, removed, "
+            f"renamed or resized); it must be the same to continue, so start a new run."
         )
     return Run(
         folder=folder,
@@ -120,8 +121,8 @@ def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:
     num_validation = sum(piece.num_bytes for piece in split.validation)
     if num_validation < 2 or not split.train:
         raise ValueError(
-            f"the text has {sum(piece.num_bytes for piece in pieces)} bytes, too few to hold out "
-            f"{config.validation_share:g} of them for validation; use more text."
+            f"the text has {sum(piece.num_bytes for piece in pieces)} bytes; it must have enough "
+            f"to hold out {config.validation_share:g} of them for validation, so use more text."
         )
     return split
 
@@ -129,11 +130,13 @@ def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:
 def _check_free(folder: Path) -> None:
     if (folder / CONFIG_FILE).exists():
         raise FileExistsError(
-            f"{str(folder)!r} already holds a run; continue it with --resume, or choose another "
-            f"--out."
+            f"{str(folder)!r} already holds a run; --out must be a new folder, so choose another, "
+            f"or continue the run with --resume."
         )
     for parent in (folder, *folder.parents):
         if parent.exists():
             if not parent.is_dir():
-                raise FileExistsError(f"{str(parent)!r} is a file; choose another --out.")
+                raise FileExistsError(
+                    f"{str(parent)!r} is a file; --out must be a folder, so choose another."
+                )
             return

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+"""Ctrl-C and SIGTERM stop the training loop between two steps, after it has saved its state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
-    """Raised once the state of a run that was asked to stop is safe.
+class Stopped(Exception):  # noqa: N818 - no error: the run did what the signal requests
+    """Raised by a run that has received a signal and has saved its state.
 
     Attributes:
         exit_code: 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
@@ -23,12 +23,12 @@ class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
 
 
 class StopSignals:
-    """While entered, the first Ctrl-C or SIGTERM is only remembered; the second acts as usual.
+    """In its `with` block, the first Ctrl-C or SIGTERM is recorded; the second acts as usual.
 
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    Outside the main thread, where Python allows no signal handlers, no signal is recorded.
 
     Attributes:
-        received: Number of the signal that came, or None.
+        received: Number of the recorded signal, or None.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -49,7 +49,7 @@ class StopSignals:
     ) -> None:
         self._restore()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dilated_core.atomic_write import write_atomically
 
 MIN_INTERVAL_S = 2e-3
 MAX_CALLS_PER_ROUND = 50
@@ -99,9 +99,8 @@ def describe_failure(error: Exception, name: str, device: torch.device) -> str:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Replace the file in one step, so that whoever is stopped meanwhile leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(beside, path)
+    with write_atomically(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _spread(values: list[float], calls_per_round: int) -> dict[str, float]:

@@ -136,6 +136,12 @@ def test_what_a_measurement_refused_is_measured_again_while_it_rules():
     assert "wrong_forward" in [timing.backend for timing in again]
 
 
+def test_a_default_device_changes_nothing():
+    with torch.device("meta"):
+        (case,) = measure_backends("cpu", **SMALL).cases
+    assert {t.backend: t.refused for t in case.timings}["sdpa"] is None
+
+
 def test_chosen_backends_are_measured_with_eager():
     def names(backends):
         (case,) = measure_backends(**SMALL, backends=backends).cases

@@ -1,4 +1,4 @@
-"""LongNetLM on meta tensors, under fake and default devices."""
+"""LongNetLM on meta tensors, under fake and default devices, and in float64 under autocast."""
 
 import dataclasses
 
@@ -28,6 +28,18 @@ def test_on_meta_tensors(any_config, tokens):
         assert logits.dtype == torch.float32
         logits.sum().backward()
         assert model.embedding.weight.grad.device.type == "meta"
+
+
+def test_a_model_without_weights_is_refused_where_values_are_needed(config, text, tmp_path):
+    model = LongNetLM(config, device="meta")
+    stream = ByteStream(text_files([text])[0])
+    for call in (
+        lambda: generate(model, [1], max_new_tokens=1),
+        lambda: evaluate(model, stream, seq_len=8),
+        lambda: save_model(tmp_path, model),
+    ):
+        with pytest.raises(ValueError, match="model is on the meta device; it must have weights"):
+            call()
 
 
 def test_under_fake_tensors(any_config):
@@ -88,3 +100,19 @@ def test_a_default_device_changes_no_result(config, tokens, text, tmp_path):
     expected = results()
     with torch.device("meta"):
         assert results() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float64_stays_float64_under_autocast(any_config, tokens, dtype):
+    """As PyTorch's layers do. xPos may reach as far as float64 does."""
+    any_config = dataclasses.replace(any_config, xpos_scale_base=1.0)
+    model = LongNetLM(any_config, dtype=torch.float64)
+    expected = model(tokens)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, list(model.parameters()), upstream)
+    with torch.autocast("cpu", dtype):
+        logits = model(tokens)
+    assert logits.dtype == torch.float64
+    assert torch.equal(logits, expected)
+    actual = torch.autograd.grad(logits, list(model.parameters()), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(actual, gradients, strict=True))

@@ -158,9 +158,10 @@ class _Trial:
         self.device = inputs.device
         self._pattern, self._is_causal = pattern, is_causal
         shape = (batch_size, inputs.seq_len, inputs.num_heads, inputs.head_dim)
-        generator = torch.Generator().manual_seed(0)  # on the CPU: the same numbers everywhere
+        # On the CPU, whatever the default device: the same numbers everywhere.
+        generator = torch.Generator("cpu").manual_seed(0)
         self._tensors = [
-            torch.randn(shape, generator=generator).to(inputs.device, inputs.dtype)
+            torch.randn(shape, generator=generator, device="cpu").to(inputs.device, inputs.dtype)
             for _ in range(4)
         ]
         # Apple's GPUs have no float64.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from dilated_core.checks import check_integer, check_number
 
-from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.longnet.language_model import LongNetLM, check_weights
 
 
 def generate(
@@ -39,7 +39,8 @@ def generate(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the prompt is empty or holds an unknown token, or a number is out of range.
+        ValueError: If the prompt is empty or holds an unknown token, a number is out of range, or
+            the model is on the meta device.
 
     Example:
         >>> model = LongNetLM(num_tokens=256, d_model=32, nhead=4, num_decoder_layers=1,
@@ -47,6 +48,7 @@ def generate(
         >>> len(list(generate(model, b"def ", max_new_tokens=5)))
         5
     """
+    check_weights(model)
     last = model.config.num_tokens - 1
     tokens = [check_integer("a token of prompt", x, at_least=0, at_most=last) for x in prompt]
     if not tokens:

@@ -209,6 +209,19 @@ class LongNetLM(nn.Module):
         return torch.get_autocast_dtype(device_type) if is_autocast else dtype
 
 
+def check_weights(model: LongNetLM) -> None:
+    """Refuse a model on the meta device, whose weights have no values.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if model.embedding.weight.is_meta:
+        raise ValueError(
+            "model is on the meta device; it must have weights, so use "
+            "load_state_dict(..., assign=True), or to_empty(device=...) and reset_parameters()."
+        )
+
+
 def _complete_shared_weight(
     model: LongNetLM, state: dict[str, Tensor], prefix: str, *rest: Any
 ) -> None:

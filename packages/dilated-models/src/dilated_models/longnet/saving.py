@@ -17,7 +17,7 @@ from safetensors.torch import (
 )
 
 from dilated_models.config import LongNetConfig
-from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
 
 FORMAT_VERSION = 1
@@ -65,7 +65,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def save_model(folder: Path, model: LongNetLM) -> None:
-    """Write `model.safetensors`; a shared weight is stored once, as the embedding's."""
+    """Write `model.safetensors`; a shared weight is stored once, as the embedding's.
+
+    Raises:
+        ValueError: If the model is on the meta device.
+    """
+    check_weights(model)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del state["output.weight"]

@@ -12,7 +12,7 @@ from dilated_core.checks import check_integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.streams import TokenStream
 
 _SHORTEST_BUCKET = 16
@@ -130,8 +130,10 @@ def evaluate(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: As `scored_ranges`, or if `batch_size` is below 1.
+        ValueError: As `scored_ranges`, or if `batch_size` is below 1 or the model on the meta
+            device.
     """
+    check_weights(model)
     batch_size = check_integer("batch_size", batch_size, at_least=1)
     ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
     total = sum(stop - start for start, stop in ranges)

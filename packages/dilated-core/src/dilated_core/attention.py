@@ -60,7 +60,8 @@ def dilated_attention_with_lse(
                 "so give one of the two."
             )
     check_bool("is_causal", is_causal)
-    q, k, v = _cast_by_autocast(q), _cast_by_autocast(k), _cast_by_autocast(v)
+    if (dtype := _autocast_dtype(q)) is not None:
+        q, k, v = _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
     check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
     check_max_workspace_bytes(max_workspace_bytes)
     check_backend_name(backend)
@@ -169,14 +170,17 @@ _ARGUMENTS = tuple(
 )
 
 
-def _cast_by_autocast(x: torch.Tensor) -> torch.Tensor:
-    """The tensor as autocast around the call casts it.
-
-    As in PyTorch's own operators, float64 and integers stay what they are.
-    """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    kind = x.device.type
+def _autocast_dtype(q: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region around the call, if there is one for the device of q."""
+    if not isinstance(q, torch.Tensor):
+        return None
+    kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as autocast casts it: float64 and integers stay, as in PyTorch's operators."""
+    is_cast = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if is_cast else x

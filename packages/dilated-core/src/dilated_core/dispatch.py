@@ -83,13 +83,12 @@ def attend(
 
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether operators on these tensors go straight to their kernels."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(x) is torch.Tensor for x in tensors)
-        and _C._len_torch_dispatch_stack() == 0
-        and not is_transformed(*tensors)
-        and all(x.device.type != "meta" for x in tensors)
-    )
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() > 0:
+        return False
+    for x in tensors:
+        if type(x) is not torch.Tensor or x.is_meta:
+            return False
+    return not is_transformed(*tensors)
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:

@@ -150,9 +150,8 @@ def _composite_gradients(
 
     def function(*values: torch.Tensor) -> Gradients:
         found = dict(zip(given, values, strict=True))
-        dout, dlse, q, k, v, out, lse = (found.get(i) for i in range(7))
-        tensors: Any = (dout, dlse, q, k, v, out, lse)
-        return composite.gradients(call, *tensors, cu_seqlens)
+        dout, q, k, v, out, lse = (found[i] for i in (0, 2, 3, 4, 5, 6))
+        return composite.gradients(call, dout, found.get(1), q, k, v, out, lse, cu_seqlens)
 
     return function, given
 

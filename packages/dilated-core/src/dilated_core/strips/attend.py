@@ -70,7 +70,9 @@ def attend(
         # An undilated branch without a tail: its result is what all others are merged into.
         first = problems[0]
         partial = _run(first, 0, q, k, v, options, backend)
-        into = AttentionOutput(partial.out.reshape(q.shape), partial.lse.reshape(q.shape[:-1]))
+        into = partial
+        if not first.queries.is_everything:
+            into = AttentionOutput(partial.out.reshape(q.shape), partial.lse.reshape(q.shape[:-1]))
         if len(problems) == 1 and not first.zero_keys:
             return into
         into = AttentionOutput(into.out.to(into.lse.dtype).contiguous(), into.lse.contiguous())

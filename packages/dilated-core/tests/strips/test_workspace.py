@@ -14,6 +14,7 @@ from dilated_core import (
 )
 from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.registry import get_backend
+from dilated_core.strips.plan import Span
 from dilated_core.strips.workspace import Geometry, plan_pieces
 from dilated_core.testing import Case, random_cases, relative_error
 from hypothesis import example, given, settings
@@ -66,7 +67,7 @@ def _pieces(pattern, shape, num_kv_heads, dtype, limit, backend=None):
         torch.device("cpu"), dtype, H, D,
         num_kv_heads=num_kv_heads, seq_len=S, max_workspace_bytes=limit,
     )  # fmt: skip
-    return plan_pieces(Geometry(pattern, inputs, B, (0, H), False, True, backend, 2))
+    return plan_pieces(Geometry(pattern, inputs, B, Span(0, S), (0, H), False, True, backend, 2))
 
 
 @pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from dilated_core.attention import dilated_attention_with_lse
+from dilated_core.backends.contract import AttentionInputs, AttentionOptions
+from dilated_core.backends.registry import choose_backend
 from dilated_core.inputs import check_inputs
-from dilated_core.merge import AttentionOutput, fold_lse_, merge_partials
-from dilated_core.pattern.branches import DilatedPattern, head_offset
+from dilated_core.merge import AttentionOutput, empty_partial, fold_
+from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.strips.call import Call, forward
+from dilated_core.strips.plan import Span
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Source = Callable[[int, int], Rows]
@@ -81,15 +84,12 @@ class _Group(NamedTuple):
     """Branches that complete the same rows in one step, so that one call serves them.
 
     Attributes:
-        start, stop: The positions these are.
+        span: The positions these are.
         branches: Indices of the branches.
-        is_short: They are a last segment that is shorter than w, and nothing else.
     """
 
-    start: int
-    stop: int
+    span: Span
     branches: tuple[int, ...]
-    is_short: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,44 +117,40 @@ class BranchRunner:
 
     def groups(self, ended: list[int], ends: list[int]) -> list[_Group]:
         """What to run when the branches' complete segments go on from `ended` to `ends`."""
-        found: dict[tuple[int, int, bool, int], list[int]] = {}
-        has_zero_keys = self.pattern.padding == "attended" and not self.is_causal
-        for i, (start, stop) in enumerate(zip(ended, ends, strict=True)):
-            if stop > start:
-                # A slice shorter than w would clip w, and with it the number of zero keys.
-                is_short = has_zero_keys and stop - start < self.pattern.segment_lengths[i]
-                found.setdefault((start, stop, is_short, i * is_short), []).append(i)
-        return [_Group(*key[:2], tuple(branches), key[2]) for key, branches in found.items()]
+        found: dict[Span, list[int]] = {}
+        for i, span in enumerate(map(Span, ended, ends)):
+            if span.length:
+                found.setdefault(span, []).append(i)
+        return [_Group(span, tuple(branches)) for span, branches in found.items()]
 
     def run(
         self, group: _Group, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> AttentionOutput:
         """Result of the branches of a group on its rows `(B, stop − start, H, D)`."""
         branches = [self.pattern.branches[i] for i in group.branches]
-        pattern = DilatedPattern(
-            [w for w, _ in branches],
-            [r for _, r in branches],
-            head_offsets=self.pattern.head_offsets,
-            padding="masked" if group.is_short else self.pattern.padding,
+        inputs = AttentionInputs(
+            q.device,
+            q.dtype,
+            num_heads=q.shape[2],
+            head_dim=q.shape[3],
+            num_kv_heads=k.shape[2],
+            seq_len=self.seq_len,
         )
-        result = dilated_attention_with_lse(
-            q, k, v, pattern, is_causal=self.is_causal, scale=self.scale, backend=self.backend
+        call = Call(
+            # The length at hand is what ranks backends; the plan needs that of the whole.
+            choose_backend(self.backend, inputs._replace(seq_len=q.shape[1])),
+            DilatedPattern(
+                [w for w, _ in branches],
+                [r for _, r in branches],
+                head_offsets=self.pattern.head_offsets,
+                padding=self.pattern.padding,
+            ),
+            inputs,
+            AttentionOptions(self.is_causal, self.scale),
+            head_range=(0, q.shape[2]),
+            span=group.span,
         )
-        if group.is_short:
-            (w, r) = branches[0]
-            return merge_partials([result, self._zero_keys(w, r, result)])
-        return result
-
-    def _zero_keys(self, w: int, r: int, result: AttentionOutput) -> AttentionOutput:
-        """What the zero keys are to the queries that a last, short segment of w keeps."""
-        _, length, H, _ = result.out.shape
-        device = result.lse.device
-        offsets = [head_offset(h, r, H, self.pattern.head_offsets) for h in range(H)]
-        index = torch.arange(length, device=device)
-        kept = index[:, None] % r == torch.tensor(offsets, device=device)
-        counts = kept * (-(-w // r) - kept.sum(0))
-        lse = counts.to(result.lse.dtype).log()  # log 0 = −inf: no zero keys
-        return AttentionOutput(torch.zeros_like(result.out), lse.expand_as(result.lse))
+        return forward(call, q, k, v, cu_seqlens=None)
 
 
 class Window:
@@ -212,7 +208,7 @@ class Window:
         groups = runner.groups(ended, ends)
         dtype = self._rows[0].dtype
         for group in groups:
-            rows = slice(group.start - self.start, group.stop - self.start)
+            rows = slice(group.span.start - self.start, group.span.stop - self.start)
             result = runner.run(group, *(x[:, rows] for x in self._rows))
             if len(group.branches) == len(ends):
                 return result.out
@@ -225,12 +221,10 @@ class Window:
     def _fold(self, rows: slice, result: AttentionOutput) -> None:
         if self._partial is None:
             B, _, H, D = result.out.shape
-            length = self.stop - self.start
-            lse = result.lse.new_full((B, length, H), -torch.inf)
-            self._partial = AttentionOutput(lse.new_zeros(B, length, H, D), lse)
+            shape = (B, self.stop - self.start, H, D)
+            self._partial = empty_partial(shape, dtype=result.out.dtype, device=result.out.device)
         out, lse = (x[:, rows] for x in self._partial)
-        weight = fold_lse_(lse, result.lse).unsqueeze(-1)
-        out.lerp_(result.out.to(out.dtype), weight)
+        fold_(AttentionOutput(out, lse), result)
 
 
 def _moved(x: torch.Tensor, first: int, length: int, room: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dilated_core.merge import AttentionOutput, accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern, clip_pattern
 from dilated_core.strips.attend import attend, differentiate, without_masked_rows
 from dilated_core.strips.documents import WHOLE, Sequences, group_documents
+from dilated_core.strips.plan import Span
 from dilated_core.strips.view import is_batch_dense, is_viewable, viewable
 from dilated_core.strips.workspace import Geometry, Piece, plan_pieces, smallest_workspace
 
@@ -36,6 +37,8 @@ class Call(NamedTuple):
         inputs: What the backend was chosen for.
         options: `key_padding_mask` is `(B, S)`.
         head_range: (first, total) as for `plan_problems`.
+        span: The positions that the tensors hold of a sequence of `inputs.seq_len`, from where each
+            branch begins a segment to where each ends one; None: all.
     """
 
     backend: AttentionBackend
@@ -43,6 +46,7 @@ class Call(NamedTuple):
     inputs: AttentionInputs
     options: AttentionOptions
     head_range: tuple[int, int]
+    span: Span | None = None
 
     def masked(self, key_padding_mask: torch.Tensor | None) -> Call:
         """The call with this mask instead of its own."""
@@ -119,10 +123,19 @@ def backward(
 
 
 def _whole_pattern(call: Call, q: torch.Tensor) -> WholePatternBackend | None:
-    """The backend, if it runs the pattern without strips; it counts the heads from 0."""
-    if call.head_range == (0, q.shape[2]) and has_capability(call.backend, WholePatternBackend):
-        return call.backend  # pyright: ignore[reportReturnType]
-    return None
+    """The backend, if it runs the pattern without strips.
+
+    It counts heads from 0, and takes a span for a sequence of its own. That makes a difference only
+    to zero keys: they fill a last segment up to w, which would be clipped to the span.
+    """
+    if call.head_range != (0, q.shape[2]) or not has_capability(call.backend, WholePatternBackend):
+        return None
+    has_zero_keys = call.pattern.padding == "attended" and not call.options.is_causal
+    if call.span is not None and has_zero_keys:
+        longest = min(max(call.pattern.segment_lengths), call.inputs.seq_len or 0)
+        if call.span.length < longest:
+            return None
+    return call.backend  # pyright: ignore[reportReturnType]
 
 
 def _forward_over_strips(
@@ -265,6 +278,7 @@ def _geometry(call: Call, batch_size: int, is_dense: bool) -> Geometry:
         call.pattern,
         call.inputs,
         batch_size,
+        call.span or Span(0, call.inputs.seq_len or 0),
         call.head_range,
         call.options.is_causal,
         is_dense,

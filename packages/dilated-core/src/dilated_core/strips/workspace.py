@@ -62,10 +62,11 @@ class Geometry(NamedTuple):
 
     Attributes:
         pattern: The branches.
-        inputs: Heads, head_dim, dtype and options; `seq_len` is S, and `max_workspace_bytes` the
-            memory that forward may take beyond inputs and results. None: no limit in float32 and
-            float64; in half precision about the size of the output.
+        inputs: Heads, head_dim, dtype and options. `seq_len` is S of the whole sequence.
+            `max_workspace_bytes` is the memory that forward may take beyond inputs and results;
+            None: no limit in float32 and float64, in half precision about the size of the output.
         batch_size: B.
+        span: The positions at hand; each branch ends a segment where they begin and end.
         head_range: (first, total) as for `plan_problems`.
         is_causal: Whether queries see only the past.
         is_batch_dense: As for `plan_problems`.
@@ -76,6 +77,7 @@ class Geometry(NamedTuple):
     pattern: DilatedPattern
     inputs: AttentionInputs
     batch_size: int
+    span: Span
     head_range: tuple[int, int]
     is_causal: bool
     is_batch_dense: bool
@@ -131,7 +133,8 @@ def smallest_workspace(geometry: Geometry) -> int:
 
 def _whole(geometry: Geometry) -> _Size:
     inputs = geometry.inputs
-    return _Size(geometry.batch_size, inputs.seq_len or 0, inputs.num_kv_heads or inputs.num_heads)
+    kv_heads = inputs.num_kv_heads or inputs.num_heads
+    return _Size(geometry.batch_size, geometry.span.length, kv_heads)
 
 
 def _group(inputs: AttentionInputs) -> int:
@@ -179,7 +182,7 @@ def _sizes(geometry: Geometry) -> Iterator[_Size]:
     while size.batches > 1:
         size = size._replace(batches=-(-size.batches // 2))
         yield size
-    S = size.positions
+    S = geometry.inputs.seq_len or 0
     common = math.lcm(*(min(w, S) for w in geometry.pattern.segment_lengths))
     while size.positions > common:
         size = size._replace(positions=common * (-(-size.positions // common) // 2))
@@ -187,7 +190,8 @@ def _sizes(geometry: Geometry) -> Iterator[_Size]:
 
 
 def _cut(geometry: Geometry, size: _Size) -> tuple[Piece, ...]:
-    B, S, K = _whole(geometry)
+    B, length, K = _whole(geometry)
+    start = geometry.span.start
     group = _group(geometry.inputs)
     first_head, total_heads = geometry.head_range
     return tuple(
@@ -196,12 +200,12 @@ def _cut(geometry: Geometry, size: _Size) -> tuple[Piece, ...]:
             positions=slice(s, s_end),
             heads=slice(h * group, h_end * group),
             kv_heads=slice(h, h_end),
-            is_whole=size == (B, S, K),
+            is_whole=size == (B, length, K),
             problems=plan_problems(
                 geometry.pattern,
-                queries=Span(s, s_end),
-                keys=Span(s, s_end),
-                seq_len=S,
+                queries=Span(start + s, start + s_end),
+                keys=Span(start + s, start + s_end),
+                seq_len=geometry.inputs.seq_len or 0,
                 num_heads=(h_end - h) * group,
                 num_kv_heads=h_end - h,
                 head_range=(first_head + h * group, total_heads),
@@ -212,7 +216,7 @@ def _cut(geometry: Geometry, size: _Size) -> tuple[Piece, ...]:
             ),
         )
         for b, b_end in _spans(B, size.batches)
-        for s, s_end in _spans(S, size.positions)
+        for s, s_end in _spans(length, size.positions)
         for h, h_end in _spans(K, size.kv_heads)
     )
 

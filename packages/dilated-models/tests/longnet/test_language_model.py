@@ -180,11 +180,12 @@ def test_tied_embeddings(config, tokens):
     [
         copy.deepcopy,
         lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: model.to_empty(device="cpu"),
-        lambda model: nn.ModuleList([model]).to_empty(device="cpu")[0],
         lambda model: model.to(torch.float64),
+        lambda model: model.to("meta"),
+        lambda model: model.to("meta").to_empty(device="cpu"),
+        lambda model: nn.ModuleList([model.to("meta")]).to_empty(device="cpu")[0],
     ],
-    ids=["deepcopy", "pickle", "to_empty", "to_empty of its owner", "to"],
+    ids=["deepcopy", "pickle", "to a dtype", "to meta", "to_empty", "to_empty of its owner"],
 )
 def test_tied_embeddings_stay_tied(config, remake):
     model = remake(LongNetLM(dataclasses.replace(config, tie_embeddings=True)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Never, Self, cast
 
 import torch
-from dilated_core.checks import check_bool, check_float_dtype, check_tensor
+from dilated_core.checks import check_float_dtype, check_tensor
 from dilated_core.modules.options import check_forward_names, from_options
 from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
@@ -146,7 +146,6 @@ class LongNetLM(nn.Module):
                 dtype.
         """
         check_forward_names(self, unknown, ("tokens", "is_causal", "positions"), self.config)
-        check_bool("is_causal", is_causal)
         _check_integers("tokens", tokens, "(B, S)", ndim=2)
         rotation = self._rotation(tokens, positions)
         x = self.embedding(tokens)

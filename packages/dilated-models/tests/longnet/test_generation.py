@@ -35,7 +35,7 @@ def test_the_first_token_is_drawn_from_the_models_distribution(model, temperatur
     if top_k:
         logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
     expected = logits.softmax(-1)
-    n = 600
+    n = 300
     counts = collections.Counter(
         token
         for seed in range(n)

@@ -117,10 +117,10 @@ def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
         )
         for case in measured.cases
     ]
-    before = [choose_backend("auto", asked).name for asked in inputs]
+    before = [choose_backend("auto", case).name for case in inputs]
     use_measured_choice(measured)
     try:
-        after = [choose_backend("auto", asked).name for asked in inputs]
+        after = [choose_backend("auto", case).name for case in inputs]
     finally:
         use_measured_choice(None)
     return [

@@ -202,7 +202,7 @@ def execute(
             save_model(folder, state.model)
             state.save(folder)
 
-        def stop_if_asked() -> None:
+        def stop_after_signal() -> None:
             if signals.received is not None:
                 save()
                 plot_losses(folder, read_metrics(folder))
@@ -219,7 +219,7 @@ def execute(
                     config.batch_size // config.accumulation, _SCORED_TOKENS // config.seq_len
                 ),
                 autocast=state.autocast,
-                before_batch=lambda done, total: stop_if_asked(),
+                before_batch=lambda done, total: stop_after_signal(),
             )
             if state.step not in metrics.validated:
                 metrics.write("validation", state.step, bits_per_byte=result.bits_per_byte)
@@ -231,7 +231,7 @@ def execute(
             if due and state.step not in metrics.validated:
                 validate(config.validation_tokens)
 
-        stop_if_asked()
+        stop_after_signal()
         validate_if_due()
         for record in state.steps(text.train, text.order):
             values = dataclasses.asdict(record) | {
@@ -239,7 +239,7 @@ def execute(
             }
             metrics.write("step", values.pop("step"), **values)
             observer.stepped(record)
-            stop_if_asked()
+            stop_after_signal()
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 save()
             validate_if_due()
@@ -251,7 +251,7 @@ def execute(
         scored = b"".join(validation.text_of(start + 1, stop + 1) for start, stop in ranges)
         xz, xz_bytes = xz_bits_per_byte(scored)
         observer.busy("sampling")
-        prompt, sample = _sample(run, state.model, validation, stop_if_asked)
+        prompt, sample = _sample(run, state.model, validation, stop_after_signal)
         report = Report(
             evaluation=evaluation,
             xz_bits_per_byte=xz,

@@ -26,6 +26,7 @@ ATTENTION = {
     "padding": "attended",
     "scale": 0.3,
     "dropout": 0.1,
+    "head_range": (2, 8),
     "max_workspace_bytes": 10**9,
     "backend": "eager",
 }

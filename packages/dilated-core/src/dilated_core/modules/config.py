@@ -12,6 +12,7 @@ from dilated_core.checks import (
     check_bool,
     check_float_dtype,
     check_head_groups,
+    check_head_range,
     check_integer,
     check_number,
 )
@@ -53,6 +54,7 @@ class _SharedOptions:
     padding: Padding = "masked"
     scale: float | None = None
     dropout: float = 0.0
+    head_range: tuple[int, int] | None = None
     max_workspace_bytes: int | None = None
     backend: str = "auto"
 
@@ -61,6 +63,9 @@ class _SharedOptions:
         check_scale(self.scale, head_dim=1)
         check_max_workspace_bytes(self.max_workspace_bytes)
         _set(self, dropout=check_dropout(self.dropout, name="dropout"))
+        if self.head_range is not None:
+            # How many heads there are shows in each call; there is at least one.
+            _set(self, head_range=check_head_range(self.head_range, num_heads=1))
         if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"backend is {self.backend!r}; it must be a name, such as 'auto'.")
 
@@ -80,6 +85,7 @@ class _SharedOptions:
         return {
             "scale": self.scale,
             "dropout_p": self.dropout if is_training else 0.0,
+            "head_range": self.head_range,
             "max_workspace_bytes": self.max_workspace_bytes,
             "backend": self.backend,
         }
@@ -97,6 +103,8 @@ class DilatedAttentionConfig(_SharedOptions):
         padding: `"masked"` or `"attended"`, see `DilatedPattern`.
         scale: Factor of the scores; 1/√head_dim if None.
         dropout: Probability of dropping each attention probability in training mode.
+        head_range: `(first, total)` if q, k and v hold the heads from `first` on of `total`, as
+            when heads are spread over devices, see `dilated_attention`; None if they hold all.
         max_workspace_bytes: Limit of what forward allocates, see `dilated_attention`.
         backend: `"auto"` or the name of a backend.
 

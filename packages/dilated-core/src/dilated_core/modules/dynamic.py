@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dilated_core.attention import dilated_attention
+from dilated_core.checks import check_head_range
 from dilated_core.modules.config import DYNAMIC_ARGUMENTS, DynamicDilatedAttentionConfig
 from dilated_core.modules.options import check_forward_names, from_options, show_options
 from dilated_core.pattern.branches import DilatedPattern
@@ -53,10 +54,13 @@ class DynamicDilatedAttention(nn.Module):
                     f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
                     f"(batch, sequence, heads, head_dim)."
                 )
+        H, H_kv = max(1, q.shape[2]), max(1, k.shape[2])
+        # A part of the heads has the branches that all heads have together.
+        _, total = check_head_range(self.config.head_range, H)
         segments = select_segments(
             max(1, q.shape[1]),
-            max(1, q.shape[2]),
-            num_kv_heads=max(1, k.shape[2]),
+            total,
+            num_kv_heads=max(1, total * H_kv // H),
             head_dim=max(1, k.shape[3]),
             dtype=k.dtype,
             first_segment_length=self.config.first_segment_length,

@@ -10,6 +10,7 @@ from dilated_core import (
     DilatedAttention,
     DilatedAttentionConfig,
     DilatedPattern,
+    DynamicDilatedAttention,
     MultiheadConfig,
     MultiheadDilatedAttention,
     create_dilated_attention,
@@ -133,6 +134,51 @@ def test_workspace_limit_reaches_the_attention():
     assert "max_workspace_bytes=1" in repr(mha)
     with pytest.raises(ValueError, match="max_workspace_bytes is 1; these inputs need at least"):
         mha(x, x, x)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_float64_stays_float64_under_autocast(layer_norm):
+    """As `nn.Linear` and `nn.MultiheadAttention` keep it."""
+    mha = _multihead(dtype=torch.float64, layer_norm=layer_norm)
+    x = torch.randn(2, 40, 24, dtype=torch.float64)
+    expected = mha(x, x, x, is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mha(x, x, x, is_causal=True)
+    assert torch.equal(y, expected)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), mha.parameters()),
+        torch.autograd.grad(expected.sum(), mha.parameters()),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_float32_is_autocast_as_pytorchs_attention_is(layer_norm):
+    mha, x = _multihead(layer_norm=layer_norm), torch.randn(2, 40, 24)
+    native = nn.MultiheadAttention(24, 4, batch_first=True)
+    exact = copy.deepcopy(mha).double()(*(x.double(),) * 3)
+    half = copy.deepcopy(mha).bfloat16()(*(x.bfloat16(),) * 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mha(x, x, x)
+        assert y.dtype == native(x, x, x, need_weights=False)[0].dtype == torch.bfloat16
+    assert relative_error(y, exact) < 2 * relative_error(half, exact)
+    (y * torch.randn_like(y)).sum().backward()
+    assert {p.grad.dtype for p in mha.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", ["False", None, 1])
+def test_is_causal_must_be_a_bool(value):
+    mha, x = _multihead(), torch.randn(1, 40, 24)
+    q = torch.randn(1, 40, 4, 6)
+    for call in (
+        lambda: mha(x, x, x, is_causal=value),
+        lambda: mha(x, x, x, is_causal=value, attn_mask=torch.ones(40, 40) > 0),
+        lambda: mha.attention(q, q, q, value),
+        lambda: DynamicDilatedAttention()(q, q, q, value),
+    ):
+        with pytest.raises(TypeError, match=f"is_causal is {value!r}; it must be True or False"):
+            call()
 
 
 @pytest.mark.parametrize(

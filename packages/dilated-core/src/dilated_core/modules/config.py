@@ -162,7 +162,7 @@ class DynamicDilatedAttentionConfig(_SharedOptions):
             1,
             first_segment_length=self.first_segment_length,
             growth=self.growth,
-            keep_every_position=check_bool("keep_every_position", self.keep_every_position),
+            keep_every_position=self.keep_every_position,
         )
 
 

@@ -227,7 +227,7 @@ def test_factory_keywords_device():
         ({"bias": None}, TypeError, "bias is None; it must be True or False"),
         ({"layer_norm": 1}, TypeError, "layer_norm is 1; it must be True or False"),
         ({"dtype": torch.int64}, TypeError, "dtype is torch.int64; it must be a floating-point"),
-        ({"backend": None}, TypeError, "backend is None; it must be a name, such as 'auto'"),
+        ({"backend": None}, TypeError, "backend is None; it must be 'auto' or the name of"),
     ],
 )
 def test_construction_mistakes(options, error, message):

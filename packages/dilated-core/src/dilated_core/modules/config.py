@@ -16,7 +16,12 @@ from dilated_core.checks import (
     check_integer,
     check_number,
 )
-from dilated_core.inputs import check_dropout, check_max_workspace_bytes, check_scale
+from dilated_core.inputs import (
+    check_backend_name,
+    check_dropout,
+    check_max_workspace_bytes,
+    check_scale,
+)
 from dilated_core.modules.options import answers_names
 from dilated_core.pattern.branches import DilatedPattern, HeadOffsets, Padding
 from dilated_core.pattern.ladder import select_segments
@@ -66,8 +71,7 @@ class _SharedOptions:
         if self.head_range is not None:
             # How many heads there are shows in each call; there is at least one.
             _set(self, head_range=check_head_range(self.head_range, num_heads=1))
-        if not isinstance(self.backend, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"backend is {self.backend!r}; it must be a name, such as 'auto'.")
+        check_backend_name(self.backend)
 
     def pattern_of(
         self, segment_lengths: Sequence[int], dilation_rates: Sequence[int]

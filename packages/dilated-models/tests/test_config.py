@@ -52,7 +52,7 @@ GOOD: dict[str, Any] = {
         ({"scale_embedding": "False"}, TypeError, "scale_embedding is 'False'; it must be True or"),
         ({"final_layer_norm": None}, TypeError, "final_layer_norm is None; it must be True or"),
         ({"activation_checkpointing": 0}, TypeError, "activation_checkpointing is 0; it must be"),
-        ({"backend": None}, TypeError, "backend is None; it must be a name, such as 'auto'"),
+        ({"backend": None}, TypeError, "backend is None; it must be 'auto' or the name of"),
         (
             {"causal": True},
             TypeError,

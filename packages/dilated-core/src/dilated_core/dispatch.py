@@ -138,8 +138,6 @@ class _PlainAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
-# The choice is a constant of a compiled graph, so that its backward runs what its forward ran.
-@torch.compiler.assume_constant_result
 def _recorded_choice(
     name: str,
     device_type: str,
@@ -173,3 +171,9 @@ def _recorded_choice(
         return record_choice(choose_backend(name, inputs))
     except ValueError:
         return name
+
+
+# The choice is a constant of a compiled graph, so that its backward runs what its forward ran. This
+# is all that `torch.compiler.assume_constant_result` does, after it has imported the compiler and
+# Triton, which takes seconds.
+_recorded_choice._dynamo_marked_constant = True  # pyright: ignore

@@ -29,11 +29,12 @@ from dilated_core.testing.error_budget import (
     relative_error,
 )
 from dilated_core.testing.hostile_inputs import HostileInputs
+from dilated_core.testing.parts import Parts
 
 BUDGET_PATTERN = DilatedPattern([128, 256, 512], [1, 2, 4])
 
 
-class BackendConformance(HostileInputs):
+class BackendConformance(HostileInputs, Parts):
     """The tests that every backend passes; see the module. `BackendSuite` lists its attributes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -12,11 +12,9 @@ Run `python tools/gpu_check.py --json FILE --seconds 500 --tune [options of this
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -25,10 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from dilated_core import DilatedPattern, dilated_attention
-from dilated_core.backends.registry import get_backend
+from dilated_core import (
+    DilatedPattern,
+    dilated_attention,
+    register_backend,
+    unregister_backend,
+)
 from dilated_core.testing.error_budget import relative_error
+from dilated_kernels.fused.backend import TritonBackend
 from dilated_kernels.fused.configs import Config
 from gpu_contenders import FUSED
 from gpu_timing import describe_failure, time_in_rounds, write_json
@@ -74,68 +76,44 @@ class Problem(NamedTuple):
             for name in ("q", "k", "v", "dout")
         ]
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str = FUSED
+    ) -> torch.Tensor:
         """The fused kernels."""
-        return dilated_attention(q, k, v, self.pattern(), is_causal=self.is_causal, backend=FUSED)
+        return dilated_attention(q, k, v, self.pattern(), is_causal=self.is_causal, backend=backend)
 
 
 @contextmanager
-def configured(kind: str, config: Config | None) -> Iterator[None]:
-    """Within this, the kernels of one kind are cut by `config`; by the table if it is None.
+def configured(kind: str, config: Config | None) -> Iterator[str]:
+    """Within this, a backend whose kernels of one kind have this config; yields its name.
 
-    Raises:
-        RuntimeError: If the kernels were launched without asking `choose_config`, so that what was
-            measured says nothing about `config`.
+    With None it is the fused backend itself, with the configs of the table.
     """
     if config is None:
-        yield
+        yield FUSED
         return
-    get_backend(FUSED)  # loads the modules
-    users = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("dilated_kernels.fused.") and hasattr(module, "choose_config")
-    ]
-    table = next(module for module in users if module.__name__.endswith(".configs")).choose_config
-    signature = inspect.signature(table)
-    asked = 0
-
-    def chosen(*args: Any, **kwargs: Any) -> Config:
-        nonlocal asked
-        arguments = signature.bind(*args, **kwargs).arguments
-        if arguments["kind"] != kind:
-            return table(*args, **kwargs)
-        asked += 1
-        # Like the table: a tile is no longer than the rows there are.
-        longest = max(16, triton.next_power_of_2(arguments["max_rows"]))
-        return config._replace(
-            block_m=min(config.block_m, longest), block_n=min(config.block_n, longest)
-        )
-
-    for module in users:
-        module.choose_config = chosen
+    register_backend(TritonBackend(configs={kind: config}, name="tuning"))
     try:
-        yield
+        yield "tuning"
     finally:
-        for module in users:
-            module.choose_config = table
-    if not asked:
-        raise RuntimeError(f"no {kind} kernel asked choose_config for its config.")
+        unregister_backend("tuning")
 
 
-def results(problem: Problem, kind: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def results(
+    problem: Problem, kind: str, inputs: list[torch.Tensor], backend: str = FUSED
+) -> list[torch.Tensor]:
     """What a kernel of this kind has a part in."""
     *leaves, dout = inputs
     if kind == "forward":
         with torch.no_grad():
-            return [problem.attend(*leaves)]
-    return list(torch.autograd.grad(problem.attend(*leaves), leaves, dout))
+            return [problem.attend(*leaves, backend)]
+    return list(torch.autograd.grad(problem.attend(*leaves, backend), leaves, dout))
 
 
 def prepare(problem: Problem, kind: str, config: Config) -> None:
     """Run once, in a process of its own, so that the compiled kernel is in Triton's cache."""
-    with configured(kind, config):
-        results(problem, kind, problem.inputs())
+    with configured(kind, config) as backend:
+        results(problem, kind, problem.inputs(), backend)
 
 
 def compare(
@@ -144,21 +122,24 @@ def compare(
     """Time a config in turn with the table's, after comparing their results."""
     device = torch.device(problem.device)
     expected = results(problem, kind, inputs)
-    with configured(kind, config):
-        actual = results(problem, kind, inputs)
+    with configured(kind, config) as backend:
+        actual = results(problem, kind, inputs, backend)
     error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
     if not error <= SAME:
         return {"failed": f"wrong result: relative error {error:.2e}"}
     *leaves, dout = inputs
-    out = None if kind == "forward" else problem.attend(*leaves)
 
     def call(config: Config | None) -> Any:
+        with configured(kind, config) as backend:
+            # Backward runs the backend of forward, also when it is no longer registered.
+            out = None if kind == "forward" else problem.attend(*leaves, backend)
+
         def run(_: int) -> None:
-            with configured(kind, config):
-                if out is None:
-                    results(problem, kind, inputs)
-                else:
-                    torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            if out is not None:
+                torch.autograd.grad(out, leaves, dout, retain_graph=True)
+                return
+            with configured(kind, config) as backend:
+                results(problem, kind, inputs, backend)
 
         return run
 

@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import torch
 
 from tools.packages import ROOT
 
@@ -13,26 +12,21 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def test_a_config_holds_for_its_kernels_only_and_for_a_while_only():
-    from dilated_kernels.fused import configs, launch
-    from gpu_tuning import configured
+def test_a_config_holds_for_a_backend_of_its_own_only():
+    from dilated_core.backends.registry import get_backend
+    from gpu_contenders import FUSED
+    from gpu_tuning import Config, configured
 
-    asked = (torch.bfloat16, 64, torch.device("cpu"))
-    before = launch.choose_config
-    usual = before("forward", *asked, 2048, "tf32")
-    config = configs.Config(32, 128, 8, 3)
-    assert config != usual
-    with configured("dq", config):
-        assert launch.choose_config("dq", *asked, 2048, "tf32") == config
-        assert launch.choose_config("forward", *asked, 2048, "tf32") == usual
-        assert launch.choose_config("dq", *asked, max_rows=50, precision="tf32") == (32, 64, 8, 3)
-    assert launch.choose_config is before
-    assert configs.choose_config is before
+    config = Config(32, 128, 8, 3)
+    with configured("dq", None) as name:
+        assert name == FUSED
+    with configured("dq", config) as name:
+        assert get_backend(name).configs == {"dq": config}
+        assert get_backend(FUSED).configs == {}
     with pytest.raises(ValueError, match="mine"), configured("dq", config):
         raise ValueError("mine")
-    assert launch.choose_config is before
-    with pytest.raises(RuntimeError, match="no dk_dv kernel asked"), configured("dk_dv", config):
-        launch.choose_config("dq", *asked, 2048, "tf32")
+    with pytest.raises(ValueError, match="must be 'auto' or one of"):
+        get_backend("tuning")
 
 
 def test_a_search_goes_on_where_it_was_stopped(monkeypatch):

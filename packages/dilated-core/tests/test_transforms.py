@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from torch.autograd import forward_ad
 
 PATTERN = DilatedPattern([3, 8], [1, 2], padding="attended")
+ONE = torch.ones((), dtype=torch.float64)
 BACKENDS = ["eager", "sdpa"]
 
 
@@ -148,6 +149,33 @@ def test_func_grad_and_hessian():
     attend, exact = loss(dilated_attention), loss(reference_dilated_attention)
     assert relative_error(torch.func.grad(attend)(q), torch.func.grad(exact)(q)) < 1e-12
     assert relative_error(torch.func.hessian(attend)(q), torch.func.hessian(exact)(q)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        torch.func.hessian,
+        lambda f: torch.func.jacrev(torch.func.grad(f)),
+        lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+        lambda f: lambda x: torch.func.jvp(torch.func.grad(f), (x,), (ONE.expand_as(x),))[1],
+    ],
+    ids=["hessian", "reverse over reverse", "reverse over forward", "forward over reverse"],
+)
+def test_second_derivatives_of_a_sum(twice):
+    """The gradient of a sum is expanded: all its elements share one place in memory."""
+    (q,) = _tensors(1, 6, 2, 2, count=1)
+    loss = lambda attend: lambda x: attend(x, x, x, PATTERN).sum()  # noqa: E731
+    attend, exact = loss(dilated_attention), loss(reference_dilated_attention)
+    assert relative_error(twice(attend)(q), twice(exact)(q)) < 1e-11
+
+
+@pytest.mark.parametrize("inner", [lambda f: f, torch.func.grad], ids=["value", "gradient"])
+def test_forward_mode_in_forward_mode_is_refused(inner):
+    """PyTorch does not differentiate a forward rule in forward mode: the result would be wrong."""
+    (q,) = _tensors(1, 6, 2, 2, count=1)
+    f = inner(lambda x: dilated_attention(x, x, x, PATTERN).square().sum())
+    with pytest.raises(ValueError, match="forward mode is nested in forward mode"):
+        torch.func.jacfwd(torch.func.jacfwd(f))(q)
 
 
 def test_vmap_is_a_larger_batch():

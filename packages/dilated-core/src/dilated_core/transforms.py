@@ -62,6 +62,7 @@ class TransformedAttention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tangents of out and lse."""
+        _refuse_nested_forward_mode()
         q, k, v, mask, cu_seqlens, out, lse = ctx.saved_tensors
         dq, dk, dv = (
             torch.zeros_like(x) if tangent is None else tangent
@@ -109,11 +110,14 @@ class _TransformedGradients(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Gradients:
         """Tangents of the gradients."""
+        _refuse_nested_forward_mode()
         function, given = _composite_gradients(ctx)
         directions = tuple(
             torch.zeros_like(x) if tangents[i] is None else tangents[i] for i, x in given.items()
         )
-        return torch.func.jvp(function, tuple(given.values()), directions)[1]
+        # The gradient of a sum is one number for every element, which no dual tensor may be.
+        primals = tuple(x.contiguous() for x in given.values())
+        return torch.func.jvp(function, primals, directions)[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -201,4 +205,20 @@ def _refuse_dropout(call: Call) -> None:
         raise ValueError(
             f"dropout_p is {call.options.dropout_p}; forward mode, second derivatives and "
             f"torch.func know dilated attention without dropout only, so set it to 0 for them."
+        )
+
+
+def _refuse_nested_forward_mode() -> None:
+    """Refuse the rule of one forward mode inside another: PyTorch does not differentiate it.
+
+    The tangent of the tangent would lack the terms of the rule itself, without an error. The stack
+    holds the transform whose rule runs, and those around it.
+    """
+    stack: list[Any] = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
+    forward: Any = torch._C._functorch.TransformType.Jvp  # pyright: ignore
+    if sum(level.key() == forward for level in stack) > 1:
+        raise ValueError(
+            "forward mode is nested in forward mode, as in jacfwd(jacfwd(f)); PyTorch does not "
+            "differentiate a forward rule in forward mode, so use torch.func.hessian(f) or another "
+            "order with jacrev or grad inside."
         )

@@ -211,12 +211,12 @@ def _refuse_dropout(call: Call) -> None:
 def _refuse_nested_forward_mode() -> None:
     """Refuse the rule of one forward mode inside another: PyTorch does not differentiate it.
 
-    The tangent of the tangent would lack the terms of the rule itself, without an error. The stack
-    holds the transform whose rule runs, and those around it.
+    The tangent of the tangent would lack the terms of the rule itself, without an error. The levels
+    are the transform whose rule runs, and those around it.
     """
-    stack: list[Any] = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore
-    forward: Any = torch._C._functorch.TransformType.Jvp  # pyright: ignore
-    if sum(level.key() == forward for level in stack) > 1:
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    levels: list[Any] = functorch.get_interpreter_stack() or []
+    if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
         raise ValueError(
             "forward mode is nested in forward mode, as in jacfwd(jacfwd(f)); PyTorch does not "
             "differentiate a forward rule in forward mode, so use torch.func.hessian(f) or another "

@@ -39,3 +39,19 @@ def test_a_backend_cannot_replace_a_test():
         class Weakened(BackendConformance):
             def test_any_strides(self):
                 pass
+
+
+def test_a_sampled_suite_runs_some_cases_of_every_test():
+    class Sampled(BackendConformance):
+        is_sampled = True
+
+    every, some = (cls._sample(range(70), 24) for cls in (BackendConformance, Sampled))
+    assert list(every) == list(range(70))
+    assert some == list(range(0, 70, 3))
+    assert Sampled._sample([1, 2], 3) == [1, 2]
+    with pytest.raises(TypeError, match="Weakened replaces _sample"):
+
+        class Weakened(BackendConformance):
+            @classmethod
+            def _sample(cls, values, count):
+                return []

@@ -82,7 +82,7 @@ def test_launches_check_every_tensor_that_they_read():
         mask = torch.empty_strided((1, 256), mask_strides, device="meta", dtype=torch.bool)
         call = Call(
             q, k, v, pattern, Options(False, 1.0, 0.0, 0, mask, None), tuning,
-            place_branches(pattern, 256, 2, None),
+            place_branches(pattern, 256, None),
         )  # fmt: skip
         out = Accumulation(q, call.branches, is_read_unwritten=False)
         values = torch.empty(1, 256, 2, 2, device="meta")

@@ -92,5 +92,5 @@ def test_programs_are_one_per_tile_head_and_batch_row():
 
 def test_the_order_of_launches_is_dilated_first():
     pattern = DilatedPattern([8, 32, 16, 8], [1, 4, 2, 1])
-    placed = place_branches(pattern, 40, 4, None)
+    placed = place_branches(pattern, 40, None)
     assert [(branch.number, branch.rate) for branch in placed] == [(1, 4), (2, 2), (0, 1), (3, 1)]

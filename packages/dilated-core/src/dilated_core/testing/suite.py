@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from dilated_core.testing.cases import Case
 FLOAT64_ERROR = 1e-10
 
 
+_Value = TypeVar("_Value")
+
+
 class BackendSuite:
     """The backend under test, and how to call it.
 
@@ -28,6 +31,9 @@ class BackendSuite:
         multiple: head_dims are filled with zeros up to a multiple of this, for kernels that load
             several numbers at once.
         may_refuse: Whether inputs that its `why_not` refuses are skipped; otherwise they fail.
+        is_sampled: Whether only a fixed sample of the cases of each test runs, and smaller ones,
+            because a case takes seconds, as in an interpreter. Every test runs all the same. Such
+            a class stands beside one that is not sampled, marked `exhaustive`.
     """
 
     backend: ClassVar[str]
@@ -35,6 +41,7 @@ class BackendSuite:
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     multiple: ClassVar[int] = 1
     may_refuse: ClassVar[bool] = False
+    is_sampled: ClassVar[bool] = False
 
     @pytest.fixture(autouse=True)
     def poisoned_memory(self) -> Iterator[None]:
@@ -65,6 +72,14 @@ class BackendSuite:
             q, k, v, case.pattern, **options, backend=self.backend
         )
         return out[..., :D], lse
+
+    @classmethod
+    def _sample(cls, values: Sequence[_Value], count: int) -> Sequence[_Value]:
+        """All values, or, sampled, `count` of them at equal distances, first and last included."""
+        if not cls.is_sampled or len(values) <= count:
+            return values
+        last = len(values) - 1
+        return [values[round(i * last / max(1, count - 1))] for i in range(count)]
 
     def _sharpest(self) -> tuple[torch.dtype, float]:
         """The most precise dtype it runs, and what exactness means in it."""

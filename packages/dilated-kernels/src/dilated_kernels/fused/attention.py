@@ -61,10 +61,8 @@ def make_call(
     tuning: Tuning,
 ) -> Call:
     """The call with its branches placed and its tensors as the kernels read them."""
-    if options.key_padding_mask is not None:
-        k, v = (_without_hidden_rows(x, options.key_padding_mask) for x in (k, v))
     q, k, v = map(_with_unit_stride, (q, k, v))
-    branches = place_branches(pattern, q.shape[1], q.shape[2], options.cu_seqlens)
+    branches = place_branches(pattern, q.shape[1], options.cu_seqlens)
     return Call(q, k, v, pattern, options, tuning, branches)
 
 
@@ -322,14 +320,6 @@ def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
     if mask is None:
         return 0, 0, 0
     return mask.stride(0), mask.stride(1), mask.stride(2) if mask.dim() == 3 else 0
-
-
-def _without_hidden_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`k` or `v` with zeros where the mask hides a row.
-
-    The kernels multiply hidden rows by a probability of 0, and 0 · NaN is NaN.
-    """
-    return x.masked_fill(mask.unsqueeze(-1) if mask.dim() == 3 else mask[..., None, None], 0)
 
 
 def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ class PlacedBranch(NamedTuple):
     Attributes:
         number: Its place in the pattern, from 0.
         segment_length: w, clipped to the sequence.
-        rate: r, clipped where a larger one keeps the same positions.
+        rate: r.
         num_segments: Segments per head and batch row.
         max_rows: The most rows that a head keeps in a segment.
         segments: With documents, int64 `(num_segments, 3)`: see `locate_rows`.
@@ -32,18 +32,13 @@ class PlacedBranch(NamedTuple):
 
 
 def place_branches(
-    pattern: DilatedPattern, seq_len: int, num_heads: int, cu_seqlens: torch.Tensor | None
+    pattern: DilatedPattern, seq_len: int, cu_seqlens: torch.Tensor | None
 ) -> list[PlacedBranch]:
-    """The branches in the order of their launches: the highest dilation first, r = 1 last.
-
-    Segments and rates are clipped, so the kernels never multiply numbers beyond 64 bits: a segment
-    beyond S is as good as one of S, and a rate beyond S and H keeps one position of a segment, as
-    does one of exactly that size.
-    """
+    """The branches in the order of their launches: the highest dilation first, r = 1 last."""
     bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, seq_len)
     branches: list[PlacedBranch] = []
     for number, (w, r) in enumerate(pattern.branches):
-        w, r = min(w, seq_len), min(r, max(seq_len, num_heads))
+        w = min(w, seq_len)
         if bounds is None or cu_seqlens is None:
             branches.append(PlacedBranch(number, w, r, -(-seq_len // w), -(-w // r), None))
             continue

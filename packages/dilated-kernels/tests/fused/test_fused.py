@@ -66,11 +66,10 @@ def assert_exact(case, backend="triton"):
         assert relative_error(got.masked_fill(empty, 0), want.masked_fill(empty, 0)) < 5e-6
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    "config",
-    [(16, 32), (32, 16), (64, 16), (16, 64)],
-    ids=lambda sizes: f"{sizes[0]} queries, {sizes[1]} keys",
+    ("config", "is_causal"),
+    [((16, 32), False), ((32, 16), True), ((64, 16), False), ((16, 64), True)],
+    ids=lambda value: f"{value[0]} queries, {value[1]} keys" if isinstance(value, tuple) else "",
 )
 def test_tiles_of_any_shape(config, is_causal):
     case = Case(
@@ -101,8 +100,14 @@ def test_any_head_dim(head_dim):
     assert_exact(Case(seq_len=40, num_heads=2, head_dim=head_dim, pattern=pattern))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rates", [[2], [2, 3], [3, 1], [1, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rates"),
+    [
+        *((torch.bfloat16, [2]), (torch.float16, [2, 3])),
+        *((torch.bfloat16, [3, 1]), (torch.float16, [1, 1])),
+    ],
+    ids=str,
+)
 def test_half_precision_whatever_launch_is_last(dtype, rates):
     """With a last rate above 1 the result comes from the float32 buffer, else from a launch."""
     case = Case(seq_len=60, head_dim=16, pattern=DilatedPattern([30] * len(rates), rates))

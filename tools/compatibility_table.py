@@ -54,6 +54,13 @@ one softmax mixes them. Every sequence length works. Modules return a tensor, an
 """
 
 
+class Group(NamedTuple):
+    """Features that are not carried over, and why."""
+
+    reason: str
+    features: list[dict[str, str]]
+
+
 class Row(NamedTuple):
     """One feature; the data file says what the fields mean."""
 
@@ -71,9 +78,10 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: If rows are missing, unknown, repeated, or incomplete.
     """
-    data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    data = _load(path)
     rows = [Row(**row) for row in data["rows"]]
-    counted, expected = Counter(row.id for row in rows), set(expected_ids())
+    dropped = [feature["id"] for group in read_dropped(path) for feature in group.features]
+    counted, expected = Counter([*(row.id for row in rows), *dropped]), set(expected_ids())
     if repeated := [name for name, times in counted.items() if times > 1]:
         raise ValueError(f"{path.name} has {', '.join(repeated)} more than once.")
     if wrong := sorted(expected ^ counted.keys()):
@@ -83,11 +91,19 @@ def read(path: Path) -> list[Row]:
             "works": bool(row.target),
             "alias": bool(row.target),
             "later": row.target in PACKAGES,
-            "dropped": bool(row.note) and not row.target,
         }
         if not complete.get(row.status, False):
             raise ValueError(f"{row.id} in {path.name} has no valid status, target and note.")
     return rows
+
+
+def read_dropped(path: Path) -> list[Group]:
+    """The groups of features that are not carried over."""
+    return [Group(**group) for group in _load(path)["not_carried_over"]]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def expected_ids() -> list[str]:
@@ -130,16 +146,24 @@ def page(path: Path) -> str:
     for subject, (title, _) in SUBJECTS.items():
         lines += [f"## {title}", "", "| id | feature | here |", "| --- | --- | --- |"]
         for name in expected_ids():
-            if name.startswith(f"{subject}-"):
+            if name.startswith(f"{subject}-") and name in rows:
                 row = rows[name]
                 lines.append(f"| {row.id} | {row.name} | {_outcome(row)} |")
         lines.append("")
+    lines += ["## Not carried over", "", _paragraph(read_dropped(path)), ""]
     return INTRODUCTION + "\n".join(lines)
 
 
+def _paragraph(groups: list[Group]) -> str:
+    """All features that are not carried over, with the reason of each group."""
+    sentences: list[str] = []
+    for group in groups:
+        features = ", ".join(f"{feature['name']} ({feature['id']})" for feature in group.features)
+        sentences.append(f"Because {group.reason}: {features}.")
+    return "\n".join(sentences)
+
+
 def _outcome(row: Row) -> str:
-    if row.status == "dropped":
-        return f"not carried over, because {row.note}"
     words = {"works": "works:", "alias": "alias of", "later": "comes with"}[row.status]
     return f"{words} `{row.target}`. {row.note}".strip()
 

@@ -215,8 +215,9 @@ def _refuse_nested_forward_mode() -> None:
     are the transform whose rule runs, and those around it.
     """
     functorch: Any = torch._C._functorch  # pyright: ignore
-    levels: list[Any] = functorch.get_interpreter_stack() or []
-    if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
+    levels = cast("list[Any]", functorch.get_interpreter_stack() or [])
+    kinds: list[Any] = [level.key() for level in levels]
+    if kinds.count(functorch.TransformType.Jvp) > 1:
         raise ValueError(
             "forward mode is nested in forward mode, as in jacfwd(jacfwd(f)); PyTorch does not "
             "differentiate a forward rule in forward mode, so use torch.func.hessian(f) or another "

@@ -40,7 +40,7 @@ class AttentionVariant(NamedTuple):
     multihead: Callable[..., nn.Module]
 
 
-# Three names of one module, for users of earlier libraries. The option `backend` chooses kernels.
+# Three names of one module, for users of earlier libraries. The option `backend` chooses the backend.
 _OWN = dict.fromkeys(
     ("auto", "improved", "standard"), AttentionVariant(DilatedAttention, MultiheadDilatedAttention)
 )
@@ -56,7 +56,7 @@ def create_dilated_attention(
 
     Args:
         kind: `"auto"`, `"standard"` or `"improved"`, which build the same module (its option
-            `backend` chooses kernels, by default the fastest), or the name of another package.
+            `backend` chooses the backend, by default the fastest), or the name of another package.
         attention_config: Options as an object, which is not changed.
         **options: Options of `DilatedAttentionConfig` as keywords. They override the object.
 

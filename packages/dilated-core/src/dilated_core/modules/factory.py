@@ -40,7 +40,7 @@ class AttentionVariant(NamedTuple):
     multihead: Callable[..., nn.Module]
 
 
-# Three names of one module, for users of earlier libraries. The option `backend` chooses the backend.
+# Three names of one module, for users of earlier libraries. Speed is a choice of `backend`.
 _OWN = dict.fromkeys(
     ("auto", "improved", "standard"), AttentionVariant(DilatedAttention, MultiheadDilatedAttention)
 )

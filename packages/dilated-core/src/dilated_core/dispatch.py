@@ -12,6 +12,7 @@ import torch
 
 from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.registry import choose_backend, record_choice
+from dilated_core.flops import register_formulas
 from dilated_core.ops import (
     Settings,
     attention_backward,
@@ -58,6 +59,8 @@ def attend(
     if not torch.compiler.is_compiling() and is_transformed(q, k, v):
         call = make_call(q, k, settings, dropout_seed, key_padding_mask, cu_seqlens)
         return TransformedAttention.apply(q, k, v, key_padding_mask, cu_seqlens, call.maskless())
+    if not torch.compiler.is_compiling():
+        register_formulas()
     is_masked, is_packed = key_padding_mask is not None, cu_seqlens is not None
     backend = settings.backend
     choice = (
@@ -134,6 +137,7 @@ class _PlainAttention(torch.autograd.Function):
             return (*differentiable_backward(call, *tensors, cu_seqlens), None, None)
         if is_plain(dout, q, k, v):
             return (*backward(call, *tensors, cu_seqlens), None, None)
+        register_formulas()
         grads = attention_backward(*tensors, *encode_call(call), mask, cu_seqlens)
         return (*grads, None, None)
 

@@ -123,7 +123,8 @@ def encode_call(call: Call) -> tuple[float, float, str, torch.Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def _decode_options(text: str) -> Settings:
+def decode_options(text: str) -> Settings:
+    """The settings of a text of `encode_options`, with scale and dropout_p 0."""
     lengths, rates, head_offsets, padding, *others = literal_eval(text)
     is_causal, backend, limit, head_range = others
     pattern = DilatedPattern(lengths, rates, head_offsets=head_offsets, padding=padding)
@@ -142,7 +143,7 @@ def _decode_call(
     key_padding_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Call:
-    settings = _decode_options(options)._replace(scale=scale, dropout_p=dropout_p)
+    settings = decode_options(options)._replace(scale=scale, dropout_p=dropout_p)
     return make_call(q, k, settings, dropout_seed, key_padding_mask, cu_seqlens)
 
 

@@ -96,6 +96,9 @@ def use_ranking(ranking: Ranking | None) -> None:
 
     It changes which backend `"auto"` tries first, not which ones can run. For a backend that it
     leaves out, the backend's own rank holds.
+
+    Change it between training steps. Backward runs the backend of forward, but activation
+    checkpointing calls attention again, which chooses anew: with dropout, the masks then differ.
     """
     global _ranking
     with _changing:

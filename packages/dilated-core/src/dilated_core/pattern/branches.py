@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from dilated_core.checks import check_bool, check_choice, check_integer
+from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
 
 HeadOffsets = Literal["interleaved", "blocked"]
 Padding = Literal["masked", "attended"]
@@ -156,6 +156,7 @@ class DilatedPattern:
         batch_size: int = 1,
         is_causal: bool = False,
         backward: bool = False,
+        head_range: tuple[int, int] | None = None,
     ) -> int:
         """Floating-point operations of the matrix products, as attention papers count them.
 
@@ -169,10 +170,11 @@ class DilatedPattern:
             batch_size: B.
             is_causal: Count only the pairs that causality leaves.
             backward: Count the backward pass instead of the forward pass.
+            head_range: (first, total), if the heads are those from `first` on of `total`.
 
         Raises:
             TypeError: If a size is no integer, or `is_causal` or `backward` no bool.
-            ValueError: If a size is negative, or `num_heads` below 1.
+            ValueError: If a size is negative, `num_heads` below 1, or `head_range` does not fit.
         """
         seq_len = check_integer("seq_len", seq_len, at_least=0)
         num_heads = check_integer("num_heads", num_heads, at_least=1)
@@ -180,10 +182,11 @@ class DilatedPattern:
         batch_size = check_integer("batch_size", batch_size, at_least=0)
         check_bool("is_causal", is_causal)
         check_bool("backward", backward)
+        first, total = check_head_range(head_range, num_heads)
         pairs = sum(
             self._pairs(
                 branch,
-                head_offset(head, branch.dilation_rate, num_heads, self.head_offsets),
+                head_offset(first + head, branch.dilation_rate, total, self.head_offsets),
                 seq_len,
                 is_causal=is_causal,
             )

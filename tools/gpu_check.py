@@ -1,250 +1,238 @@
 """Check and measure the packages on a GPU, from the bare source tree: `python tools/gpu_check.py`.
 
-Nothing of ours has to be installed and no network is used; PyTorch, Triton, pytest and hypothesis
-must be there. In this order, each in processes of its own with a limit of time:
+Nothing of ours has to be installed and no network is used; PyTorch, Triton, einops, pytest,
+pytest-xdist, pytest-timeout and hypothesis must be there. In this order:
 
-- environment: GPU, driver, versions, and the rates that the machine can reach;
-- tests: every package's tests marked `gpu`;
-- accuracy: every backend against float64 on sequences up to four million positions;
-- sanitizer (only with --sanitizer): the fused kernels under compute-sanitizer;
-- benchmark: the table of benchmarks/gpu_attention.py.
+- environment: GPU, versions, and the rates that the machine can reach;
+- tests: every package's tests marked `gpu`, accuracy on sequences of four million positions
+  among them; with --sanitizer the small ones under compute-sanitizer, too;
+- benchmark: the table of benchmarks/gpu_attention.py, and the verdict on each goal.
 
-Exit code 0 if all results are right, 1 if not (or not all could be looked at), 2 without a GPU.
+With --device cpu it goes through the same motions on tiny shapes, without a GPU. Exit code 0 if all
+results are right, 1 if not (or not all could be checked), 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # of a script, Python puts only its own folder on the path
 
-from tools import gpu_tests  # noqa: E402
-from tools.bare_tree import bare_environment, write_metadata  # noqa: E402
-from tools.gpu_jobs import Job, Outcome, run_jobs  # noqa: E402
-from tools.gpu_summary import summary_lines  # noqa: E402
+from tools.bare_tree import bare_environment, package_folders, write_metadata  # noqa: E402
 
-FORMAT = 1
-# How the phases share the time that is left when they start.
-WEIGHTS = {"environment": 1.5, "tests": 5.0, "accuracy": 2.0, "sanitizer": 3.0, "benchmark": 4.0}
-# Loading PyTorch from a cold disk takes long, and without this phase there is no other.
-MIN_ENVIRONMENT_S = 30.0
-# A benchmark row that has started may end: so much before its limit none is started.
-LAST_ROW_S = 20.0
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_attention.json"
+ACCURACY = "packages/dilated-kernels/tests/fused/test_accuracy.py"
 # Backends are ours to be right; of PyTorch's kernels a failure is a fact about the machine.
-PEERS = ("dense_", "windows_", "square_", "gather_")
+PEERS = ("dense_", "windows_", "gather_")
+# Loading PyTorch from a cold disk takes long.
+ENVIRONMENT_S = 90.0
+TEST_TIMEOUT_S = 180.0
+# A row of the benchmark that has started may end; a session of tests writes its results.
+GRACE_S = 20.0
 
-Phase = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """One run of the command: its options, and the report as far as it has come."""
-
-    options: argparse.Namespace
-    scratch: Path
-    environment: dict[str, str]
-    report: dict[str, Any] = field(default_factory=dict[str, Any])
-    start: float = field(default_factory=time.monotonic)
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
-
-    def show(self, line: str) -> None:
-        """Print a line of progress."""
-        print(f"[{self.elapsed():6.1f}s] {line}", flush=True)
-
-    def save(self) -> None:
-        """Write the report in one step, so that a run that is stopped leaves a whole file."""
-        self.report["seconds"] = round(self.elapsed(), 1)
-        _write(self.options.json, self.report)
-
-    def script(self, name: str, part: Path, *arguments: str) -> Job:
-        """A script of benchmarks/ that writes its result to `part`."""
-        command = [sys.executable, "-u", str(ROOT / "benchmarks" / name), *arguments]
-        command += [f"--device={self.options.device}", f"--json={part}"]
-        return Job(name.removesuffix(".py"), command, self.environment, ROOT)
-
-    def run(
-        self, jobs: Sequence[Job], seconds: float, progress: Callable[[], None]
-    ) -> list[Outcome]:
-        """Run jobs, with `progress` bringing the report up to date meanwhile."""
-
-        def each_tick() -> None:
-            progress()
-            self.save()
-
-        return run_jobs(jobs, seconds=seconds, show=self.show, each_tick=each_tick)
+Report = dict[str, Any]
 
 
-def run_script(
-    run: Run, phase: Phase, name: str, seconds: float, *arguments: str, processes: int = 1
-) -> None:
-    """A phase that is one script: its rows come into the report as they are written.
+def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> str:
+    """Run a command, its output shown as it comes; kill it and its children after `seconds`.
 
-    With several processes each is told `--share=I/N`.
+    Returns:
+        The problem with it, in one sentence; "" if it ended well.
     """
-    parts = [run.scratch / f"{name}.{i}.json" for i in range(processes)]
-    jobs = [
-        run.script(name, part, *arguments, *([f"--share={i}/{processes}"] * (processes > 1)))
-        for i, part in enumerate(parts)
+    print(f"--- {' '.join(command)[:200]} (at most {seconds:.0f} s)", flush=True)
+    name = next((Path(word).name for word in command if word.endswith(".py")), command[0])
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(environment), process_group=0)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"{name} was stopped after {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return f"{name} ended with code {code}" if code else ""
+
+
+def script(name: str, part: Path, *arguments: str) -> list[str]:
+    """A script of benchmarks/ that writes its result to `part`."""
+    return [sys.executable, str(ROOT / "benchmarks" / name), f"--json={part}", *arguments]
+
+
+def run_tests(
+    options: argparse.Namespace, scratch: Path, environment: Mapping[str, str], seconds: float
+) -> Report:
+    """Every package's tests marked `gpu`, in several processes: compiling takes the time."""
+    sessions = [([ACCURACY], "not gpu", options.processes)]
+    if options.device == "cuda":
+        # One worker, not none: a kernel that ends its process must not end the session.
+        sessions = [
+            (find_tests("gpu"), "gpu and not large", options.processes),
+            (find_tests("large"), "gpu and large", 1),
+        ]
+        sessions = [session for session in sessions if session[0]]
+    report: Report = {"passed": 0, "skipped": {}, "errors": {}, "problems": []}
+    for i, (files, selected, processes) in enumerate(sessions):
+        results = scratch / f"tests.{i}.xml"
+        limit = seconds / len(sessions)
+        command = [
+            *(sys.executable, "-m", "pytest", *files, "-m", selected, "-n", str(processes)),
+            *("-q", "-rN", "--no-header", "--tb=short", f"--junitxml={results}"),
+            # By thread: a kernel that hangs leaves no chance for a signal, and costs its process.
+            *(f"--timeout={min(TEST_TIMEOUT_S, limit / 3):.0f}", "--timeout-method=thread"),
+            f"--session-timeout={max(limit / 2, limit - GRACE_S):.0f}",
+            *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
+            # Warnings are errors where versions are pinned. Here PyTorch is whatever there is.
+            *("--override-ini=filterwarnings=default", "--disable-warnings"),
+        ]
+        problem = run(command, environment, limit)
+        num_problems = len(report["problems"])
+        read_tests(results, report)
+        # 1 is for failed tests, which are problems of their own; 5: no test was selected.
+        if problem and (len(report["problems"]) == num_problems and not problem.endswith("code 5")):
+            report["problems"].append(problem)
+    if not report["passed"]:
+        report["problems"].append("no test passed, so nothing is known to be right")
+    if options.sanitizer:
+        report["problems"] += run_sanitizer(environment, seconds)
+    return report
+
+
+def find_tests(marker: str) -> list[str]:
+    """Files that mention a marker; others need not be collected, and may need what is not here."""
+    return [
+        str(path.relative_to(ROOT))
+        for package in package_folders(ROOT)
+        for path in sorted((package / "tests").rglob("test_*.py"))
+        if re.search(rf"\b{marker}\b", path.read_text(encoding="utf-8"))
     ]
 
-    def progress() -> None:
-        results = [json.loads(part.read_text(encoding="utf-8")) for part in parts if part.exists()]
-        rows = [row for result in results for row in result.get("rows", [])]
-        for result in results:
-            phase.update(result)
-        phase["rows"] = rows
-        phase["complete"] = sum(result.get("complete", False) for result in results) == processes
 
-    for outcome in run.run(jobs, seconds, progress):
-        if problem := outcome.problem:
-            phase["problems"].append(problem)
-            phase["tail"] = list(outcome.tail)
-    if not phase.pop("complete") and not phase["problems"]:
-        phase["problems"].append(f"{name} ended before its work was done")
-
-
-def check_environment(run: Run, phase: Phase, seconds: float) -> None:
-    """Where this runs."""
-    commit = [f"--commit={run.options.commit}"] if run.options.commit else []
-    run_script(run, phase, "gpu_machine.py", seconds, *commit)
-    run.report["environment"] = phase.pop("environment", None)
-
-
-def check_tests(run: Run, phase: Phase, seconds: float) -> None:
-    """Every package's tests marked `gpu`."""
-    jobs = gpu_tests.make_jobs(ROOT, run.scratch, run.environment, processes=run.options.processes)
-
-    def progress() -> None:
-        phase["packages"] = gpu_tests.summarize(ROOT, run.scratch)
-
-    outcomes = run.run(jobs, seconds, progress)
-    phase["problems"] += gpu_tests.problems(phase["packages"], outcomes)
-    passed = sum(package["passed"] for package in phase["packages"].values())
-    if run.options.device == "cuda" and not passed:
-        phase["problems"].append("no test passed, so nothing is known to be right")
-
-
-def check_accuracy(run: Run, phase: Phase, seconds: float) -> None:
-    """Every backend on long sequences."""
-    quick = ["--quick"] if run.options.quick else []
-    # Compiling takes the time; one share is for the sequences that need most of the memory.
-    count = run.options.processes or max(1, min(6, (os.cpu_count() or 1) // 2))
-    run_script(run, phase, "gpu_accuracy.py", seconds, *quick, processes=count)
-    for row in phase["rows"]:
-        for problem in row.get("problems", []):
-            phase["problems"].append(f"backend {row['backend']!r}, {row['case']}: {problem}")
-    if not any("errors" in row for row in phase["rows"]):
-        phase["problems"].append("no backend was compared with anything")
-
-
-def check_sanitizer(run: Run, phase: Phase, seconds: float) -> None:
-    """The fused kernels under compute-sanitizer: memory accesses, and races in shared memory."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        phase["problems"].append("compute-sanitizer is not on the PATH")
+def read_tests(path: Path, report: Report) -> None:
+    """Add the outcomes in a file of `--junitxml` to the report."""
+    if not path.exists():
+        report["problems"].append("the tests ended without results")
         return
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if (found := case.find("properties/property[@name='errors']")) is not None:
+            report["errors"][name] = found.get("value")
+        bad = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        message = str(bad[0].get("message"))[:300] if bad else ""
+        if not bad:
+            report["passed"] += 1
+        elif bad[0].tag == "skipped":
+            report["skipped"][message] = report["skipped"].get(message, 0) + 1
+        else:
+            report["problems"].append(f"{name}: {message}")
+
+
+def run_sanitizer(environment: Mapping[str, str], seconds: float) -> list[str]:
+    """Small tests of the fused kernels under compute-sanitizer: memory accesses, and races."""
+    tool = shutil.which("compute-sanitizer", path=environment.get("PATH"))
+    if tool is None:
+        return ["compute-sanitizer is not on the PATH"]
     # With PyTorch's own pool of memory a stray access would hit memory that is allocated.
-    environment = {**run.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tests = [sys.executable, "-m", "pytest", ACCURACY, "-q", "-k", "small and triton"]
+    problems: list[str] = []
     for check in ("memcheck", "racecheck"):
-        job = run.script("gpu_accuracy.py", run.scratch / f"{check}.json", "--tiny")
-        command = [tool, "--tool", check, "--error-exitcode", "99", *job.command]
-        job = Job(check, command, environment, ROOT)
-        (outcome,) = run.run([job], seconds / 2, lambda: None)
-        phase[check] = {"exit_code": outcome.exit_code, "tail": list(outcome.tail)}
-        if problem := outcome.problem:
-            phase["problems"].append(problem)
+        command = [tool, "--tool", check, "--error-exitcode", "99", *tests]
+        if problem := run(command, environment, seconds / 2):
+            problems.append(f"{check}: {problem}")
+    return problems
 
 
-def run_benchmark(run: Run, phase: Phase, seconds: float) -> None:
+def run_benchmark(
+    options: argparse.Namespace, scratch: Path, environment: Mapping[str, str], seconds: float
+) -> Report:
     """The table; a backend whose result is wrong is named and not timed."""
-    arguments = [f"--seconds={max(0.0, seconds - LAST_ROW_S)}"]
-    arguments += ["--quick"] if run.options.quick else []
-    arguments += [f"--commit={run.options.commit}"] if run.options.commit else []
-    run_script(run, phase, "gpu_attention.py", seconds, *arguments)
-    for row in phase["rows"]:
+    part = scratch / "benchmark.json"
+    arguments = [f"--device={options.device}", f"--seconds={max(0.0, seconds - GRACE_S)}"]
+    arguments += ["--quick"] if options.quick else []
+    problem = run(script("gpu_attention.py", part, *arguments), environment, seconds)
+    report: Report = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {"rows": []}
+    report["problems"] = [problem] if problem else []
+    for row in report["rows"]:
         for name, contender in row["contenders"].items():
             if "failed" in contender and not name.startswith(PEERS):
                 where = f"S={row['seq_len']} w0={row['w0']}"
-                phase["problems"].append(f"backend {name!r}, {where}: {contender['failed']}")
-    part = run.scratch / "gpu_attention.py.0.json"
-    if run.options.out is not None and part.exists():
-        _write(run.options.out, json.loads(part.read_text(encoding="utf-8")))
+                report["problems"].append(f"backend {name!r}, {where}: {contender['failed']}")
+    return report
 
 
-PHASES: dict[str, Callable[[Run, Phase, float], None]] = {
-    "environment": check_environment,
-    "tests": check_tests,
-    "accuracy": check_accuracy,
-    "sanitizer": check_sanitizer,
-    "benchmark": run_benchmark,
-}
-
-
-def run_phases(run: Run) -> int:
+def check(options: argparse.Namespace, scratch: Path, environment: Mapping[str, str]) -> int:
     """All phases that were asked for; a phase that fails does not keep the others from running."""
-    options = run.options
-    wanted = ["environment", *(name for name in PHASES if name in options.only)]
-    phases: dict[str, Phase] = {}
-    run.report |= {
-        "gpu_check": FORMAT,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": options.device,
-        "environment": None,
-        "phases": phases,
-        "is_complete": False,
-    }
-    for i, name in enumerate(wanted):
-        left = options.seconds - run.elapsed()
-        seconds = left * WEIGHTS[name] / sum(WEIGHTS[other] for other in wanted[i:])
-        if name == "environment":
-            seconds = max(seconds, MIN_ENVIRONMENT_S)
-        phase: Phase = {"limit_s": round(seconds, 1), "problems": []}
-        phases[name] = phase
-        run.show(f"--- {name}, at most {seconds:.0f} s")
-        begin = run.elapsed()
-        PHASES[name](run, phase, seconds)
-        phase["seconds"] = round(run.elapsed() - begin, 1)
-        for problem in phase["problems"]:
-            run.show(f"{name}: PROBLEM: {problem}")
-        if not phase["problems"] and run.report["environment"] is None:
-            print("no CUDA device is visible to PyTorch; --device cpu runs tiny shapes without one")
-            return 2
-        run.save()
-    correct = not any(phase["problems"] for phase in phases.values())
-    run.report |= {"is_complete": True, "is_correct": correct}
-    run.save()
-    print("\n".join(summary_lines(run.report)))
-    print(f"report: {options.json}")
-    return 0 if correct else 1
+    start = time.monotonic()
+    part = scratch / "machine.json"
+    arguments = [f"--device={options.device}"]
+    arguments += [f"--commit={options.commit}"] if options.commit else []
+    problem = run(script("gpu_machine.py", part, *arguments), environment, ENVIRONMENT_S)
+    report: Report = {"gpu_check": 2, "environment": None, "problems": [], "is_complete": False}
+    if part.exists():
+        report["environment"] = json.loads(part.read_text(encoding="utf-8"))
+    elif not problem:
+        print("no CUDA device is visible to PyTorch; --device cpu runs tiny shapes without one")
+        return 2
+    problems: list[str] = report["problems"]
+    problems += [problem] if problem else []
+    phases = {"tests": run_tests, "benchmark": run_benchmark}
+    for i, name in enumerate(options.only):
+        left = options.seconds - (time.monotonic() - start)
+        phase = phases[name](
+            options, scratch, environment, max(1.0, left / (len(options.only) - i))
+        )
+        problems += phase.pop("problems")
+        report[name] = phase
+        report["seconds"] = round(time.monotonic() - start, 1)
+        write_json(options.json, report)
+        if name == "benchmark" and options.out is not None and phase["rows"]:
+            found = {"benchmark": "gpu_attention", "environment": report["environment"]}
+            write_json(options.out, found | phase)
+    report |= {"is_complete": True, "is_correct": not problems}
+    write_json(options.json, report)
+    print("\n".join(summary(report)))
+    return 1 if problems else 0
 
 
-def tune(run: Run, arguments: Sequence[str]) -> int:
-    """Hand over to benchmarks/gpu_tuning.py, with the packages on its path."""
-    options = run.options
-    part = options.json
-    job = run.script("gpu_tuning.py", part, f"--seconds={options.seconds}", *arguments)
-    (outcome,) = run_jobs(
-        [job], seconds=options.seconds + 60, show=run.show, each_tick=lambda: None
+def summary(report: Report) -> list[str]:
+    """What matters of a report, in few lines."""
+    machine: Report = report["environment"] or {}
+    lines = [
+        f"{machine.get('gpu') or 'CPU'}, torch {machine.get('torch')}: {machine.get('ceilings')}"
+    ]
+    if tests := report.get("tests"):
+        lines.append(f"tests: {tests['passed']} passed, {sum(tests['skipped'].values())} skipped")
+    for goal in report.get("benchmark", {}).get("goals", []):
+        lines.append(f"goal met: {goal['met']}: {goal['goal']} ({goal['evidence']})")
+    lines += [f"PROBLEM: {problem[:300]}" for problem in report["problems"][:40]]
+    verdict = (
+        f"{len(report['problems'])} problems" if report["problems"] else "all results are right"
     )
-    print(outcome.problem or f"report: {part}")
-    return 1 if outcome.problem else 0
+    return [*lines, f"RESULT: {verdict}, after {report.get('seconds', 0):.0f} s"]
+
+
+def write_json(path: Path, data: Report) -> None:
+    """Replace the file in one step, so that a stopped run leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -252,26 +240,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [name for name in PHASES if name != "environment"]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="PHASE", help=", ".join(names))
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    phases = ["tests", "benchmark"]
+    parser.add_argument("--only", nargs="+", choices=phases, default=phases, metavar="PHASE")
+    parser.add_argument("--quick", action="store_true", help="fewer rows of the benchmark")
     parser.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer")
     parser.add_argument("--seconds", type=float, default=465, help="time for everything")
     parser.add_argument("--json", type=Path, help="report; runs/gpu_check.json if not given")
     parser.add_argument("--out", type=Path, help=f"for the benchmark; on a GPU {RESULTS.name}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", help="what to record where there is no git repository")
-    parser.add_argument(
-        "--processes", type=int, help="for the tests of each package, and for accuracy"
-    )
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument(
         "--tune", nargs=argparse.REMAINDER, help="only search tile sizes; what follows is for that"
     )
     options = parser.parse_args(arguments)
-    if options.only is None:
-        options.only = [name for name in names if name != "sanitizer" or options.sanitizer]
-    elif options.sanitizer:
-        options.only.append("sanitizer")
     if options.out is None and options.device == "cuda" and not options.quick:
         options.out = RESULTS
     name = "gpu_check.json" if options.tune is None else "gpu_tuning.json"
@@ -291,22 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scratch = Path(folder)
         write_metadata(ROOT, scratch / "metadata")
         environment = bare_environment(ROOT, scratch / "metadata")
-        environment["PYTHONUNBUFFERED"] = "1"
-        environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(scratch / "hypothesis")
+        environment |= {"PYTHONUNBUFFERED": "1", "HYPOTHESIS_STORAGE_DIRECTORY": folder}
         if options.device == "cpu":
             # The kernels are interpreted; nothing must find a GPU that happens to be there.
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = Run(options, scratch, environment)
         if options.tune is not None:
-            return tune(run, options.tune)
-        return run_phases(run)
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+            search = [f"--device={options.device}", f"--seconds={options.seconds}", *options.tune]
+            command = script("gpu_tuning.py", options.json, *search)
+            problem = run(command, environment, options.seconds + 60)
+            print(problem or f"report: {options.json}")
+            return 1 if problem else 0
+        return check(options, scratch, environment)
 
 
 if __name__ == "__main__":

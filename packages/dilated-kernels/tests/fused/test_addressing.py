@@ -114,6 +114,7 @@ def test_64_bits_give_the_same_bits(is_causal):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tensors_beyond_two_to_the_31_elements(is_causal):
     """The last segment of a long sequence is what it is alone."""

@@ -360,6 +360,7 @@ def test_long_segments_at_positions_that_take_32_bits(position, r):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_a_cache_of_more_than_two_to_the_31_elements():
     """Offsets beyond 32 bits: of a batch row, of a head and of a row."""
     w, D = 2**22, 128

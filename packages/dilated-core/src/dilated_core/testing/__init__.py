@@ -1,12 +1,13 @@
 """What tests of this family share; needs the extra `testing` (pytest, hypothesis).
 
 `cases` are the shapes that break careless code, `error_budget` says how far from the oracle a
-result may be, `conformance` is the suite every backend must pass, `processes` runs a function on
-several ranks.
+result may be, `drawn_positions` judges results too long for the oracle, `conformance` is the suite
+every backend must pass, `processes` runs a function on several ranks.
 """
 
 from dilated_core.testing.cases import AWKWARD_CASES, Case, random_cases
 from dilated_core.testing.conformance import BackendConformance
+from dilated_core.testing.drawn_positions import errors_at_drawn_positions
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
 from dilated_core.testing.processes import run_processes
 
@@ -15,6 +16,7 @@ __all__ = [
     "BackendConformance",
     "Case",
     "assert_within_budget",
+    "errors_at_drawn_positions",
     "random_cases",
     "relative_error",
     "run_processes",

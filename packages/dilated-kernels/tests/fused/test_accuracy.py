@@ -15,11 +15,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dilated_core import DilatedPattern, dilated_attention_with_lse
+from dilated_core import (
+    DilatedPattern,
+    dilated_attention_with_lse,
+    register_backend,
+    unregister_backend,
+)
 from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.registry import get_backend
 from dilated_core.testing import errors_at_drawn_positions, relative_error
 from dilated_core.testing.error_budget import pytorch_errors
+from dilated_kernels.fused import TritonBackend
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 VENDORS = ("sdpa", "flash2", "flash3", "flash4", "cudnn", "xformers", "efficient", "flex")
@@ -180,6 +186,17 @@ def test_small_sequences(backend, shape, record_property):
 @pytest.mark.parametrize("shape", WHOLE, ids=by_name)
 def test_fused_kernels_on_whole_sequences(shape, record_property):
     check_fused(shape, "cuda", record_property)
+
+
+@pytest.mark.gpu
+def test_orders_of_tiles_give_the_same_bits_on_whole_sequences():
+    register_backend(TritonBackend(tile_order="hilbert", name="triton-test"))
+    try:
+        inputs = inputs_of(WHOLE[0], "cuda")
+        results = [run(name, WHOLE[0], inputs) for name in ("triton", "triton-test")]
+    finally:
+        unregister_backend("triton-test")
+    assert all(torch.equal(results[0][name], results[1][name]) for name in NAMES)
 
 
 @pytest.mark.gpu

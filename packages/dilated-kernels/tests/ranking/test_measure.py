@@ -9,7 +9,7 @@ from dilated_core.backends import registry
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
 from dilated_kernels.ranking.measure import measure_backends
-from dilated_kernels.ranking.measured_choice import (
+from dilated_kernels.ranking.measured import (
     device_name,
     installed_versions,
     use_measured_choice,

@@ -41,7 +41,7 @@ SMALL_BENCHMARK = ["--device", "cpu", "--seq-lens", "32,64", "--head-dims", "8",
 
 def test_info_measures_backends_and_keeps_what_it_found(tmp_path):
     pytest.importorskip("dilated_kernels")
-    from dilated_kernels.ranking.choice_file import MeasuredChoice
+    from dilated_kernels.ranking.file import MeasuredChoice
 
     path = tmp_path / "choice.json"
     result = info("--benchmark", "--save", path, *SMALL_BENCHMARK)

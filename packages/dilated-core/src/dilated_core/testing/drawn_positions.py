@@ -48,8 +48,8 @@ def errors_at_drawn_positions(
     _, S, H, _ = q.shape
     generator = torch.Generator().manual_seed(seed)
     squares: dict[str, list[float]] = {name: [0.0, 0.0] for name in results}
-    heads: list[int] = torch.randperm(H, generator=generator)[:num_heads].tolist()
-    for head in heads:
+    drawn = torch.randperm(H, generator=generator)[:num_heads]
+    for head in map(int, drawn):
         positions = torch.randint(S, (num_positions,), generator=generator)
         # The last positions are those that an overflow or a short segment gets wrong.
         positions[-2:] = torch.tensor([S - 2, S - 1])

@@ -32,7 +32,7 @@ from dilated_kernels.flex.mask import (
     strip_mask,
     zero_keys,
 )
-from dilated_kernels.ranking.choice import Rank, rank
+from dilated_kernels.ranking.table import Rank, rank
 
 _CPU_DTYPES = (torch.float64, torch.float32, *availability.HALF_DTYPES)
 _CUDA_DTYPES = (torch.float32, *availability.HALF_DTYPES)

@@ -23,7 +23,7 @@ from dilated_kernels.availability import (
 )
 from dilated_kernels.fused.tile_order import TileOrder, check_tile_order
 from dilated_kernels.fused.tuning import Config, Kind, check_configs
-from dilated_kernels.ranking.choice import Rank, rank
+from dilated_kernels.ranking.table import Rank, rank
 
 MAX_HEAD_DIM = 256
 

@@ -18,8 +18,8 @@ from dilated_core import (
 )
 from dilated_core.backends.registry import get_backend, own_rank
 
-from dilated_kernels.ranking.choice_file import Case, MeasuredChoice, Timing
-from dilated_kernels.ranking.measured_choice import device_name, installed_versions
+from dilated_kernels.ranking.file import Case, MeasuredChoice, Timing
+from dilated_kernels.ranking.measured import device_name, installed_versions
 
 _PATTERN = DilatedPattern([2048, 4096, 8192], [1, 2, 4])
 

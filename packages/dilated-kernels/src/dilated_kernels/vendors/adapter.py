@@ -20,7 +20,7 @@ from dilated_core.backends.contract import (
     Gradients,
 )
 
-from dilated_kernels.ranking.choice import Rank, rank
+from dilated_kernels.ranking.table import Rank, rank
 
 # The second and third dimension of a CUDA grid end here, and kernels put the batch into one of
 # them. A strip's batch counts segments: 65 536 segments of 2048 are 134 million positions.

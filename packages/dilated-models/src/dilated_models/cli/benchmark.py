@@ -12,7 +12,7 @@ from dilated_models.cli.errors import fail, user_errors
 
 if TYPE_CHECKING:
     import torch
-    from dilated_kernels.ranking.choice_file import Case, MeasuredChoice
+    from dilated_kernels.ranking.file import Case, MeasuredChoice
 
 
 def benchmark(
@@ -25,7 +25,7 @@ def benchmark(
 ) -> None:
     """Measure, print a table, and write the measurement to `save` if that is given."""
     try:
-        from dilated_kernels.ranking.measure import measure_backends
+        from dilated_kernels import measure_backends
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "dilated_kernels":
             raise
@@ -52,7 +52,7 @@ def benchmark(
         typer.echo()
         typer.echo(
             f"saved; to make backend='auto' use it in a program:\n"
-            f"from dilated_kernels.ranking.measured_choice import use_measured_choice\n"
+            f"from dilated_kernels import use_measured_choice\n"
             f"use_measured_choice({str(save)!r})"
         )
 
@@ -105,7 +105,7 @@ def _choices(measured: MeasuredChoice, device: torch.device) -> list[str]:
     import torch
     from dilated_core import AttentionInputs
     from dilated_core.backends.registry import choose_backend
-    from dilated_kernels.ranking.measured_choice import use_measured_choice
+    from dilated_kernels import use_measured_choice
 
     inputs = [
         AttentionInputs(

@@ -8,7 +8,7 @@ from dilated_core.backends.contract import AttentionInputs
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
 from dilated_kernels.fused.backend import TritonBackend
-from dilated_kernels.ranking.choice import TABLE, Entry, Rank, fits, rank
+from dilated_kernels.ranking.table import TABLE, Entry, Rank, fits, rank
 
 CHAIN = ["triton", "flash4", "flash3", "flash2", "cudnn", "xformers", "efficient", "sdpa", "eager"]
 ORDER = {"triton": 50, "flash4": 44, "flash3": 43, "flash2": 42, "cudnn": 30, "xformers": 20}

@@ -6,7 +6,7 @@ A backend of this package ranks itself by it:
         return rank(self.name, inputs)
 
 `sdpa` and `eager` are dilated_core's own, at 10 and 0. What is measured on a machine overrules the
-table there: see measured_choice.py. Whether a backend can run at all is for its `why_not` to say.
+table there: see measured.py. Whether a backend can run at all is for its `why_not` to say.
 """
 
 from __future__ import annotations

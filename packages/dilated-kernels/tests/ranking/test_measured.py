@@ -8,9 +8,9 @@ from dilated_core import AttentionInputs, DilatedPattern, explain_backends
 from dilated_core.backends import registry
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
-from dilated_kernels.ranking import measured_choice
-from dilated_kernels.ranking.choice_file import Case, MeasuredChoice, Timing
-from dilated_kernels.ranking.measured_choice import (
+from dilated_kernels.ranking import measured
+from dilated_kernels.ranking.file import Case, MeasuredChoice, Timing
+from dilated_kernels.ranking.measured import (
     device_name,
     installed_versions,
     use_measured_choice,
@@ -185,7 +185,7 @@ def test_of_several_gpus_only_those_like_the_measured_one_follow_it(monkeypatch)
 )
 def test_other_versions_are_refused(monkeypatch, package, version, said):
     here = dict.fromkeys(("torch", "dilated-core"), "9.9") | {"flash-attn-3": None}
-    monkeypatch.setattr(measured_choice, "installed_versions", lambda: here)
+    monkeypatch.setattr(measured, "installed_versions", lambda: here)
     use_measured_choice(choice(versions=here))
     with pytest.raises(ValueError, match=f"with other packages: {said}.*Measure again, with dil"):
         use_measured_choice(choice(versions=here | {package: version}))

@@ -17,8 +17,8 @@ import torch
 from dilated_core import AttentionInputs
 from dilated_core.backends.registry import use_ranking
 
-from dilated_kernels.ranking.table import Rank
 from dilated_kernels.ranking.file import DTYPES, By, Case, MeasuredChoice
+from dilated_kernels.ranking.table import Rank
 
 # A measurement is of these; other versions may be faster or slower.
 _PACKAGES = (

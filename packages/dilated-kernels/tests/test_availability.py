@@ -120,6 +120,9 @@ SINGLE = "it takes float32, bfloat16, float16"
     [
         *((name, torch.float32, HALF) for name in ("flash2", "flash3", "flash4", "cudnn")),
         *((name, torch.float64, SINGLE) for name in ("xformers", "efficient", "flex")),
+        *((name, torch.int64, HALF) for name in ("flash2", "flash3", "flash4", "cudnn")),
+        *((name, torch.complex64, SINGLE) for name in ("xformers", "efficient", "flex")),
+        *((name, torch.bool, SINGLE) for name in ("xformers", "efficient", "flex")),
     ],
 )
 def test_dtypes(machine, name, dtype, takes):

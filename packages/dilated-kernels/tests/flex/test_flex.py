@@ -8,6 +8,7 @@ GPU test_vendor_conformance.py runs the real one.
 import importlib
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from dilated_core import (
     dilated_attention_with_lse,
     register_backend,
 )
-from dilated_core.backends.contract import AttentionOptions
+from dilated_core.backends.contract import AttentionInputs, AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import unregister_backend
 from dilated_core.reference import reference_dilated_attention_with_lse
@@ -113,50 +114,19 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(flex_module, "_has_backward", lambda kind: True)
 
 
-class Suite(BackendConformance):
-    __test__ = False
+class TestFlexOverAStandIn(BackendConformance):
     backend = "flex"
     dtypes = (torch.float64,)
 
-
-@pytest.mark.parametrize("case", AWKWARD_CASES, ids=lambda case: case.name)
-def test_awkward_cases(stand_in, case):
-    Suite()._compare_with_oracle(case, torch.float64, EXACT)
+    @pytest.fixture(autouse=True)
+    def over_a_stand_in(self, stand_in):
+        pass
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=random_cases(with_options=True))
 def test_random_cases(stand_in, case):
-    Suite()._compare_with_oracle(case, torch.float64, EXACT)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_gradient_through_lse",
-        "test_any_strides",
-        "test_inputs_that_overlap_themselves",
-        "test_upstream_gradients_of_any_strides",
-        "test_masks_of_any_strides",
-        "test_masked_keys_have_no_gradient_beside_nan",
-        "test_future_does_not_matter",
-        "test_backward_uses_the_given_lse",
-        "test_nan_propagates",
-        "test_repeated_calls_are_equal",
-    ],
-)
-def test_conformance(stand_in, name):
-    getattr(Suite(), name)()
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_masked_rows_may_hold_anything(stand_in, is_causal):
-    Suite().test_masked_rows_may_hold_anything(is_causal)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_who_influences_whom(stand_in, is_causal):
-    Suite().test_tokens_influence_exactly_those_that_see_them(is_causal)
+    TestFlexOverAStandIn()._compare_with_oracle(case, torch.float64, EXACT)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -236,6 +206,8 @@ def test_huge_numbers_in_a_pattern():
     compare_forward(Case(seq_len=20, num_heads=5, pattern=pattern))
     blocked = DilatedPattern([2**40, 6], [2**33, 4], head_offsets="blocked", padding="masked")
     compare_forward(Case(seq_len=20, num_heads=5, pattern=blocked))
+    beyond = DilatedPattern([2**63, 2**70, 6], [2**63 - 1, 3, 2**64])
+    compare_forward(Case(seq_len=20, num_heads=5, pattern=beyond))
 
 
 def test_no_number_exceeds_the_indices():
@@ -244,11 +216,32 @@ def test_no_number_exceeds_the_indices():
     assert flex_mask._clipped(pattern, 4, 50) == [(4, 3), (4, 50), (4, 2)]
 
 
-@pytest.mark.parametrize("documents", [(20, 1, 7), (3, 40), (28,)])
+def test_first_use_from_eight_threads():
+    """Each result is that of a single thread, and the filters of warnings are as before."""
+    tensors = torch.randn(8, 1, 20, 2, 8).unbind()
+
+    def attend(x):
+        return dilated_attention(x, x, x, DilatedPattern([7, 20], [1, 2]), backend="flex")
+
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(attend, tensors))
+    assert warnings.filters == before
+    assert all(map(torch.equal, together, map(attend, tensors)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_only_floating_dtypes(dtype):
+    x = torch.zeros(1, 8, 2, 8, dtype=dtype)
+    (reason,) = flex.why_not(AttentionInputs(x.device, dtype, 2, 8))
+    assert reason.startswith(f"the dtype is {str(dtype)[6:]}; it takes float64, ")
+
+
+@pytest.mark.parametrize("documents", [(20, 1, 7), (3, 40), (28,), (3, 0, 7), (0, 0, 9, 0)])
 def test_zero_keys_of_documents(stand_in, documents):
     pattern = DilatedPattern([8, 32], [3, 4], padding="attended")
     case = Case(seq_len=sum(documents), documents=documents, num_heads=5, pattern=pattern)
-    Suite()._compare_with_oracle(case, torch.float64, EXACT)
+    TestFlexOverAStandIn()._compare_with_oracle(case, torch.float64, EXACT)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -179,6 +179,8 @@ def test_float32_products_follow_the_setting_of_torch(monkeypatch):
     ("changes", "reason"),
     [
         ({"dtype": torch.float64}, "the dtype is float64; it takes float32, bfloat16, float16"),
+        ({"dtype": torch.int64}, "the dtype is int64; it takes float32, bfloat16, float16"),
+        ({"is_rectangular": True}, "k has other rows than q; its kernels need as many keys"),
         ({"head_dim": 257}, "head_dim is 257; it takes at most 256"),
         ({"max_workspace_bytes": 1000}, "max_workspace_bytes is 1000; it accumulates"),
         ({"device": torch.device("mps")}, "the device is mps; it runs on CUDA devices only"),

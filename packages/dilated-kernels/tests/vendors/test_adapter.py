@@ -111,6 +111,29 @@ def test_aligned_strips_are_not_copied():
         assert adapter._aligned(view) is view
 
 
+def test_kernels_get_the_lse_that_they_know(kernel):
+    """In float32 and contiguous, however a caller has merged it."""
+    seen = []
+
+    def differentiate(dout, q, k, v, out, lse, is_causal, scale):
+        seen.append(lse)
+        return q, k, v
+
+    backend = adapter.VendorBackend("", 1, lambda inputs: [], kernel.attend, differentiate)
+    x = torch.zeros(2, 3, 4, 8, dtype=torch.bfloat16)
+    lse = torch.randn(4, 3, 2, dtype=torch.float64).permute(2, 1, 0)
+    backend.backward(x, x, x, x, x, lse, OPTIONS)
+    (got,) = seen
+    assert got.is_contiguous()
+    assert torch.equal(got, lse.float().transpose(1, 2))
+
+
+def test_keys_without_queries_have_gradient_zero(kernel):
+    q, k = torch.empty(1, 0, 2, 8), torch.ones(1, 5, 2, 8)
+    _, dk, dv = kernel.backend.backward(q, q, k, k, q, q[..., 0], OPTIONS)
+    assert (torch.stack([dk, dv]) == 0).all()
+
+
 def test_nothing_to_attend_to(kernel):
     q, k = torch.empty(0, 4, 2, 8), torch.empty(0, 4, 1, 8)
     out, lse = kernel.backend.forward(q, k, k, OPTIONS)

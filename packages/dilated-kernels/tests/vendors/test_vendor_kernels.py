@@ -12,11 +12,16 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from dilated_core import available_backends, dilated_attention, register_backend
+from dilated_core import (
+    DilatedPattern,
+    available_backends,
+    dilated_attention,
+    register_backend,
+)
 from dilated_core.backends.contract import AttentionOptions
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import forget_choices, unregister_backend
-from dilated_core.testing import AWKWARD_CASES, BackendConformance, Case, random_cases
+from dilated_core.testing import BackendConformance, Case, random_cases
 from dilated_kernels import availability
 from dilated_kernels.vendors import cuda_sdpa, flash
 from dilated_kernels.vendors import xformers as xformers_backend
@@ -38,6 +43,16 @@ def check(*tensors, heads=None):
         ):
             assert size == 1 or stride * 8 % 16 == 0, "CUDA error: misaligned address"
     assert x.storage_offset() * 8 % 16 == 0, "CUDA error: misaligned address"
+
+
+def check_shapes(query, key, value, *, rows):
+    """Kernels without shared heads: only the numbers of rows may differ, and not if causal."""
+    assert key.shape == value.shape, "Incompatible shapes"
+    assert all(
+        size == other
+        for dim, (size, other) in enumerate(zip(query.shape, key.shape, strict=True))
+        if dim != rows
+    ), "Incompatible shapes"
 
 
 def attend(q, k, v, is_causal, scale, nan_lse):
@@ -213,7 +228,7 @@ class Xformers:
     def memory_efficient_attention_forward_requires_grad(
         query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
     ):
-        assert query.shape == key.shape == value.shape, "Incompatible shapes"
+        check_shapes(query, key, value, rows=1)
         is_causal = isinstance(attn_bias, Xformers.LowerTriangularMask)
         out, lse = attend(query, key, value, is_causal, scale, torch.nan)
         return out, _padded(lse, 7.0)
@@ -222,7 +237,7 @@ class Xformers:
     def memory_efficient_attention_backward(
         grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
     ):
-        assert query.shape == key.shape == value.shape, "Incompatible shapes"
+        check_shapes(query, key, value, rows=1)
         assert lse.ndim == query.ndim - 1
         is_causal = isinstance(attn_bias, Xformers.LowerTriangularMask)
         return differentiate(grad, query, key, value, output, lse, is_causal, scale)
@@ -240,7 +255,7 @@ class Aten:
         return_debug_mask=False, *, scale=None,
     ):  # fmt: skip
         assert compute_log_sumexp
-        assert query.shape == key.shape == value.shape
+        check_shapes(query, key, value, rows=2)
         assert key.shape[2] != 1, "cudnn SDPA does not support key/value sequence length 1."
         out, lse = attend(*self._rows_first(query, key, value), is_causal, scale, torch.nan)
         return out.transpose(1, 2), lse.unsqueeze(-1), None, None, 0, 0, None, None, None
@@ -262,7 +277,7 @@ class Aten:
         scale=None,
     ):  # fmt: skip
         assert compute_log_sumexp
-        assert query.shape == key.shape == value.shape
+        check_shapes(query, key, value, rows=2)
         out, lse = attend(*self._rows_first(query, key, value), is_causal, scale, torch.nan)
         return out.transpose(1, 2), _padded(lse, 7.0), None, None
 
@@ -349,44 +364,26 @@ def vendor(request, monkeypatch):
     availability.import_problem.cache_clear()
 
 
-def suite(name):
-    """The conformance suite, for those of its tests that a half-precision kernel can take."""
-    members = {"backend": name, "dtypes": (torch.float64,)}
-    return type("Suite", (BackendConformance,), members)()
+class TestAdapters(BackendConformance):
+    dtypes = (torch.float64,)
+    multiple = 8  # as kernels in half precision load
+    may_refuse = True  # they have no mask of keys
 
-
-CASES = [case for case in AWKWARD_CASES if case.head_dim == 8 and case.masked is None]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_awkward_cases(vendor, case):
-    suite(vendor)._compare_with_oracle(case, torch.float64, EXACT)
+    @pytest.fixture(autouse=True)
+    def of_a_vendor(self, vendor, monkeypatch):
+        monkeypatch.setattr(type(self), "backend", vendor, raising=False)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=random_cases(with_options=True))
 def test_random_cases(vendor, case):
     case = replace(case, head_dim=8, masked=None)
-    suite(vendor)._compare_with_oracle(case, torch.float64, EXACT)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_gradient_through_lse",
-        "test_any_strides",
-        "test_future_does_not_matter",
-        "test_backward_uses_the_given_lse",
-        "test_nan_propagates",
-        "test_repeated_calls_are_equal",
-    ],
-)
-def test_conformance(vendor, name):
-    getattr(suite(vendor), name)()
+    suite = type("Suite", (TestAdapters,), {"backend": vendor})()
+    suite._compare_with_oracle(case, torch.float64, EXACT)
 
 
 def test_a_named_backend_says_why_it_cannot(vendor):
-    case = Case(seq_len=8, head_dim=12, pattern=CASES[0].pattern)
+    case = Case(seq_len=8, head_dim=12, pattern=DilatedPattern([4, 8], [1, 2]))
     q, k, v, _ = case.tensors(dtype=torch.float64)
     with pytest.raises(ValueError, match="head_dim is 12; it needs a multiple of 8"):
         dilated_attention(q, k, v, case.pattern, backend=vendor)

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ _MIN_HEAD_DIM_CUDA = 16  # smallest side of a matrix product in Triton
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 
 _NOT_COMPILED = "flex_attention called without torch.compile"
+_warnings_lock = Lock()
 
 
 class FlexBackend:
@@ -261,7 +263,8 @@ def _has_backward(kind: str) -> bool:
 
 
 def _flex_eager(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    with warnings.catch_warnings():
+    # Filters of warnings belong to the process: threads would restore each other's.
+    with _warnings_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NOT_COMPILED)
         return _flex_with_lse(*tensors, **options)
 

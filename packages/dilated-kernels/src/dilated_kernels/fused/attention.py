@@ -143,9 +143,10 @@ def dilated_backward(
         return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     call = make_call(q, k, v, pattern, options, tuning)
     dout = _with_unit_stride(dout)
+    lse = lse.float().contiguous()  # a caller may have merged it in float64
     row_values = lse.new_empty(*lse.shape, 2)
     dlse = None if dlse is None else dlse.contiguous()
-    run([delta_launch(dout, out.contiguous(), dlse, lse.contiguous(), row_values)], q.device)
+    run([delta_launch(dout, out.contiguous(), dlse, lse, row_values)], q.device)
     is_read_unwritten = len(call.branches) > 1
     dq = Accumulation(q, call.branches, is_read_unwritten=is_read_unwritten)
     run(dq_launches(call, dout, row_values, dq), q.device)

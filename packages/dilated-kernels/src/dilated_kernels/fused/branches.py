@@ -48,7 +48,9 @@ def place_branches(
             for start, stop in ((s, last) for s in range(first, last, w))
         ]
         longest = max((length for _, length, _ in rows), default=1)
-        table = torch.tensor(rows, dtype=torch.int64).to(cu_seqlens.device, non_blocking=True)
+        # Named: under another default device there would be no numbers to copy.
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        table = table.to(cu_seqlens.device, non_blocking=True)
         branches.append(PlacedBranch(number, w, r, len(rows), -(-longest // r), table))
     return sorted(branches, key=lambda branch: -branch.rate)
 

@@ -19,6 +19,7 @@ from dilated_core.backends.contract import (
     AttentionOptions,
     Gradients,
 )
+from dilated_core.merge import accumulation_dtype
 
 from dilated_kernels.ranking.table import Rank, rank
 
@@ -109,9 +110,10 @@ class VendorBackend:
         """See `AttentionBackend.backward`; the kernels compute delta themselves."""
         self._refuse(options)
         if q.numel() == 0:
-            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         q, scale, sign = _with_positive_scale(q, options.scale)
-        lse_BHM = lse.transpose(1, 2).contiguous()
+        # A caller may have merged it in float64.
+        lse_BHM = lse.transpose(1, 2).contiguous().to(accumulation_dtype(q.dtype))
         grads: tuple[list[torch.Tensor], ...] = ([], [], [])
         for *part, lse_ in _in_batches(dout, q, k, v, out, lse_BHM):
             dout_, q_, k_, v_, out_ = map(_aligned, part)

@@ -321,7 +321,13 @@ def test_longer_splits_where_there_would_be_too_many(monkeypatch, keys_per_split
     check(tensors, DilatedPattern([200], [1]), 199)
 
 
-@pytest.mark.parametrize("start", [120 * (2**31 // 120), 120 * 2**26], ids=["over 2^31", "beyond"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(120 * (2**31 // 120), id="over 2^31"),
+        pytest.param(120 * 2**26, id="beyond", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_positions_beyond_32_bits(start, keys_per_split):
     """Where all segments begin anew, a step is what it is at position 0."""
     keys_per_split(3)

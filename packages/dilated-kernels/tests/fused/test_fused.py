@@ -141,13 +141,12 @@ def test_forward_needs_one_float32_copy_of_the_output():
 # Tile order
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_hilbert_order_gives_the_same_bits(is_causal):
+def test_hilbert_order_gives_the_same_bits():
     pattern = DilatedPattern([48, 100], [1, 2])
-    case = Case(seq_len=180, num_heads=2, num_kv_heads=1, pattern=pattern, is_causal=is_causal)
-    table = order_table("hilbert", 4, 3, torch.device(DEVICE))
+    case = Case(seq_len=140, num_heads=2, num_kv_heads=1, pattern=pattern, is_causal=True)
+    table = order_table("hilbert", 3, 3, torch.device(DEVICE))
     assert table is not None
-    assert table.tolist() != list(range(12))
+    assert table.tolist() != list(range(9))
     results = []
     for tile_order in ("hilbert", "row_major"):
         with registered(SMALL, tile_order=tile_order) as name:

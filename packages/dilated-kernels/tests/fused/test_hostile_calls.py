@@ -114,7 +114,7 @@ def test_other_rows_of_k_than_of_q_are_refused():
 def test_large_scores_are_within_the_budget(lengths, rates, magnitude):
     """As docs/numerics.md states: with several branches, all but dv."""
     pattern = DilatedPattern(lengths, rates)
-    q, k, v, dout = random(*[(4, 48, 3, 16)] * 4)
+    q, k, v, dout = random(*[(2, 48, 3, 16)] * 4)
     q, k = q * magnitude**0.5, k * magnitude**0.5
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = dilated_attention(*leaves, pattern, is_causal=True, backend="triton")

@@ -66,10 +66,11 @@ class HostileInputs(BackendSuite):
         case = Case(seq_len=16, batch_size=2, pattern=DilatedPattern([4, 8], [1, 2]))
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
         out, lse = self._attend(case, q, k, v)
-        for arrange, given in (
+        arrangements = (
             *((_reversed, (0, 1)), (_reversed, (1,)), (_sliced, (0, 1))),
             *((_expanded, (0, 1)), (_scalar, (0,)), (_scalar, (1,))),
-        ):
+        )
+        for arrange, given in self._sample(arrangements, 3):
             strided = arrange(dout), arrange(dout.sum(-1).to(lse.dtype))
             got = torch.autograd.grad(
                 [(out, lse)[i] for i in given],

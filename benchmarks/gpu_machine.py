@@ -21,7 +21,7 @@ LIBRARIES = ("triton", "einops", "flash-attn", "xformers")
 def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
     """Hardware, versions and commit."""
     machine = environment()
-    # A copy of the tree without its history cannot tell its commit; whoever copied it can.
+    # A copy of the tree without its history has no commit; the command line may name it.
     if not machine["commit"]:
         machine |= {"commit": commit or "", "uncommitted_changes": None}
     machine["device"] = device.type
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
-    parser.add_argument("--commit", help="what to record if there is no git repository to ask")
+    parser.add_argument("--commit", help="recorded where there is no git repository")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         return

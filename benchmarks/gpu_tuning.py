@@ -1,8 +1,8 @@
 """Search tile sizes, warps and pipeline stages for the fused kernels.
 
 A config of one kernel is timed within the whole forward or backward pass, in turn with the table's
-own config, after their results are compared. A search goes on where the file of an earlier one
-stopped. Nothing is edited: the table is packages/dilated-kernels/src/dilated_kernels/fused/
+own config, after their results are compared. A search continues an earlier one from its
+file. Nothing is edited: the table is packages/dilated-kernels/src/dilated_kernels/fused/
 configs.py.
 
 Run `python tools/gpu_check.py --json FILE --seconds 500 --tune [options of this script]`.

@@ -1,8 +1,8 @@
 """Compile launches of the fused kernels for GPUs that are not there, and read what they use.
 
 Registers, spills and shared memory decide whether a configuration is any good, and the compiler
-knows them without a GPU. What is compiled are the values that `dilated_kernels.fused.launch.run`
-would execute. Needs Triton's own compiler, hence not its interpreter.
+reports them without a GPU. It compiles the same values that `dilated_kernels.fused.launch.run`
+executes. Needs Triton's own compiler, hence not its interpreter.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def count_spills_in_loops(disassembly: str) -> int:
 def _successors(instructions: list[str], labels: dict[str, int]) -> list[list[int]]:
     """For each instruction, which can be executed next. Calls return; returns lead nowhere."""
     successors: list[list[int]] = []
-    # Where warps that diverged meet, by barrier: execution goes on there after BSYNC.
+    # By barrier, the place where diverged warps meet: execution continues there after BSYNC.
     meetings: dict[str, int] = {}
     for i, text in enumerate(instructions):
         after: list[int] = []

@@ -8,7 +8,7 @@ pytest-xdist, pytest-timeout and hypothesis must be there. In this order:
   among them; with --sanitizer the small ones under compute-sanitizer, too;
 - benchmark: the table of benchmarks/gpu_attention.py, and the verdict on each goal.
 
-With --device cpu it goes through the same motions on tiny shapes, without a GPU. Exit code 0 if all
+With --device cpu it runs the same phases on tiny shapes, without a GPU. Exit code 0 if all
 results are right, 1 if not (or not all could be checked), 2 without a GPU.
 """
 
@@ -177,7 +177,7 @@ def run_benchmark(
 
 
 def check(options: argparse.Namespace, scratch: Path, environment: Mapping[str, str]) -> int:
-    """All phases that were asked for; a phase that fails does not keep the others from running."""
+    """All phases of the command line; a phase that fails does not stop the others."""
     start = time.monotonic()
     part = scratch / "machine.json"
     arguments = [f"--device={options.device}"]

@@ -2,10 +2,10 @@
 
 `python -m tools.kernel_resources` compiles each line of the table of configurations, for each
 head_dim, dtype and causality, plain and with every option, and the kernels without configurations:
-delta, and those for decoding. It writes benchmarks/kernel_resources.json. Rows that are there for
-the same sources and Triton are kept, so a stopped run goes on where it was; from nothing it takes
-an hour. `--check` compiles nothing: it fails unless the file covers the configurations, without
-spills and within the shared memory.
+delta, and those for decoding. It writes benchmarks/kernel_resources.json. Rows of the same sources
+and Triton are kept, so the next run continues a stopped one; from nothing it takes an hour.
+`--check` compiles nothing: it fails unless the file covers the configurations, without spills and
+within the shared memory.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def source_of(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile what is missing, or with `--check` look at what is there."""
+    """Compile the missing rows, or with `--check` only check the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--processes", type=int, default=2)

@@ -83,7 +83,7 @@ def test_steps_leave_room_for_two_programs(compiled):
 
 
 def test_keys_and_values_are_loaded_sixteen_bytes_at_a_time(compiled):
-    """Neighbouring channels are neighbours in memory, and the compiler must know it."""
+    """Neighbouring channels are neighbours in memory, and the compiler must use it."""
     assert len(compiled["steps"]["wide_loads"]) == 4
     for loads, loads_of_a_tile in compiled["steps"]["wide_loads"]:
         assert loads >= loads_of_a_tile >= 2

@@ -1,8 +1,8 @@
-"""What this machine has: libraries, devices, and the sentences that say what is missing.
+"""What this machine has: libraries and devices, and a sentence for each thing that is missing.
 
-The only module that asks. Nothing is asked before a backend needs to know, nothing is imported
-before everything else speaks for the library, and nothing here raises: a library that is broken is
-a reason like any other.
+No other module tests for a library or a device. Nothing is tested before a backend needs it. A
+library is imported last, after its version fits. Nothing here raises: a broken library is a reason
+like any other.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Library(NamedTuple):
 
     Attributes:
         distribution: Its name for pip.
-        module: What the adapter imports.
-        minimum: First release that works.
-        below: First release that does not any more; "" if none is known.
-        install: How to get it.
+        module: The module that the adapter imports.
+        minimum: The first release that works.
+        below: The first later release that does not work; "" if none is known.
+        install: The command or the advice to install it.
     """
 
     distribution: str
@@ -50,8 +50,8 @@ def cuda_reasons(
 
     Args:
         inputs: The call.
-        minimum: First compute capability that can.
-        exactly: The only ones that can, if not all from `minimum` on.
+        minimum: The first compute capability that can.
+        exactly: The only ones that can, where not all from `minimum` on can.
     """
     kind = inputs.device.type
     if kind != "cuda":
@@ -74,7 +74,7 @@ def cuda_reasons(
 
 
 def cudnn_reasons() -> list[str]:
-    """Why cuDNN's attention cannot run, whatever the call."""
+    """Reasons why cuDNN's attention cannot run any call."""
     version = cudnn_version()
     if version is None:
         return ["PyTorch finds no cuDNN; install a CUDA build of PyTorch."]
@@ -93,14 +93,14 @@ def input_reasons(
 ) -> list[str]:
     """Reasons that lie in the call: its dtype, head_dim, dropout and mask.
 
-    Vendor kernels draw a dropout mask of their own, which a strip cannot get from the seed of the
-    call, and know no mask of keys.
+    Vendor kernels draw their own dropout mask, which does not follow from the seed of the call, and
+    have no mask of keys.
 
     Args:
         inputs: The call.
-        dtypes: Those that forward and backward take.
-        head_dim_multiple: What head_dim must be divisible by.
-        max_head_dim: Largest head_dim of both directions; None if there is no limit.
+        dtypes: The dtypes that both forward and backward take.
+        head_dim_multiple: A divisor that head_dim must have.
+        max_head_dim: The largest head_dim of both directions; None if there is no limit.
     """
     reasons: list[str] = []
     if inputs.dtype not in dtypes:
@@ -123,7 +123,7 @@ def input_reasons(
 
 
 def library_reasons(library: Library) -> list[str]:
-    """Why `library` cannot be used: absent, of another release, or broken."""
+    """Reasons why `library` cannot be used: absent, of another release, or broken."""
     version = installed_version(library.distribution)
     if version is None:
         return [f"{library.distribution} is not installed; {library.install}."]
@@ -150,7 +150,7 @@ def cuda_capability(device: torch.device) -> Capability | None:
 
 
 def cudnn_version() -> int | None:
-    """Version of cuDNN as it counts it, 91100 for 9.11.0; None without cuDNN."""
+    """Version of cuDNN as one number, 91100 for 9.11.0; None without cuDNN."""
     if not torch.backends.cudnn.is_available():
         return None
     return torch.backends.cudnn.version()
@@ -167,10 +167,10 @@ def installed_version(distribution: str) -> str | None:
 
 @lru_cache(maxsize=32)
 def import_problem(module: str) -> str:
-    """What importing `module` fails with; "" if it works.
+    """The error that importing `module` raises; "" if it works.
 
-    A compiled extension for another PyTorch fails with any of these, and a failure is remembered
-    because Python does not remember it.
+    A compiled extension for another PyTorch raises any of these errors. The result is cached,
+    because Python would import a broken module again at each call.
     """
     try:
         importlib.import_module(module)
@@ -181,12 +181,12 @@ def import_problem(module: str) -> str:
 
 
 def imported(module: str) -> Any:
-    """The module, whose types are its own business."""
+    """The module, without types."""
     return importlib.import_module(module)
 
 
 def _release(version: str) -> tuple[float, ...]:
-    """What versions compare by: 4.0.0b20 < 4.0.0b36 < 4.0.0 < 4.0.1; 2.8.3+local = 2.8.3."""
+    """A key to compare versions: 4.0.0b20 < 4.0.0b36 < 4.0.0 < 4.0.1; 2.8.3+local = 2.8.3."""
     match = re.match(r"(\d+(?:\.\d+)*)(?:\.?(?:a|b|rc)(\d+))?", version)
     if match is None:
         return (0,)

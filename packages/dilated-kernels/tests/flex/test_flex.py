@@ -1,8 +1,8 @@
 """`flex` on CPU: forward by PyTorch's own flex_attention, backward over a stand-in for it.
 
-PyTorch's has no backward on CPU. The stand-in does what flex_attention documents, from the same
-functions of indices, and can be differentiated; so what is tested is what `flex` makes of it. On a
-GPU test_vendor_conformance.py runs the real one.
+PyTorch's flex_attention has no backward on CPU. The stand-in computes what flex_attention
+documents, from the same functions of indices, and can be differentiated. On a GPU
+test_vendor_conformance.py runs the real one.
 """
 
 import importlib

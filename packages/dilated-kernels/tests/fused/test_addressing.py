@@ -30,7 +30,7 @@ def _offset_kernel(result, base, first, stride, ROWS: tl.constexpr, WIDE: tl.con
     ("stride", "wide"), [(2**40 + 8, True), (2**31 // 32 - 1, False), (1, True)]
 )
 def test_offsets_of_rows(stride, wide):
-    """Where a tile begins always has 64 bits; its rows beyond the first only if told so."""
+    """The start of a tile always has 64 bits; the offsets of its rows have them only with WIDE."""
     result = torch.empty(32, 16, dtype=torch.int64, device=DEVICE)
     base = torch.empty(1, device=DEVICE)
     first = 2**20

@@ -1,4 +1,4 @@
-"""What the suite of every backend does not ask of the fused kernels."""
+"""Properties of the fused kernels beyond the suite of every backend."""
 
 import subprocess
 import sys
@@ -169,7 +169,9 @@ def test_float32_products_follow_the_setting_of_torch(monkeypatch):
         for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
             assert launch.dot_precision(torch.float32) == precision
-            assert launch.dot_precision(torch.bfloat16) == "tf32"  # which says nothing there
+            assert (
+                launch.dot_precision(torch.bfloat16) == "tf32"
+            )  # half precision has one precision
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -180,7 +180,7 @@ def test_a_device_that_fails_altogether_is_no_result(monkeypatch, when):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"head_dims": [16, 0]}, r"head_dims is \(16, 0\); sizes must be above 0."),
         ({"num_heads": -1}, r"num_heads is \(-1,\); sizes must be above 0."),
@@ -195,8 +195,8 @@ def test_a_device_that_fails_altogether_is_no_result(monkeypatch, when):
         ({"device": "cuda:99"}, r"device is 'cuda:99', and"),
     ],
 )
-def test_mistakes(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_mistakes(changes, message):
+    with pytest.raises(ValueError, match=message):
         measure_backends(**SMALL | changes)
 
 

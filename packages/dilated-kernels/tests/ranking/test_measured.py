@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Third(EagerBackend):
-    """A backend that measurements may or may not know; the table, here a constant, has it first."""
+    """A backend that may be in a measurement or not; in the table, here a constant, it is first."""
 
     name = "third"
     priority = 30
@@ -175,7 +175,7 @@ def test_of_several_gpus_only_those_like_the_measured_one_follow_it(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("package", "version", "said"),
+    ("package", "version", "message"),
     [
         ("torch", "1.0", "torch was 1.0, and is "),
         ("torch", None, "torch was not installed, and is "),
@@ -183,11 +183,13 @@ def test_of_several_gpus_only_those_like_the_measured_one_follow_it(monkeypatch)
         ("novelty", "0.1", "novelty was 0.1, and is not installed"),
     ],
 )
-def test_other_versions_are_refused(monkeypatch, package, version, said):
+def test_other_versions_are_refused(monkeypatch, package, version, message):
     here = dict.fromkeys(("torch", "dilated-core"), "9.9") | {"flash-attn-3": None}
     monkeypatch.setattr(measured, "installed_versions", lambda: here)
     use_measured_choice(choice(versions=here))
-    with pytest.raises(ValueError, match=f"with other packages: {said}.*Measure again, with dil"):
+    with pytest.raises(
+        ValueError, match=f"with other packages: {message}.*Measure again, with dil"
+    ):
         use_measured_choice(choice(versions=here | {package: version}))
 
 
@@ -201,7 +203,7 @@ DELETE = object()
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (["format"], 2, "format is 2, and this package reads 1."),
         (["format"], DELETE, "the file has no format."),
@@ -230,7 +232,7 @@ DELETE = object()
         (["cases", 0, "timings", 0, "refused"], DELETE, "a timing has no refused."),
     ],
 )
-def test_files_are_read_to_the_last_field(tmp_path, path, value, said):
+def test_files_are_read_to_the_last_field(tmp_path, path, value, message):
     file = tmp_path / "choice.json"
     choice().save(file)
     record = json.loads(file.read_text())
@@ -242,7 +244,7 @@ def test_files_are_read_to_the_last_field(tmp_path, path, value, said):
     file.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"choice\.json' is no measured choice: ") as error:
         use_measured_choice(file)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):

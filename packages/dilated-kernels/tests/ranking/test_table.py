@@ -1,4 +1,4 @@
-"""The order of the backends: the table, each fallback after the other, and what is said of it."""
+"""The order of the backends: the table, each fallback after the other, and the explanations."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ORDER = {"triton": 50, "flash4": 44, "flash3": 43, "flash2": 42, "cudnn": 30, "x
 
 
 class Fake(EagerBackend):
-    """Stands for a kernel: ranks itself by the table, and can run until it is told not to."""
+    """Stands for a kernel: ranks itself by the table, and can run until a test forbids it."""
 
     priority = 1
 

@@ -145,7 +145,7 @@ def test_nothing_to_attend_to(kernel):
 
 @pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
 def test_an_infinite_lse_is_nan(infinity):
-    """It is what flash-attn says of a row whose sum of exponentials is NaN."""
+    """flash-attn returns it for a row whose sum of exponentials is NaN."""
 
     def attend(q, k, v, is_causal, scale):
         return v, q.new_tensor([0.5, infinity]).expand(1, 1, 2)
@@ -158,7 +158,7 @@ def test_an_infinite_lse_is_nan(infinity):
 
 
 @pytest.mark.parametrize("refused", [{"dropout_p": 0.5}, {"key_padding_mask": torch.ones(1, 4, 2)}])
-def test_a_caller_who_did_not_ask_is_refused(kernel, refused):
+def test_callers_that_skipped_why_not_are_refused(kernel, refused):
     x = torch.zeros(1, 4, 2, 8)
     options = OPTIONS._replace(**refused)
     with pytest.raises(ValueError, match="'plain' has neither dropout"):

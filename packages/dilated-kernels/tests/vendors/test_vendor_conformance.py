@@ -1,4 +1,4 @@
-"""The adapters pass core's suite on a GPU that has their kernels; elsewhere each says why not."""
+"""The adapters pass core's suite on a GPU that has their kernels; elsewhere each is refused."""
 
 import pytest
 import torch

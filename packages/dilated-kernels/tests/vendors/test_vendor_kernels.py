@@ -138,7 +138,7 @@ class Flash3Function:
 
 
 class Operator:
-    """What torch.library.custom_op makes of a function: callable, and no function."""
+    """A stand-in for the result of torch.library.custom_op: callable, but no function."""
 
     def __init__(self, function):
         self.function = function

@@ -2,8 +2,8 @@
 
 The pattern becomes two functions of indices, which PyTorch compiles into its kernel: a mask (does
 any branch let query i see key j?) and a change of the score (a key that c branches select gets
-log c more, so that it counts c times). For comparisons and for trying other patterns: it visits
-every block of 128 x 128 positions in which some key is seen, and a dilated branch leaves few out.
+log c more, so that it counts c times). It is for comparisons and experiments: the kernel computes
+every block of 128 x 128 positions in which a query sees a key, and a dilated branch skips few.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class FlexBackend:
         )
         if inputs.max_workspace_bytes is not None:
             reasons.append(
-                f"max_workspace_bytes is {inputs.max_workspace_bytes}; its workspace is chosen by "
-                f"PyTorch's compiler, which knows no limit."
+                f"max_workspace_bytes is {inputs.max_workspace_bytes}; PyTorch's compiler chooses "
+                f"its workspace and takes no limit."
             )
         return reasons
 
@@ -170,7 +170,7 @@ def _attend(
     D = q.shape[3]
     missing = 0 if q.device.type == "cpu" else max(0, _MIN_HEAD_DIM_CUDA - D)
     q_BHMD, k_BKMD, v_BKMD = (
-        # Zeros add nothing to a product, and what they add to out is cut off.
+        # Zeros change no product, and the columns that they add to out are cut off.
         torch.nn.functional.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2)
         for x in (q, k, v)
     )
@@ -197,10 +197,10 @@ def _differentiate(
     mask: Mask,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients given an out and lse that may be over more keys than `mask` lets through.
+    """Gradients given an out and lse that may be over more keys than `mask` allows.
 
     flex_attention differentiates its own (o', l') only. With (o, l) over all keys, p = exp(s - l)
-    and ds = p * (dout.v - dout.o + dlse) are what its backward makes of
+    and ds = p * (dout.v - dout.o + dlse) are the result of its backward for
 
         do' = exp(l' - l) * dout   and   dl' = exp(l' - l) * (dout.(o' - o) + dlse),
 
@@ -230,9 +230,9 @@ def _differentiate(
 class _RecordingGradients:
     """Record operations for autograd, even in the kernel of an operator.
 
-    PyTorch runs such kernels below autograd: the dispatcher skips it, and `enable_grad` alone
-    changes nothing. Another thread would have autograd again, and wait for the thread of the
-    device, which waits for it.
+    PyTorch runs such kernels below autograd: the dispatcher skips autograd, and `enable_grad` alone
+    changes nothing. Another thread has autograd, but would wait for the thread of the device, which
+    waits for it.
     """
 
     def __enter__(self) -> None:
@@ -278,7 +278,7 @@ def _flex_with_lse(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor
     # Its import alone takes a good part of a second.
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    function: Any = flex_attention  # its overloads do not know keywords in a dictionary
+    function: Any = flex_attention  # its overloads take no dictionary of keywords
     out, aux = function(*tensors, **options, return_aux=AuxRequest(lse=True))
     return out, aux.lse
 
@@ -289,7 +289,7 @@ def _compiled_flex_with_lse() -> Any:
 
 
 def _refuse_dropout(dropout_p: float) -> None:
-    """Say again what `why_not` said, to whoever calls without asking."""
+    """Repeat the `why_not` check for callers that skipped it."""
     if dropout_p:
         raise ValueError(
             f"dropout_p is {dropout_p}, and backend 'flex' has no dropout; use backend='eager'."

@@ -1,7 +1,7 @@
-"""The pattern as flex_attention wants it: functions of indices, and a summary of blocks.
+"""The pattern for flex_attention: functions of indices, and a summary of blocks.
 
-Indices are as PyTorch hands them in: b batch, h head of q, i query, j key; S positions, H heads.
-Nothing here makes a tensor of S x S, except PyTorch itself where it cannot compile (CPU).
+PyTorch calls the functions with b batch, h head of q, i query, j key; S positions, H heads. Nothing
+here allocates S x S elements, except PyTorch itself where it cannot compile (CPU).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dilated_core import DilatedPattern
 from dilated_core.backends.contract import AttentionOptions
 from dilated_core.inputs import document_bounds
 
-# Each pattern, length and dtype is a kernel of its own. Past its limit the compiler would fall back
-# to an unfused product of all queries and keys; PyTorch's own limit is 8.
+# Each pattern, length and dtype compiles its own kernel. Beyond its limit of kernels, 8 by default,
+# PyTorch falls back to an unfused product of all queries and keys.
 _MAX_KERNELS = 256
 
 Mod = Callable[..., torch.Tensor]
@@ -152,7 +152,7 @@ def many_kernels() -> Generator[None]:
 def _plain_pattern_mask(
     pattern: DilatedPattern, S: int, H: int, is_causal: bool, device: torch.device
 ) -> Mask:
-    """A pattern without documents and padding depends on sizes alone, so it can be kept."""
+    """Cached: without documents and padding, the mask depends on sizes alone."""
     mask_mod, score_mod = _pattern_mods(pattern, S, H, is_causal, None, None)
     return Mask(_block_mask(mask_mod, None, _heads(pattern, H), S, S, device), score_mod)
 
@@ -200,10 +200,10 @@ def _pattern_mods(
 
 
 def _clipped(pattern: DilatedPattern, S: int, H: int) -> list[tuple[int, int]]:
-    """The branches with numbers that fit beside 32-bit indices.
+    """The branches with numbers that fit 32-bit indices.
 
-    A segment beyond S is as good as one of S. A rate beyond S and H keeps one position of a
-    segment, at the head's offset, as does one of exactly that size.
+    A segment beyond S selects the same keys as one of S. A rate beyond S and H keeps one position
+    of a segment, at the head's offset, as a rate of exactly that size does.
     """
     return [(min(w, S), min(r, max(S, H))) for w, r in pattern.branches]
 
@@ -213,7 +213,7 @@ def _offset(pattern: DilatedPattern, head: torch.Tensor, rate: int, H: int) -> t
 
 
 def _heads(pattern: DilatedPattern, H: int) -> int | None:
-    """How many heads the mask tells apart; None if it does not."""
+    """The number of heads with different masks; None if all heads have the same."""
     return H if max(pattern.dilation_rates) > 1 else None
 
 
@@ -225,5 +225,5 @@ def _block_mask(
     if device.type == "cpu":
         return create_block_mask(mask_mod, B, H, M, N, device="cpu")
     with many_kernels():
-        # Compiled, it looks at pairs of positions a block at a time and keeps none of them.
+        # Compiled, it evaluates the positions of one block at a time and stores none of them.
         return torch.compile(create_block_mask)(mask_mod, B, H, M, N, device=str(device))

@@ -1,10 +1,10 @@
-"""Which rows a program works on: the pattern's arithmetic, as the kernels do it.
+"""Which rows a program works on: the pattern's arithmetic, as the kernels compute it.
 
 A branch cuts the sequence into segments of w positions; in each, a head with offset o keeps the
 positions o, o + r, o + 2r, …: its rows, counted j = 0, 1, …. A tile is a block of neighbouring rows
 of one head in one segment. Nothing is gathered: row j of a segment that starts at position s is
-the tensor's row s + o + r·j, so from row 0 on rows are r · (stride of S) elements apart. Where a
-tile begins is computed in 64 bits, and within a tile 32 do (see `row_offsets`).
+the tensor's row s + o + r·j, so the rows are r · (stride of S) elements apart. The start of a tile
+is computed in 64 bits; offsets within a tile take 32 (see `row_offsets`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A condition that is known to the compiler needs its `else`: what follows a return is compiled as
-# well, and returns of two types do not compile.
+# A condition on a constant needs its `else`: Triton also compiles the code after a return, and
+# returns of two types do not compile.
 
-# Triton compiles a kernel anew for integers that are 1 or divisible by 16. These change from call
-# to call, or from branch to branch, and would gain nothing.
+# Triton compiles a kernel again for integers that are 1 or divisible by 16. These change from call
+# to call, or from branch to branch, and a specialised kernel is not faster.
 NOT_SPECIALIZED = (
     *("seq_len", "num_heads", "group", "segment_length", "rate", "heads_per_offset"),
     *("cells", "tiles", "slots", "blocks", "seed", "branch"),
@@ -27,9 +27,9 @@ NOT_SPECIALIZED = (
 def locate_program(order, cells, tiles, REVERSED: tl.constexpr):
     """Segment, tile in it, and outer index (batch row and head) of this program.
 
-    Cells, which are pairs of a segment and a tile, vary fastest: programs that run at one time then
-    share keys. With `order`, an int32 table of `cells` entries, they come in that order. REVERSED:
-    the last tile of a segment comes first, which is the one with most keys if causal.
+    A cell is a pair (segment, tile). Cells vary fastest, so programs that run at one time share
+    keys. `order`, an int32 table of `cells` entries, gives another order of cells. REVERSED: the
+    last tile of a segment comes first; with causality it has the most keys.
     """
     program = tl.program_id(0)
     cell = program % cells
@@ -46,11 +46,11 @@ def locate_program(order, cells, tiles, REVERSED: tl.constexpr):
 def locate_rows(
     segment, segments, head, seq_len, segment_length, rate, heads_per_offset, BLOCKED: tl.constexpr
 ):
-    """Position of row 0 of a head in a segment (int64), its rows there and those of offset 0.
+    """Position of row 0 of a head in a segment (int64), the head's rows, and those of offset 0.
 
-    The latter as if the segment were whole: w is clipped to the sequence of the segment. `segments`
-    is None, or with packed documents an int64 table `(num_segments, 3)` of start, length and
-    clipped w.
+    The rows of offset 0 are counted in a whole segment, whose w is clipped to its sequence.
+    `segments` is None, or with packed documents an int64 table `(num_segments, 3)` of start, length
+    and clipped w.
     """
     if segments is not None:
         start = tl.load(segments + 3 * segment)
@@ -69,7 +69,7 @@ def locate_rows(
 def _count_rows(length, rate, segment_length):
     """Rows among `length` positions (int64) of a segment from the first row on, int32.
 
-    A division of 64 bits is a call, which puts registers aside; 32 do unless w needs more.
+    A 64-bit division is a subroutine that spills registers, so this one has 32 bits where w fits.
     """
     last = (tl.maximum(length, 1) - 1).to(segment_length.dtype)
     return tl.where(length > 0, last // rate + 1, 0).to(tl.int32)
@@ -109,10 +109,10 @@ def row_zero(base, batch, head, position, batch_stride, row_stride, head_stride)
 
 @triton.jit
 def row_offsets(lane, row_stride, WIDE: tl.constexpr):
-    """Distance of rows from the first of their tile; 32 bits, unless WIDE, when 64 are needed.
+    """Distance of rows from the first of their tile: in 32 bits, or in 64 with WIDE.
 
-    In a loop over tiles this stays the same while a pointer moves, and most of what a thread would
-    otherwise compute for an address of 64 bits is not in the loop at all.
+    In a loop over tiles these offsets stay the same and one pointer moves, so most of the 64-bit
+    arithmetic of addresses stays outside the loop.
     """
     if WIDE:
         return lane.to(tl.int64) * row_stride
@@ -126,7 +126,7 @@ def row_pointers(base, first, lane, row_stride, dims, WIDE: tl.constexpr):
 
     Args:
         base: Pointer to row 0.
-        first: Row that the tile begins with.
+        first: The first row of the tile.
         lane: Rows of the tile, from 0.
         row_stride: Elements from row to row, int64.
         dims: `tl.arange(0, BLOCK_D)`.

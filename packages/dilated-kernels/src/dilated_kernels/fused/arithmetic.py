@@ -13,8 +13,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def dot(a, b, PRECISION: tl.constexpr):
     """`a @ b` in float32.
 
-    PRECISION is what `tl.dot` calls `input_precision` and matters for float32 operands; or
-    "upcast", which converts operands first, for the interpreter: its bfloat16 products are wrong.
+    PRECISION is the `input_precision` of `tl.dot`, which matters for float32 operands. "upcast"
+    converts the operands first, for the interpreter, whose bfloat16 products are wrong.
     """
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -26,10 +26,10 @@ def dot(a, b, PRECISION: tl.constexpr):
 def keep_factor(seed, branch, sequence, first_position, rate, query, key, dropout_p):
     """1/(1 − p) where a probability is kept, and 0 where it is dropped.
 
-    A function of positions, so that tiles, launches and directions make no difference: a Philox
-    counter of four words, the positions of the key and of the query, batch · H + head, and the
-    branch (a key that two branches select has two probabilities). Seven rounds are the fewest that
-    its authors found to pass every test of randomness (Salmon et al. 2011, table 2).
+    A function of positions, so tiles, launches and directions make no difference. The Philox
+    counter has four words: the position of the key, that of the query, batch · H + head, and the
+    branch, because a key that two branches select has two probabilities. Seven rounds are the
+    fewest that pass every test of randomness (Salmon et al. 2011, table 2).
 
     Args:
         seed: 64 bits.
@@ -44,6 +44,6 @@ def keep_factor(seed, branch, sequence, first_position, rate, query, key, dropou
     query = first + query * rate
     key = first + key * rate
     bits, _, _, _ = tl.philox(seed, key, query, query * 0 + sequence, query * 0 + branch, 7)
-    # 24 bits are what a float32 holds exactly.
+    # A float32 holds 24 bits exactly.
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
     return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)

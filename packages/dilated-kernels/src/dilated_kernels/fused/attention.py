@@ -4,8 +4,7 @@ One launch per branch, dilated branches first. Until the last launch a result is
 float32 buffer; a last branch with r = 1 touches every row, so its launch writes the dtype of the
 inputs and no further pass over the result is needed.
 
-Functions called `..._launches` only compute launches: whoever runs or compiles them gives the
-buffers.
+Functions named `..._launches` compute launches and run none. Their arguments include the buffers.
 """
 
 from __future__ import annotations

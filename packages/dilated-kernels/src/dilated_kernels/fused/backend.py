@@ -1,6 +1,6 @@
 """Backend `triton`: the whole pattern by fused kernels, on strips too.
 
-Triton is imported when a call needs it, so that a machine without a GPU never loads it.
+Triton is imported when a call needs it, so a machine without a GPU never loads it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MAX_HEAD_DIM = 256
 class TritonBackend:
     """Fused dilated attention in Triton, forward, backward and decoding.
 
-    float32 products are true float32 unless `torch.set_float32_matmul_precision` says "high" or
-    "medium"; then they are TF32.
+    float32 products are true float32, or TF32 after `torch.set_float32_matmul_precision("high")` or
+    `"medium"`.
 
     Args:
-        tile_order: In which order the tiles of a launch start, "row_major" or "hilbert"; results
-            are the same to the bit.
+        tile_order: The order in which the tiles of a launch start, "row_major" or "hilbert".
+            Results are the same to the bit.
         configs: Tiles, warps and stages for the kernels "forward", "dq" and "dk_dv", as
             `{"dq": (64, 64, 4, 3)}`; a kernel that is not named takes those of the table.
-        name: Under which to register it, beside the one that is registered already.
+        name: The name to register it by, beside the one that is registered already.
 
     Raises:
         ValueError: If there is no such order, no such kernel, or no kernel can have such a config.
@@ -75,15 +75,15 @@ class TritonBackend:
         """See `AttentionBackend.why_not`."""
         reasons: list[str] = []
         if inputs.device.type == "cpu":
-            # Only a process that was started for it has an interpreter, and only it need look.
+            # Hot path: a process without the variable has no interpreter and loads no Triton.
             if "TRITON_INTERPRET" not in os.environ or not _is_interpreted():
                 reasons.append(
                     "the device is cpu; it runs on CUDA devices, and on a CPU in Triton's "
                     "interpreter, which TRITON_INTERPRET=1 turns on."
                 )
         else:
-            # Triton supports no older GPU (triton-lang/triton#5066): products of matrices are
-            # multiply-adds there, and what ships neither fits nor stays in registers.
+            # Triton supports no older GPU (triton-lang/triton#5066): it multiplies matrices without
+            # tensor cores there, and the tiles of the table fit neither registers nor memory.
             reasons += cuda_reasons(inputs, minimum=(8, 0))
             if not reasons and (problem := import_problem("triton")):
                 reasons.append(

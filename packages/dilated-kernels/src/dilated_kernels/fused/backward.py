@@ -31,10 +31,10 @@ def delta_kernel(
     dout_stride_b, dout_stride_s, dout_stride_h, seq_len, num_heads, blocks,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the others need of each row: lse in base 2, and delta = rowsum(dout · out) − dlse.
+    """Compute two values of each row: lse in base 2, and delta = rowsum(dout · out) − dlse.
 
     A gradient of lse enters as ds = p · (dout·v − delta + dlse), hence the difference. A row
-    without keys, whose lse is −∞, gets +∞: its probabilities are then 0 without a test for it.
+    without keys has lse −∞ and gets +∞, so its probabilities are 0 without a test in the loops.
 
     The rows of BLOCK_M positions, of all heads, are the tiles of `num_heads` programs.
 
@@ -43,8 +43,8 @@ def delta_kernel(
         out: Contiguous `(B, S, H, D)`.
         dlse: Contiguous `(B, S, H)` or None.
         lse: Contiguous `(B, S, H)`.
-        row_values: float32 `(B, S, H, 2)`, contiguous; written. Both values of a row are read
-            together, and rows are far apart, so they are side by side.
+        row_values: float32 `(B, S, H, 2)`, contiguous; written. The other kernels read both values
+            of a row together, and rows are far apart, so the two are neighbours in memory.
         blocks: ⌈S / BLOCK_M⌉.
     """
     program = tl.program_id(0)
@@ -95,7 +95,7 @@ def _sum_over_keys(
         ds = probability * (dp - delta[:, None])
         if MASKED:
             if IS_CAUSAL:
-                # Rows beyond the segment may see what they like: nothing becomes of them.
+                # Rows beyond the segment are not masked, because their results are not stored.
                 seen = lane[None, :] <= (row_lane + (first_row - start))[:, None]
             else:
                 seen = inside[None, :]
@@ -125,7 +125,7 @@ def dq_kernel(
 
     Args: As for `forward_kernel`, and
         dout: By its strides.
-        row_values: float32 `(B, S, H, 2)`, contiguous: what `delta_kernel` makes.
+        row_values: float32 `(B, S, H, 2)`, contiguous: the result of `delta_kernel`.
         partial: float32 `(B, S, H, D)`, contiguous: the sum over earlier branches, 0 where there
             was none; or None.
         dq: Contiguous `(B, S, H, D)` of any dtype; may be `partial`.
@@ -176,8 +176,8 @@ def dq_kernel(
     else:
         stop_key = num_rows
         unmasked = num_rows // BLOCK_N * BLOCK_N
-    # Around a loop that may not run at all the compiler for Hopper loses track of the accumulators
-    # and waits for each product (ptxas C7515), hence the conditions.
+    # The conditions: around a loop that may run zero times, the compiler for Hopper loses track of
+    # the accumulators and waits for each product (ptxas C7515).
     if unmasked > 0:
         total = _sum_over_keys(
             total, q_tile, dout_tile, row_lse, row_delta, k, v, key_mask,
@@ -206,7 +206,7 @@ def _store_sum(
     result, partial, total, row_zero_offset, row_stride, first, lane, inside, dims,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store `total`, plus what is in `partial` unless it is None, in rows of `result`."""
+    """Store `total` in rows of `result`, after adding the rows of `partial` unless it is None."""
     if partial is not None:
         total += load_rows(
             partial + row_zero_offset, first, lane, row_stride, inside, dims, HEAD_DIM, True, WIDE
@@ -233,7 +233,7 @@ def _add_queries(
     )
     row_values += tl.cast(first_query, tl.int64) * value_row_stride
     in_rows = row_offsets(query_lane, value_row_stride, WIDE)
-    # Rows beyond the segment are zero in q, dout and delta, and add nothing whatever p is.
+    # Rows beyond the segment are zero in q, dout and delta, so they add nothing, whatever p is.
     row_lse = tl.load(row_values + in_rows, mask=inside, other=0.0)
     row_delta = tl.load(row_values + 1 + in_rows, mask=inside, other=0.0)
     scores = dot(k, tl.trans(q_tile), PRECISION) * scale_log2
@@ -322,18 +322,18 @@ def dk_dv_kernel(
     dk_total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
-    # Queries before the tile see none of its keys if causal.
+    # With causality, queries before the tile see none of its keys.
     first_query = first_row // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
     q += batch * q_stride_b + first_position * q_stride_s
     dout += batch * dout_stride_b + first_position * dout_stride_s
     row_values += 2 * (batch * seq_len + first_position) * num_heads
-    # One loop over the heads and their tiles, with masks throughout: nested or split loops keep so
-    # many addresses in registers that they spill.
+    # One loop over the heads and their tiles, with masks in each step: nested or split loops keep
+    # so many addresses in registers that registers spill.
     query_lane = tl.arange(0, BLOCK_M)
     steps = num_heads_here * ((num_rows - first_query + BLOCK_M - 1) // BLOCK_M)
     head = first_head
     query = first_query
-    tl.assume(steps > 0)  # or products wait for each other, as in `dq_kernel`
+    tl.assume(steps > 0)  # else products wait for each other, as in `dq_kernel`
     for _ in range(steps):
         dk_total, dv_total = _add_queries(
             dk_total, dv_total, k_tile, v_tile, hidden,
@@ -351,7 +351,7 @@ def dk_dv_kernel(
         head = tl.where(is_next, head + head_step, head)
     first_result = ((batch * seq_len + first_position) * num_kv_heads + kv_head) * HEAD_DIM
     result_stride = row_stride * num_kv_heads * HEAD_DIM
-    # One after the other: their rows and those of `partial` together do not fit the registers.
+    # One after the other: the rows of dk, dv and their partial sums do not fit the registers.
     _store_sum(
         dk, dk_partial, dk_total * scale, first_result, result_stride,
         first_row, lane, inside, dims, HEAD_DIM, WIDE,

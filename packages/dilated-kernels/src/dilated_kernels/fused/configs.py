@@ -1,10 +1,9 @@
 """Tile sizes, warps and pipeline stages of each kernel, by GPU generation.
 
-Each entry of the table is among the largest tiles that the compiler fits into the registers and the
-shared memory of such a GPU, causal or not: with no spill and no product that waits for another;
-`tools/kernel_resources.py` compiles them and records what they use (docs/kernels.md). For 8.x in
-half precision the tiles of PyTorch's FlexAttention were tried first. None has been timed on a GPU
-yet.
+Each entry of the table is among the largest tiles that fit the registers and the shared memory of
+such a GPU, causal or not, with no spill and no product that waits for another.
+`tools/kernel_resources.py` compiles the entries and records what they use. For 8.x in half
+precision the tiles of PyTorch's FlexAttention were tried first. No entry has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TENSOR_COLUMNS = 512
 
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-"""What head_dim is rounded up to; the columns of the table."""
+"""The columns of the table: head_dim, rounded up."""
 
 
 _Tiles = tuple[int, int, int, int]
@@ -188,7 +187,7 @@ TABLE: dict[tuple[Generation, Arithmetic, Kind], tuple[_Row, _Row]] = {
 # fmt: on
 """Two lines for each kernel: without, and with a key padding mask or dropout.
 
-Those take registers in the loop, so most tiles that are walked over are half as large.
+A mask or dropout needs registers in the inner loop, so the inner tile is halved in most entries.
 """
 
 PADDED: dict[tuple[Generation, Arithmetic, Kind, bool, int], _Tiles] = {
@@ -202,22 +201,22 @@ PADDED: dict[tuple[Generation, Arithmetic, Kind, bool, int], _Tiles] = {
     ("blackwell", "half", "dq", False, 64): (128, 64, 8, 2),
     ("blackwell", "half", "forward", False, 64): (128, 128, 8, 4),
 }
-"""Where a head_dim between the columns, whose loads need a mask, takes other tiles.
+"""Other tiles for a head_dim between the columns, whose loads need a mask.
 
-By what the head_dim is rounded up to, and by whether there is a key padding mask or dropout.
+The last two keys: whether there is a key padding mask or dropout, and the head_dim, rounded up.
 """
 
 
 def block_d(head_dim: int) -> int:
-    """head_dim rounded up to what a tile can have."""
+    """head_dim rounded up to a size of a tile."""
     return max(HEAD_DIMS[0], triton.next_power_of_2(head_dim))
 
 
 def generation(capability: tuple[int, int]) -> Generation:
     """The part of the table for a compute capability.
 
-    9.x multiplies by warp groups; 10.x and 11.x have tensor memory; all others, which includes the
-    consumer GPUs of 12.x, multiply by warps. Of those, 8.0 and 8.7 have more shared memory.
+    9.x multiplies by warp groups. 10.x and 11.x have tensor memory. All others, the consumer GPUs
+    of 12.x included, multiply by warps; 8.0 and 8.7 have more shared memory than the rest of them.
     """
     if capability[0] == 9:
         return "hopper"
@@ -241,7 +240,7 @@ def tabled_config(
         dtype: Of q, k and v.
         head_dim: D, at most 256.
         capability: CUDA compute capability.
-        precision: Of float32 products, "tf32" or else; no matter for other dtypes.
+        precision: Of float32 products: "tf32" or another one. Ignored for other dtypes.
         extras: With a key padding mask or dropout.
     """
     if dtype != torch.float32:

@@ -2,14 +2,15 @@
 
 B batch, H heads, H_kv heads of k and v, D head_dim.
 
-Of one branch, heads of q that share a head of k and v see the rows of one block or none: the block
-of the offset at which the branch keeps the newest position. So each head of k and v has one list of
-keys, its branches' rows one behind the other, and each head of q sees a subset of the branches.
-Programs share the list: each takes `keys_per_split` keys for up to 16 heads of q, wherever branches
-begin and end, and `merge_kernel` combines what they found. A short list needs no merge.
+In one branch, heads of q that share a head of k and v see the rows of one block or of none: the
+block of the offset at which the branch keeps the newest position. So each head of k and v has one
+list of keys, the rows of its branches one after the other, and each head of q sees a subset of the
+branches. Programs share the list: each takes `keys_per_split` keys for up to 16 heads of q,
+wherever branches begin and end, and `merge_kernel` combines their results. A short list needs no
+merge.
 
-The newest token is not read from the cache. It counts as often as branches keep it, so it is what
-the softmax of the first program starts with; that program also writes it to its rows, which no
+The newest token is not read from the cache. It counts once for each branch that keeps it, and the
+softmax of the first program starts with it. That program also writes it to its rows, which no
 program reads.
 """
 
@@ -69,7 +70,7 @@ def _load_tile(base, row, dims, mask, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _finite(x):
-    """What to subtract from scores whose maximum is x: −inf − (−inf) would be NaN."""
+    """The number to subtract from scores whose maximum is x: −inf − (−inf) would be NaN."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 
@@ -80,8 +81,8 @@ def _attend_one_head(
 ):  # fmt: skip
     """Softmax of one head: maximum (log2), sum, values; `(1,)`, `(1,)`, `(1, BLOCK_D)`.
 
-    Decoding is bound by memory, so sums of products do what a matrix product of one row would. Each
-    lane has a softmax of its own until the end, where they meet.
+    Decoding is bound by memory, so sums of products are as fast as a matrix product of one row.
+    Each lane has its own softmax, and the lanes are merged at the end.
     """
     lane = tl.arange(0, BLOCK_N)
     q = q.to(tl.float32)
@@ -119,12 +120,12 @@ def _attend_heads(
     """Softmax of 16 heads that share loads: `(BLOCK_H,)`, `(BLOCK_H,)`, `(BLOCK_H, BLOCK_D)`."""
     lane = tl.arange(0, BLOCK_N)
     slot = tl.arange(0, BLOCK_H)
-    # The newest token is what each head starts with.
+    # Each head starts with the newest token.
     row_sum = times
     newest = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale_log2
     row_max = tl.where(times > 0, newest, float("-inf"))
     acc = tl.where((times > 0)[:, None], times[:, None] * v.to(tl.float32)[None, :], 0.0)
-    # Which heads see a branch, as bits, so that a key can look it up.
+    # The heads that see a branch, as bits; each key selects the bits of its branch.
     readers = tl.sum(keeps.to(tl.int32) << slot[:, None], 0)
     for tile in range(first_key, stop_key, BLOCK_N):
         key = tile + lane
@@ -161,7 +162,7 @@ def _store_result(out, lse, row, exists, dims, row_max, row_sum, acc, HEAD_DIM: 
     )
 
 
-# These change from step to step: a kernel compiled for each of their values would never be done.
+# These change from step to step; specialising on them would compile a kernel every few steps.
 @triton.jit(do_not_specialize=["position", "splits", "keys_per_split"])
 def decode_kernel(
     q, k, v, keys, values, branch_table, offsets, first_rows, out, lse, partial, partial_stats,
@@ -181,7 +182,7 @@ def decode_kernel(
         partial: float32 `(B, H, splits, D)`, contiguous, unnormalised; or None.
         partial_stats: float32 `(B, H, splits, 2)`: maximum score, log2, and sum; or None.
         position: Of the newest token.
-        WIDE: Whether it needs more than 32 bits, whose division would be a subroutine.
+        WIDE: Whether `position` needs more than 32 bits; a 64-bit division is a subroutine.
     """
     program = tl.program_id(0)
     split = program % splits

@@ -13,15 +13,15 @@ from dilated_core.backends.cache_layout import CacheLayout
 from dilated_kernels.fused import decode
 from dilated_kernels.fused.launch import Launch, dot_precision, run
 
-# A program reads about 64 KiB of half-precision keys and values: enough to make up for its partial
-# result of D float32, few enough that one sequence of 12 heads occupies a GPU.
+# A program reads about 64 KiB of half-precision keys and values: enough to outweigh its partial
+# result of D float32, few enough for one sequence of 12 heads to fill a GPU.
 ELEMENTS_PER_SPLIT = 2**14
-# What `merge_kernel` takes; beyond it splits become longer.
+# The most splits that `merge_kernel` takes; with more keys, splits become longer.
 MAX_SPLITS = 128
 
 
 class Blocks(NamedTuple):
-    """Sizes of the tiles of `decode_kernel`, as its constants are called.
+    """Sizes of the tiles of `decode_kernel`, named like its constants.
 
     Attributes:
         BLOCK_H: Heads of q per program: 1, or the 16 rows that a matrix product has at least.
@@ -46,7 +46,7 @@ def choose_blocks(group: int, head_dim: int, num_branches: int, dtype: torch.dty
         return Blocks(1, _clamp(2**12 // block_d, 64), block_d, block_r, num_warps=4)
     block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
-        # These products take no tensor cores, hence many registers.
+        # These products run without tensor cores and need many registers.
         return Blocks(16, _clamp(2**11 // block_d, 32), block_d, block_r, num_warps=8)
     return Blocks(16, _clamp(2**12 // block_d, 64), block_d, block_r, num_warps=4)
 
@@ -65,9 +65,9 @@ class Splits(NamedTuple):
 def choose_splits(
     layout: CacheLayout, position: int, head_dim: int, elements_per_split: int = ELEMENTS_PER_SPLIT
 ) -> Splits:
-    """A function of position and pattern alone, so the batch makes no difference to results.
+    """Splits by position and pattern alone, so the batch makes no difference to results.
 
-    Heads see no more keys than this counts, which is as if every branch kept the position.
+    Counts as many keys as a head sees if every branch keeps the position, which is the most.
     """
     num_keys = sum(position % w // r for w, r in layout.branches)
     at_least = elements_per_split // triton.next_power_of_2(head_dim)

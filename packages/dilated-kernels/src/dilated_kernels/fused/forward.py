@@ -3,9 +3,9 @@
 B batch, S sequence, H heads, D head_dim; M rows of a head in a segment; tiles of BLOCK_M queries
 and BLOCK_N keys.
 
-The online softmax of a tile does not start empty but from what earlier branches left, `partial` and
-`lse`: a normalised result is the running state with maximum lse and sum 1. So the branches need no
-merge, and after the last one the result is the softmax over the keys of all.
+The online softmax of a tile starts from the result of the earlier branches, `partial` and `lse`: a
+normalised result is a running state with maximum lse and sum 1. So the branches need no merge, and
+after the last one the result is the softmax over the keys of all branches.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def _attend_keys(
         v_tile = load_rows(v, start, lane, v_row_stride, inside, dims, HEAD_DIM, MASKED, WIDE)
         scores = dot(q, tl.trans(k_tile), PRECISION)
         if POSITIVE_SCALE:
-            # The maximum is that of the unscaled scores, and scaling them is part of a multiply-add
-            # below: one multiplication less for each score.
+            # Take the maximum of the unscaled scores, and scale them in the multiply-add below:
+            # that saves one multiplication per score.
             factor = scale_log2
         else:
             scores *= scale_log2
             factor = 1.0
         if MASKED:
             if IS_CAUSAL:
-                # Rows beyond the segment may see what they like: nothing becomes of them.
+                # Rows beyond the segment are not masked, because their results are not stored.
                 seen = lane[None, :] <= (row_lane + (first_row - start))[:, None]
             else:
                 seen = inside[None, :]
@@ -65,7 +65,7 @@ def _attend_keys(
             hidden = tl.load(mask_pointers, mask=inside, other=1)
             scores = tl.where(hidden[None, :] != 0, float("-inf"), scores)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-        # A row that has seen no key yet would compute −inf − (−inf).
+        # Without the zero, a row that has seen no key yet would compute −inf − (−inf).
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         probability = tl.exp2(scores * factor - shift[:, None])
         correction = tl.exp2(row_max - shift)
@@ -140,7 +140,7 @@ def forward_kernel(
     result_stride_d = result_stride * HEAD_DIM
     if partial is not None:
         earlier = tl.load(lse_pointers, mask=inside, other=float("-inf"))
-        # What no earlier branch has written may hold anything.
+        # Rows that no earlier branch has written are uninitialised memory.
         touched = earlier != float("-inf")
         row_max = earlier * LOG2_E
         row_sum = tl.where(touched, 1.0, 0.0)
@@ -160,8 +160,8 @@ def forward_kernel(
     else:
         stop_key = num_rows
         unmasked = num_rows // BLOCK_N * BLOCK_N
-    # Around a loop that may not run at all the compiler for Hopper loses track of the accumulators
-    # and waits for each product (ptxas C7515), hence the conditions.
+    # The conditions: around a loop that may run zero times, the compiler for Hopper loses track of
+    # the accumulators and waits for each product (ptxas C7515).
     if unmasked > 0:
         acc, row_max, row_sum = _attend_keys(
             acc, row_max, row_sum, q_tile, k, v, key_mask,
@@ -184,7 +184,8 @@ def forward_kernel(
         new_max = tl.where(zero_keys > 0, tl.maximum(row_max, 0.0), row_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         correction = tl.exp2(row_max - shift)
-        # With zero keys the shift is not below 0; without, infinity times 0 would not be 0.
+        # With zero keys the shift is at least 0. Without them it may be so low that exp2 of its
+        # negative is infinite, and 0 · infinity is NaN; hence the maximum.
         row_sum = row_sum * correction + zero_keys * tl.exp2(-tl.maximum(shift, 0.0))
         acc = acc * correction[:, None]
         row_max = new_max

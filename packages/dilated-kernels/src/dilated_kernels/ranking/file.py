@@ -1,4 +1,4 @@
-"""What a measurement of backends says, and the file that keeps it, read strictly."""
+"""The result of measuring backends, and the file that keeps it, read strictly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Timing:
         backend: Its name.
         forward_s: Seconds of a forward pass; None if the backend was refused.
         forward_backward_s: Seconds of a forward and a backward pass; likewise.
-        refused: Why it must not be ranked, such as wrong results; None if it may.
+        refused: Why it must not be ranked, such as wrong results; None if it may be.
     """
 
     backend: str
@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One size, and what the backends took for it.
+    """One size, and the times of the backends.
 
     Attributes:
         dtype: Of q, k and v, such as "bfloat16".
@@ -60,19 +60,19 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredChoice:
-    """What `measure_backends` found, and on what.
+    """The result of `measure_backends`, and the machine that it was measured on.
 
     Attributes:
         device_type: Such as "cuda".
         device_name: Such as "NVIDIA H200".
         num_threads: Threads of PyTorch on the CPU.
         date: Day of the measurement, as 2026-11-21.
-        versions: Of the packages that matter; None for one that is not installed.
+        versions: Of the packages that decide speed; None for one that is not installed.
         pattern: Of the attention.
         batch_size: B.
         num_heads: H.
         is_causal: Whether attention was causal.
-        cases: What was measured.
+        cases: One for each size that was measured.
     """
 
     device_type: str
@@ -113,7 +113,7 @@ class MeasuredChoice:
 
         Raises:
             OSError: If it cannot be read.
-            ValueError: If it is not such a file, to the last field.
+            ValueError: If any field of the file is missing, unknown or wrong.
         """
         try:
             return _parsed(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -157,7 +157,7 @@ _TIMING_FIELDS: dict[str, _Types] = {
 
 
 def _parsed(record: object) -> MeasuredChoice:
-    """A MeasuredChoice from what JSON says; every field is there, of its type, and no other."""
+    """A MeasuredChoice from a JSON value that has every field, of its type, and no other."""
     read = _fields(record, "the file", {"format": int}, more=True)
     if read["format"] != FORMAT:
         raise ValueError(f"format is {read['format']}, and this package reads {FORMAT}.")
@@ -217,7 +217,7 @@ def _fields(
     for name, allowed in types.items():
         _check(name in read, f"{where} has no {name}.")
         value = read[name]
-        # bool is an int to Python, and not here.
+        # In Python a bool is an int; here it is not.
         right = isinstance(value, allowed) and (allowed is bool or not isinstance(value, bool))
         _check(right, f"{name} is {value!r}, which is not of the right type.")
     unknown = ", ".join(sorted(set(read) - set(types)))

@@ -23,9 +23,9 @@ from dilated_kernels.ranking.measured import device_name, installed_versions
 
 _PATTERN = DilatedPattern([2048, 4096, 8192], [1, 2, 4])
 
-# A fused kernel may round more often than eager, which does everything in float32: probabilities
-# and their gradients too go through the inputs' dtype. A wrong index costs orders of magnitude
-# more than both.
+# A fused kernel may round more often than eager, which computes in float32: it also rounds
+# probabilities and their gradients to the inputs' dtype. A wrong index is off by orders of
+# magnitude more.
 _ALLOWED_OVER_EAGER = 4
 _ALLOWED_ROUNDINGS = 4
 
@@ -57,8 +57,8 @@ def measure_backends(
     """Time forward, and forward and backward, of the backends that can run, in each size.
 
     Every backend first computes the case once, and out, dq, dk and dv are compared with those of
-    `eager` in a wider dtype; one that is wrong or fails is not timed, and the result says why.
-    `eager` is in every case. Without arguments this takes less than a minute on a CPU.
+    `eager` in a wider dtype. A backend that is wrong or fails is not timed, and the result holds the
+    reason. `eager` is in every case. Without arguments this takes less than a minute on a CPU.
 
     Args:
         device: Where to measure.
@@ -70,8 +70,8 @@ def measure_backends(
         pattern: Segments longer than S are clipped to it.
         is_causal: Whether attention is causal.
         backends: Names; if None, those that `backend="auto"` may take.
-        seconds: How long to repeat each of the two measurements, at least three runs.
-        on_case: Is given each case as soon as it is done.
+        seconds: How long to repeat each of the two measurements, for three runs at least.
+        on_case: Receives each case as soon as it is measured.
 
     Returns:
         For `use_measured_choice`.
@@ -80,7 +80,7 @@ def measure_backends(
         ValueError: If a list of sizes is empty, a size is not above 0 or given twice, a backend
             does not exist, or the device is not there.
     """
-    preferred = recommended_dtype(device)  # which checks that the device is there
+    preferred = recommended_dtype(device)  # refuses a device that is not there
     device = torch.device(device)
     usual = _usual_sizes(device, preferred)
     sizes = _Sizes(
@@ -137,11 +137,11 @@ def _check(sizes: _Sizes, batch_size: int) -> None:
 
 
 def _candidates(inputs: AttentionInputs, names: Sequence[str] | None) -> list[str]:
-    """The backends to time; eager last, because it is what tells a broken device."""
+    """The backends to time; eager last, because its failure means a broken device."""
 
     def wanted(name: str) -> bool:
         backend = get_backend(name)
-        # Its own rank: a measurement in use must not keep out what it refused.
+        # Its own rank: a measurement in use must not exclude the backends that it refused.
         by_itself = names is not None or own_rank(backend, inputs)[0] >= 0
         return name != "eager" and by_itself and not backend.why_not(inputs)
 
@@ -149,7 +149,7 @@ def _candidates(inputs: AttentionInputs, names: Sequence[str] | None) -> list[st
 
 
 class _Trial:
-    """The tensors of a case, what their attention is, and how far from it a result may be."""
+    """The tensors of a case, their exact attention, and how far from it a result may be."""
 
     def __init__(
         self, inputs: AttentionInputs, batch_size: int, pattern: DilatedPattern, is_causal: bool
@@ -175,7 +175,7 @@ class _Trial:
         ]
 
     def wrong(self, name: str) -> str:
-        """How the results of a backend are wrong; "" if they are right."""
+        """What is wrong with the results of a backend; "" if they are right."""
         wrong = [
             f"{what} is off by {error:.1e} of its norm, allowed {allowed:.1e}"
             for what, error, allowed in zip(
@@ -221,8 +221,8 @@ def _timing(trial: _Trial, name: str, seconds: float) -> Timing:
             None,
         )
     except Exception as error:
-        # Kernels, and what compiles them, fail with errors of every type. Only here, where the
-        # user asked what works, is that an answer. A device that no longer runs even eager is not.
+        # Kernels and their compilers raise errors of every type. Here an error is a result, because
+        # the user measures which backends work. If eager fails, the device itself is broken.
         if name == "eager":
             raise
         first_line = (str(error).splitlines() or [""])[0]

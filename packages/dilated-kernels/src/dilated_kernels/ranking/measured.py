@@ -1,7 +1,6 @@
 """Rank backends by what was measured on this machine.
 
-Nothing here happens by itself: a measurement rules from `use_measured_choice` on, in the process
-that called it.
+Only a call of `use_measured_choice` applies a measurement, to the process that calls it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dilated_core.backends.registry import use_ranking
 from dilated_kernels.ranking.file import DTYPES, By, Case, MeasuredChoice
 from dilated_kernels.ranking.table import Rank
 
-# A measurement is of these; other versions may be faster or slower.
+# A measurement holds for these packages; other versions may be faster or slower.
 _PACKAGES = (
     "dilated-core",
     "dilated-kernels",
@@ -39,13 +38,14 @@ def use_measured_choice(
 ) -> None:
     """Let `backend="auto"` follow a measurement from now on, in this process.
 
-    For the device, dtypes and head_dims that were measured, the backends rank by their time at the
-    nearest length that was measured (in ratio; the longest where no length is known). Backends that
-    gave wrong results or failed are not taken. For all else, backends rank as before.
+    For the device, dtypes and head_dims that were measured, backends rank by their time at the
+    measured length that is nearest in ratio, or at the longest if the length is unknown. "auto"
+    does not take backends that gave wrong results or failed. For other inputs, backends rank as
+    before.
 
     Args:
-        choice: From `measure_backends`, or the file it was saved in; None goes back to the table.
-        by: Whether time is that of forward and backward, or of forward alone as in inference.
+        choice: From `measure_backends`, or the file it was saved in; None returns to the table.
+        by: "forward_backward", or "forward" to rank by the time of forward alone, for inference.
 
     Raises:
         OSError: If the file cannot be read.
@@ -79,7 +79,7 @@ def use_measured_choice(
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself."""
+    """The name that the hardware reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "xpu":
@@ -122,7 +122,7 @@ def _check_versions(choice: MeasuredChoice) -> None:
 
 
 def _devices_named(choice: MeasuredChoice) -> frozenset[int]:
-    """Indices of the devices that the choice was measured on, or ones like it."""
+    """Indices of the devices with the name of the measured one."""
     kind = choice.device_type
     names = {i: device_name(torch.device(kind, i)) for i in range(_count(kind))}
     if found := frozenset(i for i, name in names.items() if name == choice.device_name):
@@ -143,7 +143,7 @@ def _count(kind: str) -> int:
 
 
 def _current(kind: str) -> int:
-    """The device that is meant where no index is given."""
+    """The index of the device that PyTorch uses where no index is given."""
     if kind == "cuda":
         return torch.cuda.current_device()
     return torch.xpu.current_device() if kind == "xpu" else 0

@@ -1,12 +1,12 @@
-"""Which backend comes first for which inputs: a table, and where each of its lines came from.
+"""The order of the backends for given inputs: a table, and the origin of each of its lines.
 
 A backend of this package ranks itself by it:
 
     def priority_for(self, inputs: AttentionInputs) -> Rank:
         return rank(self.name, inputs)
 
-`sdpa` and `eager` are dilated_core's own, at 10 and 0. What is measured on a machine overrules the
-table there: see measured.py. Whether a backend can run at all is for its `why_not` to say.
+`sdpa` and `eager` belong to dilated_core and rank 10 and 0. A measurement on a machine replaces the
+table there: see measured.py. Whether a backend can run at all, its `why_not` decides.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dilated_kernels.availability import HALF_DTYPES, Capability, cuda_capabilit
 
 
 class Rank(NamedTuple):
-    """How a backend ranks for some inputs.
+    """The rank of a backend for some inputs.
 
     Attributes:
-        value: `backend="auto"` takes the highest that can run; below 0, only a name takes it.
+        value: `backend="auto"` takes the highest that can run; below 0, only a name selects it.
         origin: Where the value comes from, as a phrase.
     """
 
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 
 _UNMEASURED = "by design, not yet measured on a GPU"
 
-# The first line that fits holds, so those with conditions come before the one without.
+# The first line that fits decides, so lines with conditions come before the one without.
 TABLE = (
     Entry(
         *("triton", -1),
@@ -95,7 +95,7 @@ def rank(name: str, inputs: AttentionInputs) -> Rank:
 
 
 def fits(entry: Entry, inputs: AttentionInputs) -> bool:
-    """Whether a line of the table is for these inputs; its backend's name is not looked at."""
+    """Whether a line of the table is for these inputs, whatever its backend."""
     if entry.device is not None and inputs.device.type != entry.device:
         return False
     if entry.dtypes and inputs.dtype not in entry.dtypes:
@@ -106,7 +106,7 @@ def fits(entry: Entry, inputs: AttentionInputs) -> bool:
         return False
     if entry.from_capability is None:
         return True
-    # Nothing is known of a GPU that is not there, such as when a machine without one explains it.
+    # A GPU that is not there has no known capability, as when a machine without one explains ranks.
     if inputs.device.type != "cuda" or (capability := cuda_capability(inputs.device)) is None:
         return False
     return capability >= entry.from_capability

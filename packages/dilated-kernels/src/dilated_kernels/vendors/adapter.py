@@ -1,9 +1,9 @@
-"""What all adapters to vendor kernels share: a backend made of three functions.
+"""The shared part of all adapters to vendor kernels: a backend made of three functions.
 
 B batch of a strip, M its rows, H heads, D head_dim, as suffixes of names.
 
-The kernels differ in names and layouts. The contract of `AttentionBackend` is met once, here:
-scales of any sign, strips of any strides and of any number of segments, and NaN for NaN.
+The kernels differ in names and layouts. This module meets the contract of `AttentionBackend` for
+all of them: scales of any sign, strips of any strides and any number of segments, NaN for NaN.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dilated_core.merge import accumulation_dtype
 
 from dilated_kernels.ranking.table import Rank, rank
 
-# The second and third dimension of a CUDA grid end here, and kernels put the batch into one of
-# them. A strip's batch counts segments: 65 536 segments of 2048 are 134 million positions.
+# The most programs in the second and third dimension of a CUDA grid; kernels put the batch into one
+# of them. A strip's batch counts segments: 65 536 segments of 2048 are 134 million positions.
 _MAX_BATCH = 65535
 
-# What kernels load at once, in bytes; a row that does not begin at a multiple of it is a fault.
+# Bytes that kernels load at once. A row that begins at no multiple of it is a memory fault.
 _ALIGNMENT = 16
 
 _T = torch.Tensor
@@ -44,15 +44,15 @@ Differentiate = Callable[[_T, _T, _T, _T, _T, _T, bool, float], tuple[_T, _T, _T
 
 @dataclass(slots=True)
 class VendorBackend:
-    """A backend that runs somebody else's kernel on each strip.
+    """A backend that runs a vendor's kernel on each strip.
 
     Attributes:
-        name: What `backend=` says.
+        name: The value of `backend=` that selects it.
         priority: See `AttentionBackend`.
         reasons: Its `why_not`.
         attend: The kernel's forward.
         differentiate: The kernel's backward from a given out and lse.
-        contract: The contract it was written for.
+        contract: See `AttentionBackend`.
     """
 
     name: str
@@ -90,8 +90,8 @@ class VendorBackend:
             outs.append(out_)
             lses.append(lse_)
         lse_BHM = _joined(lses)
-        # Each row sees a key, so its sum of exponentials is finite and above 0 or it is NaN, for
-        # which flash-attn 2 says +inf, and 3 and 4 say -inf.
+        # Each row sees a key, so its sum of exponentials is finite and above 0, or NaN. For NaN,
+        # flash-attn 2 returns the lse +inf, and 3 and 4 return -inf.
         lse_BHM = lse_BHM.masked_fill(lse_BHM.isinf(), float("nan"))
         return AttentionOutput(_joined(outs), lse_BHM.transpose(1, 2))
 
@@ -128,18 +128,18 @@ class VendorBackend:
         if options.dropout_p or options.key_padding_mask is not None:
             raise ValueError(
                 f"backend {self.name!r} has neither dropout (dropout_p is {options.dropout_p}) nor "
-                f"key_padding_mask; ask its why_not first."
+                f"key_padding_mask; call its why_not first."
             )
 
 
 def repeated(x_BMKD: torch.Tensor, q_BMHD: torch.Tensor) -> torch.Tensor:
-    """Heads of k or v as often as q has them, for a kernel that cannot share them."""
+    """The heads of k or v repeated to as many as q has, for kernels that cannot share them."""
     groups = q_BMHD.shape[2] // x_BMKD.shape[2]
     return x_BMKD if groups == 1 else x_BMKD.repeat_interleave(groups, dim=2)
 
 
 def summed(grad_BMHD: torch.Tensor, x_BMKD: torch.Tensor) -> torch.Tensor:
-    """The gradient of `x_BMKD` from that of its repeated heads, added in float32 or wider."""
+    """The gradient of `x_BMKD`: that of its repeated heads, summed in float32 or wider."""
     B, M, K, D = x_BMKD.shape
     if grad_BMHD.shape[2] == K:
         return grad_BMHD
@@ -150,7 +150,7 @@ def summed(grad_BMHD: torch.Tensor, x_BMKD: torch.Tensor) -> torch.Tensor:
 def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, int]:
     """Rewrite q and scale to the same product with scale above 0; also returns the factor of q.
 
-    Kernels take the largest score before they scale it, which a negative scale makes the smallest.
+    Kernels take the maximum of the unscaled scores, and a negative scale turns it into the minimum.
     """
     if scale > 0:
         return q, scale, 1
@@ -161,8 +161,8 @@ def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, f
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if kernels can load its rows through its strides, else a contiguous copy.
 
-    Kernels trust the caller with this. Rows of a contiguous copy begin at multiples of D, which
-    `why_not` has checked; a tensor cut out of an odd larger one need not.
+    Kernels do not check it. Rows of a contiguous copy begin at multiples of D, which `why_not` has
+    checked. Rows of a tensor that is cut out of a larger one need not.
     """
     step = max(1, _ALIGNMENT // x.element_size())
     is_aligned = (
@@ -174,7 +174,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
             if size > 1
         )
     )
-    # clone: contiguous() would keep a tensor that is contiguous but begins at an odd offset.
+    # clone: contiguous() returns a contiguous tensor as it is, even at an odd offset.
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 

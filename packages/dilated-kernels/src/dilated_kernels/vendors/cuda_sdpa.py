@@ -1,8 +1,8 @@
 """Backends `cudnn` and `efficient`: two of PyTorch's own kernels, each by its name.
 
-Core's `sdpa` takes PyTorch's flash attention where it runs, and its memory-efficient attention for
-the rest; here one can ask for the latter everywhere, and for cuDNN's, which is the fastest that
-PyTorch ships on Hopper and newer. Their operators want `(B, H, M, D)`, of any strides.
+Core's `sdpa` runs PyTorch's flash attention, and where it cannot, the memory-efficient attention.
+`efficient` is the memory-efficient attention everywhere. `cudnn` is cuDNN's attention, the fastest
+that PyTorch ships on Hopper and newer. Their operators take `(B, H, M, D)`, of any strides.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dilated_kernels.vendors.adapter import VendorBackend, repeated, summed
 
 _aten: Any = torch.ops.aten
 
-# In head_dim up to 128 cuDNN has every GPU and direction; beyond, it depends on both and on its
-# version (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_cudnn_tensor_shapes).
+# Up to head_dim 128 cuDNN runs on every GPU and in both directions. Beyond, it depends on both and
+# on its version (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_cudnn_tensor_shapes).
 _CUDNN_MAX_HEAD_DIM = 128
 
 _eager = EagerBackend()
@@ -65,8 +65,8 @@ def _cudnn_differentiate(
         return _eager.backward(
             dout, q, k, v, out, lse.transpose(1, 2), AttentionOptions(is_causal=False, scale=scale)
         )
-    # PyTorch keeps the plan that cuDNN made for the strides of out and dout, and looks it up by
-    # those of q, k and v alone (MHA.cpp, MHACacheKeyWrapper), so the former must not vary.
+    # PyTorch caches cuDNN's plan by the strides of q, k and v alone (MHA.cpp, MHACacheKeyWrapper),
+    # although the plan depends on those of out and dout too. So these are always contiguous.
     dout, out = dout.contiguous(), out.contiguous()
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
         *_heads_first(dout, q, repeated(k, q), repeated(v, q), out),
@@ -131,18 +131,18 @@ def _efficient_differentiate(
 
 
 def _heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views with heads before rows, or the other way round."""
+    """Views with heads before rows, or rows before heads again."""
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
 def _no_rng(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seed and offset: without dropout no kernel reads them, yet each wants them."""
+    """Seed and offset: required arguments, which no kernel reads without dropout."""
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)
     return nothing, nothing
 
 
 def _one_key(scale: float) -> AttentionOptions:
-    """Options for the strips that cuDNN refuses: those with a single key, causal or not."""
+    """Options for the strips that cuDNN refuses: those with a single key."""
     return AttentionOptions(is_causal=False, scale=scale)
 
 

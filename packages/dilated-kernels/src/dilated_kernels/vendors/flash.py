@@ -1,11 +1,11 @@
 """Backends `flash2`, `flash3` and `flash4`: the kernels of the flash-attention project.
 
-One pair of functions per major version; they look alike and are not. Shapes, here and there: q and
-out `(B, M, H, D)`, k and v with H_kv heads, lse `(B, H, M)` float32, natural logarithm. Causal
-masks are aligned to the last row and key, which for strips is also the first.
+Each major version has its own pair of functions, with small differences. Shapes: q and out
+`(B, M, H, D)`, k and v with H_kv heads, lse `(B, H, M)` float32, natural logarithm. Causal masks
+are aligned to the last row and key; with as many rows as keys the first ones are aligned too.
 
-The functions are those that the libraries' own autograd functions call. They are not public, but
-the public ones return no lse that a backward could be given, hence the bounds on versions.
+These are the functions that the libraries' own autograd functions call. They are not public. The
+public ones have no backward from a given lse. Hence the bounds on versions.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _flash3_attend(
     forward = availability.imported(FLASH3.module)._flash_attn_forward
     blanks: dict[str, Any] = {}
     if inspect.isfunction(forward):
-        # Before it became an operator with defaults, it wanted each of its two dozen options for
-        # caches and varying lengths, and their number changed within 3.0.0b1.
+        # Before it became an operator with defaults, its two dozen options for caches and varying
+        # lengths were required, and their number changed within 3.0.0b1.
         blanks = {
             name: None
             for name, parameter in inspect.signature(forward).parameters.items()
@@ -146,8 +146,8 @@ def _flash3_differentiate(
     is_causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Its deterministic sum over the heads of a group waits on counters that releases up to 3.0.0
-    # do not set to zero (hopper/flash_api.cpp, dk_semaphore), so every head gets its own k and v.
+    # The deterministic sum over the heads of a group waits on counters that releases up to 3.0.0 do
+    # not set to zero (hopper/flash_api.cpp, dk_semaphore). So every head gets its own k and v.
     k_BMHD, v_BMHD = repeated(k, q), repeated(v, q)
     dq, dk, dv = _new_gradients(q, k_BMHD, v_BMHD)
     availability.imported(FLASH3.module)._flash_attn_backward(
@@ -164,7 +164,7 @@ def _flash3_differentiate(
 def _why_not_flash4(inputs: AttentionInputs) -> list[str]:
     return (
         availability.cuda_reasons(inputs, minimum=_HOPPER, exactly=(_HOPPER, *_BLACKWELL))
-        # More on Hopper, and 256 on Blackwell, came with single releases and in one direction.
+        # Single releases take more on Hopper, or 256 on Blackwell, in one direction only.
         + availability.input_reasons(
             inputs, dtypes=availability.HALF_DTYPES, head_dim_multiple=8, max_head_dim=128
         )
@@ -197,7 +197,7 @@ def _flash4_differentiate(
 
 
 def _new_gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Contiguous room for the gradients, whatever the strides of the tensors."""
+    """Contiguous tensors for the gradients, whatever the strides of the inputs."""
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 

@@ -1,9 +1,9 @@
 """Backend `xformers`: its memory-efficient attention, by its public names only.
 
-xformers itself chooses among the kernels it finds (flash-attn 3 or 2, CUTLASS), for forward and
-backward apart, and each pads the lse as it likes: backward is given it unpadded, which each of them
-accepts and pads in its own way. None of its backward kernels shares heads of k and v, so these are
-repeated in both directions.
+xformers selects one of the kernels that it finds (flash-attn 3 or 2, CUTLASS), for forward and for
+backward separately. Each kernel pads the lse differently, so backward receives it unpadded, which
+every kernel accepts. No backward kernel shares heads of k and v, so the heads are repeated in both
+directions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _why_not(inputs: AttentionInputs) -> list[str]:
 
 
 def _kernel_reasons(inputs: AttentionInputs) -> list[str]:
-    """What xformers says: its kernels may be for other GPUs, or its wheel for another PyTorch."""
+    """Reasons that xformers reports: kernels for other GPUs, or a wheel for another PyTorch."""
     fmha = availability.imported("xformers.ops.fmha")
     shape = (1, 8, inputs.num_heads, inputs.head_dim)
     x = torch.empty(shape, dtype=inputs.dtype, device=inputs.device)

@@ -57,8 +57,8 @@ def measure_backends(
     """Time forward, and forward and backward, of the backends that can run, in each size.
 
     Every backend first computes the case once, and out, dq, dk and dv are compared with those of
-    `eager` in a wider dtype. A backend that is wrong or fails is not timed, and the result holds the
-    reason. `eager` is in every case. Without arguments this takes less than a minute on a CPU.
+    `eager` in a wider dtype. A backend that is wrong or fails is not timed, and the result holds
+    the reason. `eager` is in every case. Without arguments this takes less than a minute on a CPU.
 
     Args:
         device: Where to measure.

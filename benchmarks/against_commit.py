@@ -132,7 +132,8 @@ def main() -> None:
     if options.out is not None:
         commit = ["git", "rev-parse", "--short", "HEAD"]
         base_commit = subprocess.check_output(commit, cwd=options.base, text=True).strip()
-        write_result(options.out, rows, {"base_commit": base_commit, "pattern": PATTERN})
+        rows = [{"base_commit": base_commit, "pattern": PATTERN, **row} for row in rows]
+        write_result(options.out, "against_commit", rows)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
     """
     # −inf − −inf would be NaN, for a row that is empty so far and in the partial. A NaN of either
     # lse stays a NaN.
-    weight = (partial_lse - lse.clamp(min=torch.finfo(lse.dtype).min)).sigmoid_()
+    weight = (partial_lse - lse.clamp_min(torch.finfo(lse.dtype).min)).sigmoid_()
     torch.logaddexp(lse, partial_lse, out=lse)
     return weight
 

@@ -59,6 +59,8 @@ class LongNetConfig:
         padding: `"masked"`, or `"attended"` (published weights).
         positions: `"xpos"`, `"rotary"` (no decay), or `"none"`.
         xpos_scale_base: Distance over which xPos decays by one factor, in tokens.
+        key_conv: Width, in tokens, of a depthwise causal convolution that is added to the input of
+            each attention; 0 for none. It is no part of LongNet: see `CausalConvolution`.
         tie_embeddings: Whether the output layer shares the embedding's weight.
         scale_embedding: Whether embeddings are multiplied by √d_model.
         final_layer_norm: Whether a LayerNorm precedes the output layer.
@@ -93,6 +95,7 @@ class LongNetConfig:
     padding: Padding = "masked"
     positions: PositionKind = "xpos"
     xpos_scale_base: float = 512.0
+    key_conv: int = 0
     tie_embeddings: bool = False
     scale_embedding: bool = True
     final_layer_norm: bool = True
@@ -102,10 +105,8 @@ class LongNetConfig:
     def __post_init__(self) -> None:
         for name in ("num_tokens", "d_model", "nhead", "num_decoder_layers", "dim_feedforward"):
             self._set(name, check_integer(name, getattr(self, name), at_least=1))
-        self._set(
-            "num_encoder_layers",
-            check_integer("num_encoder_layers", self.num_encoder_layers, at_least=0),
-        )
+        for name in ("num_encoder_layers", "key_conv"):
+            self._set(name, check_integer(name, getattr(self, name), at_least=0))
         if self.num_encoder_layers:
             raise ValueError(
                 f"num_encoder_layers is {self.num_encoder_layers}; it must be 0, because LongNetLM "

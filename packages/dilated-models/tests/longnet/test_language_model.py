@@ -18,14 +18,16 @@ def with_reference_attention(model: LongNetLM) -> LongNetLM:
     model = copy.deepcopy(model)
     config = model.config
 
-    def attend(q, k, v, *, is_causal=False):
+    def attend(q, k, v, *, is_causal=False, cu_seqlens=None):
         pattern = DilatedPattern(
             config.segment_lengths,
             config.dilation_rates,
             head_offsets=config.head_offsets,
             padding=config.padding,
         )
-        return reference_dilated_attention(q, k, v, pattern, is_causal=is_causal)
+        return reference_dilated_attention(
+            q, k, v, pattern, is_causal=is_causal, cu_seqlens=cu_seqlens
+        )
 
     replaced = 0
     for module in model.modules():
@@ -237,7 +239,9 @@ def test_refusals(model, config):
         model(torch.zeros(1, 4))
     with pytest.raises(TypeError, match="tokens is a list; it must be a tensor"):
         model([1, 2])
-    with pytest.raises(ValueError, match=r"tokens has shape \(4,\); it must be \(B, S\)"):
+    with pytest.raises(
+        ValueError, match=r"tokens has shape \(4,\); it must be \(B, S\), or \(T,\)"
+    ):
         model(torch.zeros(4, dtype=torch.int64))
     four = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"positions has shape \(3,\) and there are 4 tokens"):

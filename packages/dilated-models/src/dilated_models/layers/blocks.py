@@ -7,6 +7,8 @@ from dilated_core.positions.rotary import Rotation
 from torch import Tensor, nn
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.convolution import CausalConvolution
+from dilated_models.layers.documents import Documents
 from dilated_models.layers.feed_forward import FeedForward
 from dilated_models.layers.self_attention import DilatedSelfAttention
 
@@ -15,7 +17,8 @@ class SelfAttentionBlock(nn.Module):
     """x + attention(LayerNorm(x)), then x + feed_forward(LayerNorm(x)).
 
     Each half has a LayerNorm before it and another inside it (MAGNETO, arXiv 2210.06423, figure 2).
-    Dropout acts on what each half adds to the residual, and inside the feed-forward.
+    Dropout acts on what each half adds to the residual, and inside the feed-forward. With
+    `key_conv`, a `CausalConvolution` stands between the first LayerNorm and the attention.
 
     Args:
         config: Of the model.
@@ -37,6 +40,9 @@ class SelfAttentionBlock(nn.Module):
             return nn.LayerNorm(config.d_model, eps=eps, device=device, dtype=dtype)
 
         self.attention_norm = layer_norm()
+        self.key_conv = (
+            CausalConvolution(config, device=device, dtype=dtype) if config.key_conv else None
+        )
         self.attention = DilatedSelfAttention(config, device=device, dtype=dtype)
         self.feed_forward_norm = layer_norm()
         self.feed_forward = FeedForward(config, device=device, dtype=dtype)
@@ -45,13 +51,25 @@ class SelfAttentionBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
         self.attention_norm.reset_parameters()
+        if self.key_conv is not None:
+            self.key_conv.reset_parameters()
         self.attention.reset_parameters()
         self.feed_forward_norm.reset_parameters()
         self.feed_forward.reset_parameters()
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None = None, is_causal: bool = True
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        is_causal: bool = True,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Map `(B, S, d_model)` to the same shape; arguments as in `DilatedSelfAttention`."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, is_causal=is_causal))
+        normed = self.attention_norm(x)
+        if self.key_conv is not None:
+            positions = None if documents is None else documents.positions
+            normed = self.key_conv(normed, positions=positions)
+        x = x + self.dropout(
+            self.attention(normed, rotation, is_causal=is_causal, documents=documents)
+        )
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

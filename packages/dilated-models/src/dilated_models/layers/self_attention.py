@@ -8,6 +8,7 @@ from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.documents import Documents
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):
@@ -42,20 +43,27 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, rotation: Rotation | None = None, *, is_causal: bool = False
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        *,
+        is_causal: bool = False,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Attend within `x`.
 
         Args:
-            x: `(B, S, E)`.
+            x: `(B, S, E)`; `(T, E)` with `documents`.
             rotation: Of the S positions; None leaves q and k unchanged.
             is_causal: Whether a position sees only itself and earlier ones.
+            documents: Of packed positions, each of which sees only its own document.
 
         Returns:
-            `(B, S, E)`.
+            The shape of `x`.
         """
         q, k, v = self.project(x, x, x)
         if rotation is not None:
             q = rotate(q, rotation.q_cos, rotation.q_sin)
             k = rotate(k, rotation.k_cos, rotation.k_sin)
-        return self.combine(self.attend(q, k, v, is_causal=is_causal))
+        cu_seqlens = None if documents is None else documents.cu_seqlens
+        return self.combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))

@@ -9,6 +9,7 @@ from typing import Any, Never, Self, cast
 
 import torch
 from dilated_core.checks import check_float_dtype, check_tensor
+from dilated_core.inputs import check_cu_seqlens
 from dilated_core.modules.options import check_forward_names, from_options
 from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 
 from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
+from dilated_models.layers.documents import Documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,27 +129,41 @@ class LongNetLM(nn.Module):
         is_causal: bool = True,
         *,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         **unknown: Never,
     ) -> Tensor:
         """Score every next token.
 
         Args:
-            tokens: `(B, S)`, int64, each in [0, num_tokens).
+            tokens: `(B, S)`, int64, each in [0, num_tokens). With `cu_seqlens` `(T,)`, T being the
+                tokens of all documents together.
             is_causal: Whether a position sees no later one, as a language model must.
             positions: `(S,)`, int64, absolute positions of the tokens for xPos or RoPE; None
-                means 0 … S − 1. The attention pattern always follows the order in `tokens`.
+                means 0 … S − 1, counted anew in each document. The attention pattern always follows
+                the order in `tokens`.
+            cu_seqlens: `(N + 1,)`, int32 or int64, where each of N documents that are packed one
+                after another begins, and where the last one ends. Each document gets the logits
+                that it gets alone, and may be empty.
 
         Returns:
-            `(B, S, num_tokens)` logits; row s scores the token after position s.
+            `(B, S, num_tokens)` logits, `(T, num_tokens)` with `cu_seqlens`; row s scores the token
+            after position s.
 
         Raises:
             TypeError: If `tokens` or `positions` is not an int64 tensor, or an argument is unknown.
             ValueError: If a shape or device does not fit, or xPos would leave the range of the
                 dtype.
         """
-        check_forward_names(self, unknown, ("tokens", "is_causal", "positions"), self.config)
-        _check_integers("tokens", tokens, "(B, S)", ndim=2)
-        rotation = self._rotation(tokens, positions)
+        known = ("tokens", "is_causal", "positions", "cu_seqlens")
+        check_forward_names(self, unknown, known, self.config)
+        documents = None
+        if cu_seqlens is None:
+            _check_integers("tokens", tokens, "(B, S), or (T,) with cu_seqlens", ndim=2)
+        else:
+            _check_integers("tokens", tokens, "(T,), as cu_seqlens is given", ndim=1)
+            check_cu_seqlens(cu_seqlens)
+            documents = Documents.of(cu_seqlens.to(tokens.device), tokens.shape[0])
+        rotation = self._rotation(tokens, positions, documents)
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.d_model)
@@ -157,15 +173,17 @@ class LongNetLM(nn.Module):
         )
         for block in self.blocks:
             if recompute:
-                x = checkpoint(block, x, rotation, is_causal, use_reentrant=False)
+                x = checkpoint(block, x, rotation, is_causal, documents, use_reentrant=False)
             else:
-                x = block(x, rotation, is_causal)
+                x = block(x, rotation, is_causal, documents)
         return self.output(self.final_norm(x))
 
-    def _rotation(self, tokens: Tensor, positions: Tensor | None) -> Rotation | None:
+    def _rotation(
+        self, tokens: Tensor, positions: Tensor | None, documents: Documents | None
+    ) -> Rotation | None:
         """Rotation factors shared by all blocks, or None without positions."""
         config = self.config
-        seq_len = tokens.shape[1]
+        seq_len = tokens.shape[-1]
         if positions is not None:
             _check_integers("positions", positions, "(S,)", ndim=1)
             if positions.shape[0] != seq_len:
@@ -187,13 +205,18 @@ class LongNetLM(nn.Module):
             return None
         is_double = self.embedding.weight.dtype == torch.float64
         scale_base = config.xpos_scale_base if config.positions == "xpos" else None
-        # A fixed center for explicit positions, because every shard of a sequence must agree on it.
-        center = seq_len // 2 if positions is None else 0
-        if scale_base is not None:
-            reach = center if positions is None else _largest(positions)
-            check_decay_range(reach, scale_base, self._compute_dtype(tokens.device.type))
-        if positions is None:
+        if positions is not None:
+            # A fixed center, because every shard of a sequence must agree on it.
+            center = 0
+            reach = 0 if scale_base is None else _largest(positions)
+        elif documents is not None:
+            positions = documents.positions
+            center = reach = 0 if scale_base is None else _largest(positions) // 2 + 1
+        else:
             positions = torch.arange(seq_len, device=tokens.device)
+            center = reach = seq_len // 2
+        if scale_base is not None:
+            check_decay_range(reach, scale_base, self._compute_dtype(tokens.device.type))
         factor_dtype = torch.float64 if is_double else torch.float32
         return rotation_at(
             positions, config.head_dim, scale_base=scale_base, center=center, dtype=factor_dtype

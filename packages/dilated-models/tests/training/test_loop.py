@@ -99,6 +99,8 @@ def test_a_checkpoint_holds_plain_values(start, stream, tmp_path):
     assert content["step"] == 2
     assert set(content) == {
         "format_version",
+        "run_id",
+        "checksum",
         "step",
         "seconds",
         "model",
@@ -132,22 +134,63 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
     assert again.step == 2
 
 
-def test_restore_refuses(start, stream, tmp_path, config):
+def test_restore_refuses(start, stream, tmp_path):
     state = start()
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint\.pt; --resume must have one"):
         state.restore(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' cannot be resumed from"):
+        state.restore(tmp_path)
+    torch.save([1], path)
     with pytest.raises(ValueError, match=r"checkpoint\.pt' cannot be resumed from"):
         state.restore(tmp_path)
     start(tied=False).save(tmp_path)
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    content["model"].pop("final_norm.weight")
-    torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"cannot be resumed from: .*final_norm\.weight"):
+    with pytest.raises(ValueError, match=r"cannot be resumed from: .*output\.weight"):
+        start(tied=True).restore(tmp_path)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"format_version": 9}, path)
+    with pytest.raises(ValueError, match="its format is 9; it must be 2"):
         state.restore(tmp_path)
-    torch.save(content | {"format_version": 9}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="its format is 9; it must be 1"):
-        state.restore(tmp_path)
+
+
+def test_restore_refuses_fewer_steps_than_are_done(start, stream, tmp_path):
+    state = start()
+    run(state, stream, 3)
+    state.save(tmp_path)
+    with pytest.raises(ValueError, match="steps is 2 and the run has done 3; it must be at least"):
+        start(steps=2).restore(tmp_path)
+    start(steps=3).restore(tmp_path)
+
+
+def test_restore_refuses_another_runs_checkpoint(start, tmp_path):
+    start().save(tmp_path, run_id="ours")
+    with pytest.raises(ValueError, match="belongs to another run than its folder; put back"):
+        start().restore(tmp_path, run_id="another")
+    start().restore(tmp_path, run_id="ours")
+
+
+def test_a_flipped_bit_anywhere_is_found(start, stream, tmp_path):
+    state = start()
+    run(state, stream, 1)
+    state.save(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    weights = state.model.state_dict()
+    messages: list[str] = []
+    for position in range(0, len(whole), len(whole) // 50):
+        flipped = bytearray(whole)
+        flipped[position] ^= 16
+        path.write_bytes(flipped)
+        again = start()
+        try:
+            again.restore(tmp_path)
+        except ValueError as error:
+            messages.append(str(error))
+        else:  # padding between the tensors of the file
+            assert all(torch.equal(again.model.state_dict()[k], v) for k, v in weights.items())
+    assert all("is damaged" in m or "cannot be resumed from" in m for m in messages)
+    assert len(messages) > 40
 
 
 def test_accumulation_is_the_whole_batch(start, stream):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from dilated_core.atomic_write import write_atomically
@@ -15,6 +16,7 @@ from safetensors.torch import (
     load_file,  # pyright: ignore[reportUnknownVariableType]
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
+from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.language_model import LongNetLM, check_weights
@@ -106,6 +108,33 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not hold this model's weights: {reason}") from error
     return model.eval()
+
+
+def checksum(content: object) -> str:
+    """SHA-256 over tensors and plain values in dicts, lists and tuples, as hexadecimal digits.
+
+    A file's own reader does not find a flipped bit in a tensor; comparing this number does.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(content):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"tensor {value.dtype} {tuple(value.shape)}\n".encode()
+        flat = value.detach().cpu().contiguous().view(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()  # pyright: ignore[reportUnknownMemberType]
+    elif isinstance(value, dict):
+        yield from _parts(list(cast("dict[object, object]", value).items()))
+    elif isinstance(value, list | tuple):
+        items = cast("Sequence[object]", value)
+        yield f"{len(items)} items\n".encode()
+        for item in items:
+            yield from _parts(item)
+    else:
+        yield f"{value!r}\n".encode()
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:

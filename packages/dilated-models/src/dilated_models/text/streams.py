@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import mmap
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +15,7 @@ from dilated_models.text.files import Piece
 
 Int64Array = npt.NDArray[np.int64]
 
-_MOST_OPEN_FILES = 64
+_SUMMED_TOKENS = 1 << 20  # at a time, which bounds the memory
 
 
 class TokenStream(Protocol):
@@ -41,9 +39,10 @@ class TokenStream(Protocol):
 
 
 class ByteStream:
-    """The bytes of many files end to end, memory-mapped when they are read.
+    """The bytes of many files end to end, read when they are needed.
 
-    At most 64 files are mapped at a time, so a folder of any size can be read.
+    A file is open only while it is read, so a folder of any size can be read. It is not
+    memory-mapped: if a mapped file is cut short, the next access kills the process with SIGBUS.
 
     Args:
         pieces: What to concatenate, in order; none may be empty.
@@ -52,7 +51,6 @@ class ByteStream:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._ends = list(itertools.accumulate(piece.num_bytes for piece in pieces))
-        self._mapped: OrderedDict[Path, mmap.mmap] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -66,7 +64,12 @@ class ByteStream:
         return np.ones(stop - start, dtype=np.int64)
 
     def text_of(self, start: int, stop: int) -> bytes:
-        """Bytes `start` … `stop − 1`, which must lie inside the stream."""
+        """Bytes `start` … `stop − 1`, which must lie inside the stream.
+
+        Raises:
+            IndexError: If they do not.
+            OSError: If a file was removed or has become shorter.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(
                 f"start is {start} and stop {stop}; they must be in order and within the "
@@ -78,37 +81,23 @@ class ByteStream:
             piece = self._pieces[index]
             here = piece.stop - (self._ends[index] - start)  # offset inside the file
             taken = min(stop - start, piece.stop - here)
-            part = self._map(piece)[here : here + taken]
-            if len(part) != taken:
-                raise OSError(
-                    f"{piece.path} has become shorter since it was opened; start again, and leave "
-                    f"the text unchanged while it is read."
-                )
-            parts.append(part)
+            parts.append(_read_exactly(piece.path, here, taken))
             start += taken
             index += 1
         return b"".join(parts)
 
-    def _map(self, piece: Piece) -> mmap.mmap:
-        mapped = self._mapped.get(piece.path)
-        if mapped is None:
-            with piece.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._mapped[piece.path] = mapped
-            if len(self._mapped) > _MOST_OPEN_FILES:
-                self._mapped.popitem(last=False)[1].close()
-        self._mapped.move_to_end(piece.path)
-        return mapped
-
 
 class TokenFile:
-    """Tokens and their byte lengths in two memory-mapped files, and the text they stand for.
+    """Tokens and their byte lengths in two files, and the text they stand for.
 
     Args:
         tokens: Path of the token ids.
         token_dtype: Of the ids in that file.
         byte_lengths: Path of as many uint32: the number of bytes that each token stands for.
         text: The bytes that were tokenised.
+
+    Raises:
+        OSError: If a file is missing, or the two hold different numbers of tokens.
     """
 
     def __init__(
@@ -118,23 +107,62 @@ class TokenFile:
         byte_lengths: Path,
         text: ByteStream,
     ) -> None:
-        self._tokens = np.memmap(tokens, dtype=token_dtype, mode="r")
-        self._byte_lengths = np.memmap(byte_lengths, dtype=np.uint32, mode="r")
+        self._tokens = _NumberFile(tokens, token_dtype)
+        self._byte_lengths = _NumberFile(byte_lengths, np.dtype(np.uint32))
         self._text = text
+        if len(self._tokens) != len(self._byte_lengths):
+            raise OSError(
+                f"{str(tokens)!r} has {len(self._tokens)} tokens and {str(byte_lengths)!r} "
+                f"{len(self._byte_lengths)}; they must have as many, so remove both, and the text "
+                f"is tokenised again."
+            )
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def read(self, start: int, stop: int) -> Int64Array:
         """Token ids, `(stop − start,)`."""
-        return self._tokens[start:stop].astype(np.int64)
+        return self._tokens.read(start, stop)
 
     def byte_lengths(self, start: int, stop: int) -> Int64Array:
         """Bytes per token, `(stop − start,)`; over the whole file they add up to the text."""
-        return self._byte_lengths[start:stop].astype(np.int64)
+        return self._byte_lengths.read(start, stop)
 
     def text_of(self, start: int, stop: int) -> bytes:
         """The bytes these tokens stand for; exact where the text is UTF-8."""
-        before = int(self._byte_lengths[:start].sum(dtype=np.int64))
-        after = before + int(self._byte_lengths[start:stop].sum(dtype=np.int64))
+        before = sum(
+            int(self._byte_lengths.read(first, min(first + _SUMMED_TOKENS, start)).sum())
+            for first in range(0, start, _SUMMED_TOKENS)
+        )
+        after = before + int(self._byte_lengths.read(start, stop).sum())
         return self._text.text_of(min(before, len(self._text)), min(after, len(self._text)))
+
+
+class _NumberFile:
+    """A file of unsigned integers, read in parts."""
+
+    def __init__(self, path: Path, dtype: np.dtype[np.unsignedinteger[Any]]) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._length = path.stat().st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> Int64Array:
+        size = self._dtype.itemsize
+        stop = min(stop, self._length)
+        content = _read_exactly(self._path, start * size, max(0, stop - start) * size)
+        return np.frombuffer(content, dtype=self._dtype).astype(np.int64)
+
+
+def _read_exactly(path: Path, start: int, num_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read(num_bytes)
+    if len(content) != num_bytes:
+        raise OSError(
+            f"{str(path)!r} has become shorter since it was opened; put it back as it was, and "
+            f"leave the text unchanged while it is read."
+        )
+    return content

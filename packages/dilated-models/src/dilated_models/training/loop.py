@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.longnet.saving import checksum
 from dilated_models.text.order import WindowOrder
 from dilated_models.text.streams import TokenStream
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.evaluation import autocast_to
 
 CHECKPOINT_FILE = "checkpoint.pt"
-_CHECKPOINT_FORMAT = 1
+_CHECKPOINT_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,53 +132,91 @@ class TrainingState:
             logits = self.model(inputs)
         return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, run_id: str = "") -> None:
         """Write all that is needed to continue, as `checkpoint.pt`, whole or not at all.
 
         The file holds tensors and plain values only, so `torch.load(..., weights_only=True)` reads
         it.
+
+        Args:
+            folder: Of the run.
+            run_id: Identity of the run; `restore` refuses a checkpoint with another one.
         """
         content = {
             "format_version": _CHECKPOINT_FORMAT,
+            "run_id": run_id,
             "step": self.step,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
+            "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
         with write_atomically(folder / CHECKPOINT_FILE) as part:
-            torch.save(content, part)
+            torch.save(content | {"checksum": checksum(content)}, part)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, *, run_id: str = "") -> None:
         """Continue from `checkpoint.pt`: weights, optimiser, random states and step.
+
+        Args:
+            folder: Of the run.
+            run_id: As given to `save`.
 
         Raises:
             FileNotFoundError: If the folder has no checkpoint.
-            ValueError: If the file is damaged or belongs to another model.
+            ValueError: If the file is damaged or belongs to another run or model, or has more steps
+                than the run has to do.
         """
         path = folder / CHECKPOINT_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{str(folder)!r} has no {CHECKPOINT_FILE}; --resume must have one, so train "
-                f"without --resume."
+                f"{str(folder)!r} has no {CHECKPOINT_FILE}; --resume must have one, so start again "
+                f"in another folder."
+            )
+        content = _read_checkpoint(path, run_id)
+        if content["step"] > self.config.steps:
+            raise ValueError(
+                f"steps is {self.config.steps} and the run has done {content['step']}; it must be "
+                f"at least that, so give more --steps or leave it out."
             )
         try:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format_version"] != _CHECKPOINT_FORMAT:
-                raise ValueError(
-                    f"its format is {content['format_version']!r}; it must be "
-                    f"{_CHECKPOINT_FORMAT}, so use the version of dilated-models that wrote it."
-                )
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.step, self.seconds = int(content["step"]), float(content["seconds"])
-            torch.set_rng_state(content["cpu_rng"])
-            if self.device.type == "cuda" and content["cuda_rng"]:
-                torch.cuda.set_rng_state_all(content["cuda_rng"])
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{str(path)!r} cannot be resumed from: {reason}") from error
+        self.step, self.seconds = content["step"], content["seconds"]
+        torch.set_rng_state(content["cpu_rng"])
+        if self.device.type == "cuda" and content["cuda_rng"]:
+            torch.cuda.set_rng_state_all(content["cuda_rng"])
+
+
+def _read_checkpoint(path: Path, run_id: str) -> dict[str, Any]:
+    """The content of a checkpoint, once its checksum and its run are found right."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        version, written = content["format_version"], content.pop("checksum", None)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise nearly any type
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} cannot be resumed from: {reason}") from error
+    if version != _CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{str(path)!r} cannot be resumed from: its format is {version!r}; it must be "
+            f"{_CHECKPOINT_FORMAT}, so use the version of dilated-models that wrote it."
+        )
+    if checksum(content) != written:
+        raise ValueError(
+            f"{str(path)!r} is damaged: its checksum is wrong, so the bytes are not those that "
+            f"were saved; put back a copy, or start again in another folder."
+        )
+    if content["run_id"] != run_id:
+        raise ValueError(
+            f"{str(path)!r} belongs to another run than its folder; put back the folder's own "
+            f"checkpoint, or start again in another folder."
+        )
+    return content
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -28,16 +28,16 @@ def test_is_causal_is_a_bool(function, value):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("causal", True, "has no argument 'causal'; it is called is_causal"),
-        ("softmax_scale", 0.1, "has no argument 'softmax_scale'; it is called scale"),
-        ("attn_mask", None, "has no argument 'attn_mask'; its arguments are q, k, v, pattern"),
+        ("causal", True, "^NAME has no argument 'causal'; it is called is_causal"),
+        ("softmax_scale", 0.1, "^NAME has no argument 'softmax_scale'; it is called scale"),
+        ("attn_mask", None, "^NAME has no argument 'attn_mask'; its arguments are q, k, v, patt"),
         ("backend", ["x"], r"backend is \['x'\]; it must be 'auto' or the name of one of"),
         ("backend", None, "backend is None; it must be 'auto' or the name of one of"),
     ],
 )
 def test_names_and_types(function, name, value, message):
     x = torch.zeros(1, 5, 2, 4)
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=message.replace("NAME", function.__name__)):
         function(x, x, x, PATTERN, **{name: value})
 
 

@@ -188,7 +188,7 @@ def test_one_pair_is_saved_for_all_branches():
         ({"k": torch.zeros(1, 6, 2, 4)}, ValueError, "dilated attention is self-attention, so they "
          "must be equal but for the heads"),
         ({"k": torch.zeros(1, 5, 1, 4)}, ValueError, "must be equal but for the heads"),
-        ({n: torch.zeros(1, 5, 4, 4) for n in "kv"}, ValueError, "q has 2 heads and k and v have 4"
+        ({n: torch.zeros(1, 5, 4, 4) for n in "kv"}, ValueError, "q has 2 heads and k and v 4"
          "; the heads of k and v must divide those of q"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; it must be at least 0 and below 1"),
         ({"dropout_p": "0"}, TypeError, "dropout_p is '0'; it must be a number"),

@@ -1,6 +1,6 @@
-"""What docs/numerics.md promises for scores up to 100 000: where the budget holds, and where not.
+"""What docs/numerics.md promises for scores up to 100 000, and for infinite ones.
 
-The errors are those against the float64 oracle, beside PyTorch's own on the same problem.
+Errors are those against the float64 oracle, beside PyTorch's own on the same problem.
 """
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 from dilated_core import DilatedPattern, dilated_attention, reference_dilated_attention
 from dilated_core.testing import relative_error
 from dilated_core.testing.error_budget import pytorch_errors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 ONE = DilatedPattern([96], [1])
 SEVERAL = [DilatedPattern([32, 96], [1, 3]), DilatedPattern([96, 96, 96], [1, 1, 1])]
@@ -52,3 +54,40 @@ def test_several_branches_leave_it_in_dv_alone_and_by_the_rounding_of_lse(
     assert errors[3] <= allowed[3] + spacing
     if magnitude <= 10:
         assert errors[3] <= allowed[3]
+
+
+def _infinite(case):
+    """q, k and v of four positions: query 1, key 2, or all scores are −∞."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 2, 4).unbind()
+    if case == "query":
+        k[..., 0] = -1
+        q[:, 1] = torch.tensor([torch.inf, 0, 0, 0])
+    else:
+        q[..., 0] = 1
+        k[:, 2 if case == "key" else slice(None)] = torch.tensor([-torch.inf, 0, 0, 0])
+    return [x.requires_grad_() for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0])
+@pytest.mark.parametrize("case", ["query", "key", "everything"])
+def test_infinite_scores_as_in_pytorch(case, scale):
+    tensors = _infinite(case)
+    out = dilated_attention(*tensors, DilatedPattern([4], [1]), scale=scale, backend="eager")
+    with sdpa_kernel([SDPBackend.MATH]):
+        wanted = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), scale=scale)
+    wanted = wanted.transpose(1, 2)
+    pairs = [
+        (out, wanted),
+        *zip(*(torch.autograd.grad(x.sum(), tensors) for x in (out, wanted)), strict=True),
+    ]
+    for a, e in pairs:
+        torch.testing.assert_close(a, e, equal_nan=True)
+
+
+def test_a_branch_whose_scores_are_all_infinite_adds_nothing():
+    q, k, v = torch.randn(3, 1, 4, 2, 4, dtype=torch.float64).unbind()
+    q[..., 0], k[:, :2] = 1, torch.tensor([-torch.inf, 0, 0, 0])
+    pattern = DilatedPattern([2, 4], [1, 1])  # queries 0 and 1 see finite scores in branch 2 alone
+    out = dilated_attention(q, k, v, pattern, backend="eager")
+    torch.testing.assert_close(out, reference_dilated_attention(q, k, v, pattern))

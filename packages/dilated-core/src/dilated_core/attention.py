@@ -51,7 +51,7 @@ def dilated_attention_with_lse(
         (float64 for float64 inputs).
     """
     if unknown:
-        check_names("dilated_attention", unknown, _ARGUMENTS)
+        check_names("dilated_attention_with_lse", unknown, _ARGUMENTS)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
         if key_padding_mask is not None:
@@ -147,6 +147,8 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, pattern, is_causal=True).shape
         torch.Size([1, 100, 4, 16])
     """
+    if unknown:
+        check_names("dilated_attention", unknown, _ARGUMENTS)
     return dilated_attention_with_lse(
         q,
         k,
@@ -160,7 +162,6 @@ def dilated_attention(
         head_range=head_range,
         max_workspace_bytes=max_workspace_bytes,
         backend=backend,
-        **unknown,
     ).out
 
 

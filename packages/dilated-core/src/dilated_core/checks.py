@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import wraps
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Config = TypeVar("Config")
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -258,6 +262,28 @@ def check_names(
         if name in known:
             continue
         raise TypeError(f"{owner} has no argument {name!r}; {_advice(name, known, elsewhere)}.")
+
+
+def answers_names(elsewhere: Mapping[str, str]) -> Callable[[type[Config]], type[Config]]:
+    """Let a dataclass of options answer unknown keywords as `check_names` does.
+
+    Args:
+        elsewhere: Answers for arguments of other functions, see `check_names`.
+    """
+
+    def decorate(config: type[Config]) -> type[Config]:
+        init = config.__init__
+        known = inspect.signature(config).parameters
+
+        @wraps(init)
+        def construct(self: Any, *args: Any, **options: Any) -> None:
+            check_names(type(self).__name__, options, known, elsewhere)
+            init(self, *args, **options)
+
+        setattr(config, "__init__", construct)  # noqa: B010
+        return config
+
+    return decorate
 
 
 def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Which way a call takes: straight to the kernels, through an operator, or as a transform.
+"""How a call reaches its backend: directly, through an operator, or as a transform.
 
 A plain eager call skips the dispatcher, which is half of what a small call costs.
 """
@@ -85,7 +85,7 @@ def attend(
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether operators on these tensors go straight to their kernels."""
+    """Whether no compiler, mode, tensor subclass or transform must see these tensors' operators."""
     if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() > 0:
         return False
     for x in tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -14,19 +15,20 @@ from dilated_core.pattern.branches import DilatedPattern, check_pattern
 def check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     pattern: DilatedPattern,
     *,
     is_packed: bool = False,
 ) -> None:
-    """Check what users pass to attention.
+    """Check what users pass to attention, or with None for v to a function of q and k alone.
 
     Raises:
         TypeError: If an argument is of the wrong type or the tensors' dtypes differ.
         ValueError: If shapes or devices do not fit together.
     """
     check_pattern(pattern)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    tensors = (q, k) if v is None else (q, k, v)
+    for name, x in zip("qkv", tensors, strict=False):
         check_tensor(name, x)
         if x.dim() != (3 if is_packed else 4):
             raise ValueError(
@@ -38,30 +40,38 @@ def check_inputs(
             )
     *batch_and_sequence, H, D = q.shape
     H_kv = k.shape[-2]
-    if not k.shape == v.shape == (*batch_and_sequence, H_kv, D):
+    last = tensors[-1]  # v, or k without v
+    names, kv = ("q and k", "k") if v is None else ("q, k and v", "k and v")
+    if not k.shape == last.shape == (*batch_and_sequence, H_kv, D):
         raise ValueError(
-            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; "
-            f"dilated attention is self-attention, so they must be equal but for the heads, of "
-            f"which k and v may have fewer."
+            f"{names} have shapes {_listed(tuple(x.shape) for x in tensors)}; dilated attention is "
+            f"self-attention, so they must be equal but for the heads, of which {kv} may have "
+            f"fewer."
         )
     if H_kv != H and (H_kv == 0 or H % H_kv):
         raise ValueError(
-            f"q has {H} heads and k and v have {H_kv}; the heads of k and v must divide those of "
-            f"q, so that each serves equally many."
+            f"q has {H} heads and {kv} {H_kv}; the heads of {kv} must divide those of q, so that "
+            f"each serves equally many."
         )
-    if not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == last.dtype:
         raise TypeError(
-            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must be equal, so "
+            f"{names} have dtypes {_listed(x.dtype for x in tensors)}; they must be equal, so "
             f"convert them with .to(...) first."
         )
     if not q.dtype.is_floating_point:
-        raise TypeError(f"q, k and v have dtype {q.dtype}; it must be a floating-point dtype.")
-    if not q.device == k.device == v.device:
+        raise TypeError(f"{names} have dtype {q.dtype}; it must be a floating-point dtype.")
+    if not q.device == k.device == last.device:
         raise ValueError(
-            f"q, k and v are on {q.device}, {k.device} and {v.device}; they must be on one device."
+            f"{names} are on {_listed(x.device for x in tensors)}; they must be on one device."
         )
     if D == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
+
+
+def _listed(values: Iterable[object]) -> str:
+    """Two values or more as `a, b and c`."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} and {last}"
 
 
 def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:

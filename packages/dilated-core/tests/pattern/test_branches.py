@@ -65,6 +65,21 @@ def test_mistakes(lengths, rates, options, error, message):
         DilatedPattern(lengths, rates, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("segment_length", "it is called segment_lengths"),
+        ("dilation_rate", "it is called dilation_rates"),
+        ("is_causal", "it is passed to dilated_attention"),
+        ("softmax_scale", "it is called scale, and is passed to dilated_attention"),
+        ("depth", "its arguments are segment_lengths, dilation_rates, head_offsets, padding"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_right_one(name, answer):
+    with pytest.raises(TypeError, match=f"^DilatedPattern has no argument '{name}'; {answer}"):
+        DilatedPattern(**{name: [4], "dilation_rates": [1]})
+
+
 def test_head_offsets_of_paper_and_published_code():
     # 12 heads, r = 4 and 8 heads, r = 3: as measured on the published code.
     blocked = [head_offset(h, 4, 12, "blocked") for h in range(12)]

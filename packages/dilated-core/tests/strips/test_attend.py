@@ -6,6 +6,7 @@ from dilated_core import (
     AttentionOutput,
     DilatedPattern,
     dilated_attention,
+    dilated_attention_with_lse,
     register_backend,
     unregister_backend,
 )
@@ -31,10 +32,25 @@ class Changed(EagerBackend):
         return self.change_gradients(*grads) or grads
 
 
-@pytest.fixture
-def run():
+class Whole(Changed):
+    """A backend for whole patterns, which computes them by `eager`, with its results changed."""
+
+    def dilated_forward(self, q, k, v, pattern, options, *, cu_seqlens):
+        result = dilated_attention_with_lse(q, k, v, pattern, backend="eager")
+        return AttentionOutput(*self.change_output(*result))
+
+    def dilated_backward(self, dout, dlse, q, k, v, out, lse, pattern, options, *, cu_seqlens):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = dilated_attention(*leaves, pattern, backend="eager")
+        grads = torch.autograd.grad(out, leaves, dout)
+        return self.change_gradients(*grads) or grads
+
+
+@pytest.fixture(params=[Changed, Whole])
+def run(request):
     def run(pattern, *, dtype=torch.float32, **changes):
-        register_backend(Changed(**changes))
+        register_backend(request.param(**changes))
         try:
             q, k, v = torch.randn(3, 1, 8, 4, 8, dtype=dtype, requires_grad=True).unbind()
             k, v = k[:, :, :2], v[:, :, :2]
@@ -81,9 +97,14 @@ def test_the_lse_of_half_precision_is_float32(run):
         # One head for each head of q: the sum over the heads that share one is missing.
         (lambda dq, dk, dv: (dq, dq, dv), "'changed' returned dk .* shape of k"),
         (lambda dq, dk, dv: (dq, dk, dv.sum(0)), "'changed' returned dv .* shape of v"),
+        (
+            lambda dq, dk, dv: (dq, dk.double(), dv),
+            r"'changed' returned dk .* in torch.float64; .* and its dtype, torch.float32",
+        ),
+        (lambda dq, dk, dv: (dq, dk), "'changed' returned 2 gradients; it must return dq, dk"),
     ],
 )
-def test_a_gradient_of_the_wrong_shape_is_refused(run, pattern, change, message):
+def test_a_wrong_gradient_is_refused(run, pattern, change, message):
     with pytest.raises(ValueError, match=message):
         run(pattern, backward=change)
 

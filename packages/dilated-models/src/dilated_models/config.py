@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 
 from dilated_core import DilatedAttentionConfig, DilatedPattern
 from dilated_core.checks import (
+    answers_names,
     check_bool,
     check_choice,
     check_integer,
     check_number,
 )
-from dilated_core.modules.options import answers_names
 from dilated_core.pattern.branches import HeadOffsets, Padding
 
 Activation = Literal["relu", "gelu"]

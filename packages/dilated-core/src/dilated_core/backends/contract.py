@@ -9,12 +9,13 @@ of its own below, and a backend has it by having the methods.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from dilated_core.backends.cache_layout import CacheLayout
-from dilated_core.merge import AttentionOutput
+from dilated_core.merge import AttentionOutput, accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern
 
 CONTRACT_VERSION = 2
@@ -74,7 +75,7 @@ class AttentionOptions(NamedTuple):
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""dq, dk, dv, of the shapes of q, k, v."""
+"""dq, dk, dv, of the shapes and the dtype of q, k, v."""
 
 
 @runtime_checkable
@@ -288,3 +289,42 @@ def has_capability(backend: AttentionBackend, capability: type) -> bool:
     each call.
     """
     return issubclass(type(backend), capability)
+
+
+def check_output(backend: Any, out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor) -> None:
+    """Compare the result of a forward method of `backend` with the contract.
+
+    Raises:
+        ValueError: If a shape or a dtype is another one.
+    """
+    if out.shape != q.shape or lse.shape != q.shape[:-1]:
+        raise ValueError(
+            f"backend {backend.name!r} returned out of shape {tuple(out.shape)} and lse of shape "
+            f"{tuple(lse.shape)} for q of shape {tuple(q.shape)}; out must have the shape of "
+            f"q, and lse that shape without head_dim."
+        )
+    if out.dtype != q.dtype or lse.dtype != accumulation_dtype(q.dtype):
+        raise ValueError(
+            f"backend {backend.name!r} returned out in {out.dtype} and lse in {lse.dtype} for q in "
+            f"{q.dtype}; out must have the dtype of q, and lse {accumulation_dtype(q.dtype)}."
+        )
+
+
+def check_gradients(backend: Any, grads: Gradients, tensors: Sequence[torch.Tensor]) -> None:
+    """Compare the result of a backward method of `backend` for q, k and v with the contract.
+
+    Raises:
+        ValueError: If there are not three gradients, or a shape or a dtype is another one.
+    """
+    if len(grads) != 3:
+        raise ValueError(
+            f"backend {backend.name!r} returned {len(grads)} gradients; it must return dq, dk and "
+            f"dv."
+        )
+    for name, grad, x in zip(("dq", "dk", "dv"), grads, tensors, strict=True):
+        if grad.shape != x.shape or grad.dtype != x.dtype:
+            raise ValueError(
+                f"backend {backend.name!r} returned {name} of shape {tuple(grad.shape)} in "
+                f"{grad.dtype}; it must have the shape of {name[1]}, {tuple(x.shape)}, and its "
+                f"dtype, {x.dtype}."
+            )

@@ -99,6 +99,8 @@ class EagerBackend:
         k_BKND, v_BKND = _contiguous(k), _contiguous(v)
         if delta is None:
             delta = (dout * out.to(accumulation_dtype(out.dtype))).sum(-1)
+        # A row without any finite score: exp(−inf − inf) is 0, where exp(−inf + inf) would be NaN.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         delta_BKGM1, lse_BKGM1 = _grouped(delta.unsqueeze(-1), G), _grouped(lse.unsqueeze(-1), G)
         dq = torch.empty_like(q_BKGMD)
         dk, dv = torch.zeros_like(k_BKND), torch.zeros_like(v_BKND)

@@ -258,7 +258,7 @@ def explain_backends(
 def _why_not(backend: AttentionBackend, inputs: AttentionInputs, for_decoding: bool) -> list[str]:
     reasons = backend.why_not(inputs)
     if for_decoding and not isinstance(backend, DecodingBackend):
-        return [*reasons, "it has no decode kernel."]
+        return [*reasons, "it cannot decode."]
     limit = inputs.max_workspace_bytes
     # One reason is enough: a backend may have its own words for it.
     if limit is not None and not reasons and not isinstance(backend, BoundedWorkspaceBackend):

@@ -10,15 +10,9 @@ from typing import NamedTuple, Never, cast
 
 import torch
 
-from dilated_core.checks import (
-    check_bool,
-    check_head_range,
-    check_integer,
-    check_names,
-    check_tensor,
-)
-from dilated_core.inputs import check_key_padding_mask, check_scale
-from dilated_core.pattern.branches import DilatedPattern, check_pattern
+from dilated_core.checks import check_bool, check_head_range, check_integer, check_names
+from dilated_core.inputs import check_inputs, check_key_padding_mask, check_scale
+from dilated_core.pattern.branches import DilatedPattern
 from dilated_core.pattern.visible import unchecked_visible_keys
 
 _GATHERED_ELEMENTS = 2**24
@@ -92,7 +86,7 @@ def attention_rows(
         tensor([0.1667, 0.1667, 0.3333, 0.1667, 0.1667])
     """
     check_names("attention_rows", unknown, _ARGUMENTS)
-    _check(q, k, pattern)
+    check_inputs(q, k, None, pattern)
     check_bool("is_causal", is_causal)
     first_head, num_heads = check_head_range(head_range, q.shape[2])
     if key_padding_mask is not None:
@@ -212,40 +206,6 @@ def _keys_of_rows(
     distinct = positions.new_full((H, N, K + 1), -1).scatter_(-1, column, positions)
     counts = torch.zeros_like(distinct).scatter_add_(-1, column, torch.ones_like(column))
     return distinct[..., :K], counts[..., :K], zero_keys
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, pattern: DilatedPattern) -> None:
-    check_pattern(pattern)
-    for name, x in (("q", q), ("k", k)):
-        check_tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have the four dimensions "
-                f"(batch, sequence, heads, head_dim)."
-            )
-    B, S, H, D = q.shape
-    H_kv = k.shape[2]
-    if k.shape != (B, S, H_kv, D):
-        raise ValueError(
-            f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}; they must be equal but "
-            f"for the heads, of which k may have fewer."
-        )
-    if H_kv != H and (H_kv == 0 or H % H_kv):
-        raise ValueError(
-            f"q has {H} heads and k has {H_kv}; the heads of k must divide those of q, so that "
-            f"each serves equally many."
-        )
-    if q.dtype != k.dtype:
-        raise TypeError(
-            f"q and k have dtypes {q.dtype} and {k.dtype}; they must be equal, so convert them "
-            f"with .to(...) first."
-        )
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q and k have dtype {q.dtype}; it must be a floating-point dtype.")
-    if q.device != k.device:
-        raise ValueError(f"q is on {q.device} and k on {k.device}; they must be on one device.")
-    if D == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
 
 
 def _checked_rows(rows: torch.Tensor | Sequence[int], seq_len: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dilated_core.checks import (
+    answers_names,
     check_bool,
     check_float_dtype,
     check_head_groups,
@@ -22,7 +23,6 @@ from dilated_core.inputs import (
     check_max_workspace_bytes,
     check_scale,
 )
-from dilated_core.modules.options import answers_names
 from dilated_core.pattern.branches import DilatedPattern, HeadOffsets, Padding
 from dilated_core.pattern.ladder import select_segments
 

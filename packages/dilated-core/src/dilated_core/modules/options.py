@@ -17,11 +17,10 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload
 
 from dilated_core.checks import check_names
 
-Config = TypeVar("Config")
 Configs = ParamSpec("Configs")
 Options = ParamSpec("Options")
 
@@ -94,28 +93,6 @@ def from_options(
         shown = signature.replace(parameters=[this, *signature.parameters.values()])
         setattr(construct, "__signature__", shown)  # noqa: B010
         return cast(Any, construct)
-
-    return decorate
-
-
-def answers_names(elsewhere: Mapping[str, str]) -> Callable[[type[Config]], type[Config]]:
-    """Let a dataclass of options answer unknown keywords as `check_names` does.
-
-    Args:
-        elsewhere: Answers for arguments of other functions, see `check_names`.
-    """
-
-    def decorate(config: type[Config]) -> type[Config]:
-        init = config.__init__
-        known = inspect.signature(config).parameters
-
-        @wraps(init)
-        def construct(self: Any, *args: Any, **options: Any) -> None:
-            check_names(type(self).__name__, options, known, elsewhere)
-            init(self, *args, **options)
-
-        setattr(config, "__init__", construct)  # noqa: B010
-        return config
 
     return decorate
 

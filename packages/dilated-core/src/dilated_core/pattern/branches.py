@@ -13,7 +13,13 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
+from dilated_core.checks import (
+    answers_names,
+    check_bool,
+    check_choice,
+    check_head_range,
+    check_integer,
+)
 
 HeadOffsets = Literal["interleaved", "blocked"]
 Padding = Literal["masked", "attended"]
@@ -47,6 +53,12 @@ def kept_rows(length: int, rate: int, offset: int) -> int:
     return max(0, -(-(length - offset) // rate))
 
 
+@answers_names(
+    dict.fromkeys(
+        ("is_causal", "scale", "dropout_p", "key_padding_mask", "cu_seqlens"),
+        "is passed to dilated_attention",
+    )
+)
 @dataclass(frozen=True, slots=True)
 class DilatedPattern:
     """The branches of a dilated attention, and how heads and paddings are treated.
@@ -63,7 +75,7 @@ class DilatedPattern:
             them, as in the published code).
 
     Raises:
-        TypeError: If a length or a rate is not an integer.
+        TypeError: If a length or a rate is not an integer, or an argument is unknown.
         ValueError: If the lists are empty, differ in length or hold a value below 1, or if an
             option is unknown.
 

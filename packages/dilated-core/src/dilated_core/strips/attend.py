@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dilated_core.backends.contract import AttentionBackend, AttentionOptions, Gradients
+from dilated_core.backends.contract import (
+    AttentionBackend,
+    AttentionOptions,
+    Gradients,
+    check_gradients,
+    check_output,
+)
 from dilated_core.merge import (
     AttentionOutput,
     accumulation_dtype,
@@ -110,18 +116,7 @@ def _run(
     """The backend's result for one problem, without zero keys; `q`, `k`, `v` are `viewable`."""
     queries, keys = problem.queries.view(q), problem.keys.view(k)
     result = backend.forward(queries, keys, problem.keys.view(v), _options(options, problem, index))
-    out, lse = result
-    if out.shape != queries.shape or lse.shape != queries.shape[:-1]:
-        raise ValueError(
-            f"backend {backend.name!r} returned out of shape {tuple(out.shape)} and lse of shape "
-            f"{tuple(lse.shape)} for q of shape {tuple(queries.shape)}; out must have the shape of "
-            f"q, and lse that shape without head_dim."
-        )
-    if out.dtype != q.dtype or lse.dtype != accumulation_dtype(q.dtype):
-        raise ValueError(
-            f"backend {backend.name!r} returned out in {out.dtype} and lse in {lse.dtype} for q in "
-            f"{q.dtype}; out must have the dtype of q, and lse {accumulation_dtype(q.dtype)}."
-        )
+    check_output(backend, result[0], result[1], queries)
     return result
 
 
@@ -190,7 +185,7 @@ def differentiate(
             _options(options, problem, i),
             delta=None if delta is None else queries.view(delta),
         )
-        _check_gradients(backend, grads, (q_rows, k_rows, v_rows))
+        check_gradients(backend, grads, (q_rows, k_rows, v_rows))
         if into is None:
             if _covers(queries, q) and _covers(keys, k):
                 dq, dk, dv = (
@@ -284,14 +279,3 @@ def _options(options: AttentionOptions, problem: Problem, index: int) -> Attenti
         options.dropout_seed + index,
         mask,
     )
-
-
-def _check_gradients(
-    backend: AttentionBackend, grads: Gradients, rows: Sequence[torch.Tensor]
-) -> None:
-    for name, grad, x in zip(("dq", "dk", "dv"), grads, rows, strict=True):
-        if grad.shape != x.shape:
-            raise ValueError(
-                f"backend {backend.name!r} returned {name} of shape {tuple(grad.shape)}; it must "
-                f"have the shape of {name[1]}, {tuple(x.shape)}."
-            )

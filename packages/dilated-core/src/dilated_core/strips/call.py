@@ -16,6 +16,8 @@ from dilated_core.backends.contract import (
     AttentionOptions,
     Gradients,
     WholePatternBackend,
+    check_gradients,
+    check_output,
     has_capability,
 )
 from dilated_core.inputs import read_document_bounds
@@ -86,6 +88,7 @@ def forward(
     k, v = without_masked_rows(k, call.options), without_masked_rows(v, call.options)
     pattern = clip_pattern(call.pattern, q.shape[1], q.shape[2])
     out, lse = whole.dilated_forward(q, k, v, pattern, call.options, cu_seqlens=cu_seqlens)
+    check_output(whole, out, lse, q)
     return AttentionOutput(out.contiguous(), lse.contiguous())
 
 
@@ -111,12 +114,11 @@ def backward(
     options = call.options
     k, v = without_masked_rows(k, options), without_masked_rows(v, options)
     pattern = clip_pattern(call.pattern, q.shape[1], q.shape[2])
-    dq, dk, dv = (
-        grad.contiguous()
-        for grad in whole.dilated_backward(
-            dout, dlse, q, k, v, out, lse, pattern, options, cu_seqlens=cu_seqlens
-        )
+    grads = whole.dilated_backward(
+        dout, dlse, q, k, v, out, lse, pattern, options, cu_seqlens=cu_seqlens
     )
+    check_gradients(whole, grads, (q, k, v))
+    dq, dk, dv = (grad.contiguous() for grad in grads)
     if (mask := options.key_padding_mask) is not None:
         dk, dv = (x.masked_fill(mask[:, :, None, None], 0) for x in (dk, dv))
     return dq, dk, dv

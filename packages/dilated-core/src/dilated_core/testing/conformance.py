@@ -178,7 +178,7 @@ class BackendConformance(HostileInputs, Parts):
     def test_backward_uses_the_given_lse(self) -> None:
         """On half of the keys, with out and lse of all keys, gradients add up to the whole."""
         dtype, bound = self._sharpest()
-        kernel = get_backend(self.backend)
+        backend = get_backend(self.backend)
         case = Case(seq_len=32, pattern=DilatedPattern([32], [1]), batch_size=2)
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
         out, lse = self._attend(case, q, k, v)
@@ -188,7 +188,7 @@ class BackendConformance(HostileInputs, Parts):
         with torch.no_grad():
             for queries in halves:
                 for keys in halves:
-                    dq, dk, dv = kernel.backward(
+                    dq, dk, dv = backend.backward(
                         dout[:, queries], q[:, queries], k[:, keys], v[:, keys],
                         out[:, queries], lse[:, queries],
                         AttentionOptions(is_causal=False, scale=case.head_dim**-0.5),
@@ -203,22 +203,22 @@ class BackendConformance(HostileInputs, Parts):
     def test_strips_with_a_mask_for_each_head(self, is_causal: bool) -> None:
         """Heads that keep other positions have other keys masked; here, all keys of one."""
         dtype, bound = self._sharpest()
-        kernel = get_backend(self.backend)
+        backend = get_backend(self.backend)
         case = Case(seq_len=24, head_dim=16, num_kv_heads=2, pattern=DilatedPattern([24], [1]))
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
         inputs = AttentionInputs(
             *(q.device, dtype, 4, 16), num_kv_heads=2, has_key_padding_mask=True
         )
-        if self.may_refuse and (reasons := kernel.why_not(inputs)):
+        if self.may_refuse and (reasons := backend.why_not(inputs)):
             pytest.skip(" ".join(reasons))
         hidden = torch.rand(1, 24, 2, generator=torch.Generator().manual_seed(0)) < 0.3
         hidden[:, :, 1] = True
         hidden = hidden.to(self.device)
         options = AttentionOptions(is_causal, 0.3, key_padding_mask=hidden)
         with torch.no_grad():
-            out, lse = kernel.forward(q, k, v, options)
+            out, lse = backend.forward(q, k, v, options)
             row_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-            got = kernel.backward(dout, q, k, v, out, row_lse, options)
+            got = backend.backward(dout, q, k, v, out, row_lse, options)
         Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
         scores = 0.3 * torch.einsum("bqhd,bkhd->bhqk", Q, K.repeat_interleave(2, 2))
         is_masked = hidden.repeat_interleave(2, 2).permute(0, 2, 1)[:, :, None, :]

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dilated_core.checks import check_choice, check_integer, check_number
-from dilated_core.modules.options import answers_names
+from dilated_core.checks import answers_names, check_choice, check_integer, check_number
 
 _INTEGERS: dict[str, dict[str, int]] = {
     "steps": {"at_least": 1},

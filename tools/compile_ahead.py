@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import triton
 from dilated_core import DilatedPattern
-from dilated_core.backends.cache_layout import index_blocks, plan_blocks
+from dilated_core.backends.cache_layout import index_sections, plan_sections
 from dilated_kernels.fused import attention
 from dilated_kernels.fused.attention import Accumulation, make_call
 from dilated_kernels.fused.decoding import decode_launches
@@ -204,8 +204,8 @@ def step_launches(
     """
     pattern = DilatedPattern([256, 512, 1024, 2048, 4096], [1, 2, 4, 6, 12])
     H, H_kv = 4 * group, 4
-    blocks, num_rows = plan_blocks(pattern, H, H_kv, None)
-    layout = index_blocks(pattern, blocks, H, None, torch.device("cpu"))
+    sections, num_rows = plan_sections(pattern, H, H_kv, None)
+    layout = index_sections(pattern, sections, H, None, torch.device("cpu"))
     q, out = (torch.zeros(2, 1, H, head_dim, dtype=dtype) for _ in range(2))
     k = v = torch.zeros(2, 1, H_kv, head_dim, dtype=dtype)
     keys = values = torch.zeros(2, num_rows, head_dim, dtype=dtype)

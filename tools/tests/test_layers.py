@@ -21,7 +21,7 @@ GOOD = {
     "dilated_core/transforms.py": "import dilated_core.ops",
     "dilated_core/backends/__init__.py": "import dilated_core.merge",
     "dilated_core/checks.py": "",
-    "dilated_core/decoding/__init__.py": "import dilated_core.backends",
+    "dilated_core/decoding/__init__.py": "import dilated_core.strips",
     "dilated_core/inputs.py": "import dilated_core.checks",
     "dilated_core/inspection/__init__.py": "import dilated_core.inputs",
     "dilated_core/merge.py": "",

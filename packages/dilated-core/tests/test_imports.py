@@ -74,6 +74,7 @@ def test_public_names():
         "create_multihead_dilated_attention",
         "decode_step",
         "decode_step_with_lse",
+        "decode_tokens",
         "decoding_cache_nbytes",
         "decoding_cache_rows",
         "differentiate_",

@@ -18,8 +18,10 @@ from dilated_core.backends.registry import (
     register_backend,
     unregister_backend,
 )
-from dilated_core.decoding.cache import DecodingCache, decode_step, decode_step_with_lse
+from dilated_core.decoding.cache import DecodingCache
 from dilated_core.decoding.size import decoding_cache_nbytes, decoding_cache_rows
+from dilated_core.decoding.step import decode_step, decode_step_with_lse
+from dilated_core.decoding.tokens import decode_tokens
 from dilated_core.inspection.attention_rows import AttentionRows, attention_rows
 from dilated_core.inspection.memory_profile import MemoryProfile, memory_profile
 from dilated_core.merge import AttentionOutput, empty_partial, fold_, merge_partials
@@ -68,6 +70,7 @@ __all__ = [
     "attention_rows",
     "decode_step",
     "decode_step_with_lse",
+    "decode_tokens",
     "decoding_cache_nbytes",
     "decoding_cache_rows",
     # the pattern

@@ -7,13 +7,14 @@ tie the rounding of two scores decides, and another problem has other ties.
 import pytest
 import torch
 from dilated_core import (
+    DecodingCache,
     DilatedPattern,
+    decode_step,
     dilated_attention_streamed,
     reference_dilated_attention,
     tensor_sink,
     tensor_source,
 )
-from dilated_core.decoding.cache import DecodingCache, decode_step
 from dilated_core.testing import relative_error
 from dilated_core.testing.error_budget import pytorch_errors
 

@@ -17,13 +17,15 @@ def filled(**options):
     return cache
 
 
-@pytest.mark.parametrize("position", [20, torch.tensor(20), torch.tensor(20, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "positions", [[20, 12], (20, 12), torch.tensor([20, 12]), torch.tensor([20, 12]).int()]
+)
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
-def test_what_fits_is_loaded(position, kind):
+def test_what_fits_is_loaded(positions, kind):
     before, cache = filled(), filled()
-    cache.load_state_dict(kind(before.state_dict() | {"position": position}))
-    assert type(cache.position) is int
-    assert cache.position == 20
+    cache.load_state_dict(kind(before.state_dict() | {"positions": positions}))
+    assert cache.positions == (20, 12)
+    assert {type(position) for position in cache.positions} == {int}
     assert torch.equal(cache.keys, before.keys)
     assert torch.equal(cache.values, before.values)
 
@@ -40,25 +42,28 @@ def test_values_are_copied_as_they_are():
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (ValueError, "position is -3; it must be at least 0", {"position": torch.tensor(-3)}),
-        (ValueError, "position is 101; it must be at most 100", {"position": torch.tensor(101)}),
-        (TypeError, r"position is tensor\(2.7000\); it must be", {"position": torch.tensor(2.7)}),
-        (TypeError, "position is 2.7; it must be an integer", {"position": 2.7}),
-        (TypeError, "position is '3'; it must be an integer", {"position": "3"}),
-        (TypeError, "position is None; it must be an integer", {"position": None}),
-        (TypeError, "position is True; it must be an integer", {"position": True}),
-        (TypeError, r"position is tensor\(True\); it", {"position": torch.tensor(True)}),
-        (ValueError, r"position is a tensor of shape \(1,\) on cpu", {"position": torch.ones(1)}),
-        (ValueError, r"position is a tensor of shape \(\) on meta in state_dict; it must be a "
-         r"single integer", {"position": torch.tensor(1, device="meta")}),
+        (ValueError, "an entry of positions is -3; it must be at least 0", {"positions": [0, -3]}),
+        (ValueError, "an entry of positions is 101; it must be at most 100",
+         {"positions": torch.tensor([101, 0])}),
+        (TypeError, r"an entry of positions is 2.5; it must be an integer",
+         {"positions": torch.tensor([2.5, 0])}),
+        (TypeError, "an entry of positions is True; it", {"positions": torch.tensor([True, True])}),
+        (TypeError, "an entry of positions is None; it must be", {"positions": [1, None]}),
+        (TypeError, "positions is a str; it must be a tensor or a list", {"positions": "34"}),
+        (TypeError, "positions is a int; it must be a tensor or a list", {"positions": 3}),
+        (ValueError, "positions has 3 entries; .* here 2", {"positions": [1, 2, 3]}),
+        (ValueError, r"positions is a tensor of shape \(\) on cpu; it must have one dimension",
+         {"positions": torch.tensor(1)}),
+        (ValueError, r"positions is a tensor of shape \(2,\) on meta; it must have one dimension "
+         r"and lie on a device that holds values", {"positions": torch.ones(2, device="meta")}),
         (TypeError, "keys is a list; it must be a tensor", {"keys": [1.0]}),
         (TypeError, "values is a NoneType; it must be a tensor", {"values": None}),
         (ValueError, "values is .* of torch.float64 in state_dict and .* of torch.float32 here",
          {"values": filled().values.double()}),
         (ValueError, r"keys is \(3, 88, 6\) of .* in state_dict and \(2, 88, 6\)",
          {"keys": filled(batch_size=3).keys}),
-        (ValueError, r"the entries \['extra', 'keys', 'position', 'values'\]; it", {"extra": 1}),
-        (ValueError, r"the entries \['1', 'keys', 'position', 'values'\]; it", {1: 1}),
+        (ValueError, r"the entries \['extra', 'keys', 'positions', 'values'\]; it", {"extra": 1}),
+        (ValueError, r"the entries \['1', 'keys', 'positions', 'values'\]; it", {1: 1}),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_changes_nothing(error, message, change):
@@ -77,8 +82,8 @@ def test_a_missing_entry_and_what_is_no_state():
         cache.load_state_dict({name: state[name] for name in ("keys", "values")})
     with pytest.raises(TypeError, match="state_dict is a list; it must be a dict"):
         cache.load_state_dict([state])
-    with pytest.raises(ValueError, match="position is 4611686018427387905; it must be at most"):
-        cache.load_state_dict(state | {"position": torch.tensor(2**62 + 1)})
+    with pytest.raises(ValueError, match="an entry of positions is 4611686018427387905; it must"):
+        cache.load_state_dict(state | {"positions": torch.tensor([0, 2**62 + 1])})
 
 
 def test_a_state_on_another_device_is_loaded():

@@ -87,6 +87,22 @@ class ShortSplits(TritonBackend):
         return decoding.decode_forward(*tensors, **options, elements_per_split=self.elements)
 
 
+def test_sequences_at_different_positions():
+    """Each run of neighbours at one position is a call of its own, on its part of the cache."""
+    tensors = random_tokens(50, batch_size=3)
+    _, k, v = tensors
+    (cache,) = caches(tensors, PATTERN, count=1)
+    lengths = [41, 9, 9]
+    cache.prefill(k[:, :41], v[:, :41], lengths=lengths)
+    now = [torch.stack([x[i, n : n + 1] for i, n in enumerate(lengths)]) for x in tensors]
+    got = decode_step_with_lse(*now, cache, backend="triton-test")
+    want = reference_dilated_attention_with_lse(*tensors, PATTERN, is_causal=True)
+    for result, exact in zip(got, want, strict=True):
+        rows = torch.stack([exact[i, n : n + 1] for i, n in enumerate(lengths)])
+        torch.testing.assert_close(result, rows.float(), **FLOAT32)
+    assert cache.positions == (42, 10, 10)
+
+
 @pytest.fixture(autouse=True)
 def short_splits():
     """Register the kernels as "triton-test"."""
@@ -335,7 +351,7 @@ def test_positions_beyond_32_bits(start, keys_per_split):
     near, far = caches(tensors, PATTERN)
     want = decode(near, tensors, 0)
     assert all(start % w == 0 for w, _ in PATTERN.branches)
-    far.position = start
+    far._positions = [start]
     steps = [
         decode_step_with_lse(*(x[:, t : t + 1] for x in tensors), far, backend="triton-test")
         for t in range(14)
@@ -356,7 +372,7 @@ def test_long_segments_at_positions_that_take_32_bits(position, r):
     ours, eagers = caches(tensors, DilatedPattern([2**36], [r]))
     results = []
     for cache, backend in ((ours, "triton"), (eagers, "eager")):
-        cache.position = position
+        cache._positions = [position]
         cache.keys.fill_(0.5)
         cache.values.fill_(0.5)
         results.append(decode_step_with_lse(*tensors, cache, backend=backend))
@@ -376,7 +392,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
     assert cache.keys.numel() > 2**31
     cache.keys.zero_()
     cache.values.fill_(1.0)
-    cache.position = w - 1
+    cache._positions = [w - 1] * 5
     q, k, v = tensors
     out, lse = decode_step_with_lse(q, k * 0, v, cache, backend="triton-test")
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(w)), rtol=1e-5, atol=0)

@@ -15,7 +15,7 @@ from dilated_core.pattern.branches import Branch, DilatedPattern, head_offset, k
 MAX_POSITION = 2**62
 
 
-class Block(NamedTuple):
+class Section(NamedTuple):
     """Rows of the cache that belong to one branch and one offset of heads.
 
     Attributes:
@@ -33,19 +33,19 @@ class Block(NamedTuple):
     q_heads: list[list[int]]
 
 
-def plan_blocks(
+def plan_sections(
     pattern: DilatedPattern,
     num_heads: int,
     num_kv_heads: int,
     max_seq_len: int | None,
     head_range: tuple[int, int] | None = None,
-) -> tuple[list[list[Block]], int]:
-    """The blocks of each branch, one after the other in the cache, and the number of all rows.
+) -> tuple[list[list[Section]], int]:
+    """The sections of each branch, one after the other in the cache, and the number of all rows.
 
     With `head_range` (first, total), head h here has the offset of head first + h of `total`.
     """
     first_head, total = head_range or (0, num_heads)
-    blocks: list[list[Block]] = []
+    sections: list[list[Section]] = []
     first_row = 0
     for w, r in pattern.branches:
         w = w if max_seq_len is None else min(w, max_seq_len)
@@ -55,22 +55,22 @@ def plan_blocks(
             kv_head = head // (num_heads // num_kv_heads)
             readers.setdefault((offset, kv_head), []).append(head)
         # Where r does not divide H / H_kv, some heads of k and v have one reader more than others.
-        # A block holds heads with equally many readers, so that its queries are a dense matrix.
+        # A section holds heads with equally many readers, so that its queries are a dense matrix.
         regular: dict[tuple[int, int], list[int]] = {}
         for (offset, kv_head), heads in readers.items():
             regular.setdefault((offset, len(heads)), []).append(kv_head)
-        branch: list[Block] = []
+        branch: list[Section] = []
         for (offset, _), kv_heads in regular.items():
             num_rows = kept_rows(w, r, offset)
             q_heads = [readers[offset, kv_head] for kv_head in kv_heads]
-            branch.append(Block(offset, first_row, num_rows, kv_heads, q_heads))
+            branch.append(Section(offset, first_row, num_rows, kv_heads, q_heads))
             first_row += len(kv_heads) * num_rows
-        blocks.append(branch)
-    return blocks, first_row
+        sections.append(branch)
+    return sections, first_row
 
 
-class IndexedBlock:
-    """A block of the plan with its heads as index tensors on the device of the cache.
+class IndexedSection:
+    """A section of the plan with its heads as index tensors on the device of the cache.
 
     Attributes:
         offset: Position in a segment at which its heads start.
@@ -79,16 +79,16 @@ class IndexedBlock:
         shape: Heads of k and v, and heads of q that read each of them.
     """
 
-    def __init__(self, block: Block, device: torch.device) -> None:
-        self.offset = block.offset
-        self.kv_heads = torch.tensor(block.kv_heads, device=device)
-        self.q_heads = torch.tensor(block.q_heads, device=device).flatten()
-        self._first_row = block.first_row
-        self._num_rows = block.num_rows
-        self.shape = (len(block.kv_heads), len(block.q_heads[0]))
+    def __init__(self, section: Section, device: torch.device) -> None:
+        self.offset = section.offset
+        self.kv_heads = torch.tensor(section.kv_heads, device=device)
+        self.q_heads = torch.tensor(section.q_heads, device=device).flatten()
+        self._first_row = section.first_row
+        self._num_rows = section.num_rows
+        self.shape = (len(section.kv_heads), len(section.q_heads[0]))
 
     def view(self, cached: torch.Tensor) -> torch.Tensor:
-        """The block's part of the keys or values: `(B, heads of k and v, rows, D)`."""
+        """The section's part of the keys or values: `(B, heads of k and v, rows, D)`."""
         B, _, D = cached.shape
         G, M = self.shape[0], self._num_rows
         return cached[:, self._first_row : self._first_row + G * M].view(B, G, M, D)
@@ -98,33 +98,33 @@ class CacheLayout(NamedTuple):
     """Which rows of a cache belong to which heads, made once so that a step copies nothing.
 
     The token at position t has the index i = t mod w in its segment. A branch keeps this token for
-    the heads whose offset is i mod r, in row i // r of their block, and these heads see the rows up
-    to this row. Heads with another offset see nothing of the branch. Heads of q that share an
+    the heads whose offset is i mod r, in row i // r of their section, and these heads see the rows
+    up to this row. Heads with another offset see nothing of the branch. Heads of q that share an
     offset and a head of k and v read the same rows.
 
     Attributes:
         branches: w and r of each branch, clipped to 64 bits.
-        blocks: For each branch, its blocks with their heads.
+        sections: For each branch, its sections with their heads.
         branch_table: int64 `(branches, 2)`: `branches` on the device of the cache.
         offsets: int64 `(branches, H)`: position in a segment at which each head of q starts.
-        first_rows: int64 `(branches, H)`: the first row of the block that each head of q reads.
+        first_rows: int64 `(branches, H)`: the first row of the section that each head of q reads.
     """
 
     branches: tuple[Branch, ...]
-    blocks: list[list[IndexedBlock]]
+    sections: list[list[IndexedSection]]
     branch_table: torch.Tensor
     offsets: torch.Tensor
     first_rows: torch.Tensor
 
 
-def index_blocks(
+def index_sections(
     pattern: DilatedPattern,
-    blocks: list[list[Block]],
+    sections: list[list[Section]],
     num_heads: int,
     max_seq_len: int | None,
     device: torch.device,
 ) -> CacheLayout:
-    """The blocks of `plan_blocks` with their index tensors on `device`."""
+    """The sections of `plan_sections` with their index tensors on `device`."""
     longest = MAX_POSITION if max_seq_len is None else min(max_seq_len, MAX_POSITION)
     lengths = [min(w, longest) for w in pattern.segment_lengths]
     # A rate beyond w keeps what w as the rate keeps; the offsets are those of the rate itself.
@@ -132,16 +132,16 @@ def index_blocks(
         Branch(w, min(r, w)) for w, r in zip(lengths, pattern.dilation_rates, strict=True)
     )
     # On the CPU whatever the default device is: they are filled entry by entry.
-    table = torch.zeros(2, len(blocks), num_heads, dtype=torch.int64, device="cpu")
+    table = torch.zeros(2, len(sections), num_heads, dtype=torch.int64, device="cpu")
     offsets, first_rows = table.unbind()
-    for index, branch in enumerate(blocks):
-        for block in branch:
-            for i, q_heads in enumerate(block.q_heads):
-                offsets[index, q_heads] = block.offset
-                first_rows[index, q_heads] = block.first_row + i * block.num_rows
+    for index, branch in enumerate(sections):
+        for section in branch:
+            for i, q_heads in enumerate(section.q_heads):
+                offsets[index, q_heads] = section.offset
+                first_rows[index, q_heads] = section.first_row + i * section.num_rows
     return CacheLayout(
         branches,
-        [[IndexedBlock(block, device) for block in branch] for branch in blocks],
+        [[IndexedSection(section, device) for section in branch] for branch in sections],
         torch.tensor(branches, device=device),
         offsets.to(device),
         first_rows.to(device),

@@ -203,7 +203,8 @@ class DecodingBackend(Protocol):
 
         Writes k and v `(B, 1, H_kv, D)` of the token at `position` to its rows of the cache, keys
         and values `(B, rows, D)`. No other row is written, and no row is read that the token does
-        not see.
+        not see. All sequences of a call are at `position`; core calls once for each run of
+        neighbouring sequences at one position, with their part of the batch.
 
         Returns:
             The result for q `(B, 1, H, D)`.

@@ -1,4 +1,4 @@
-"""Decoding one token at a time against a cache that does not grow with the context.
+"""The keys and values that decoding keeps: a cache that does not grow with the context.
 
 B batch, H heads, H_kv heads of k and v, D head_dim, w segment length, r dilation rate.
 
@@ -13,28 +13,24 @@ Heads that share an offset and a head of k and v share the rows of a branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 
-from dilated_core.backends.cache_layout import MAX_POSITION, index_blocks, plan_blocks
-from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.cache_layout import MAX_POSITION, index_sections, plan_sections
 from dilated_core.backends.eager_decoding import append_tokens
-from dilated_core.backends.registry import choose_backend
 from dilated_core.checks import check_float_dtype, check_integer, check_tensor
 from dilated_core.decoding.size import check_sizes
-from dilated_core.inputs import check_scale
-from dilated_core.merge import AttentionOutput
 from dilated_core.pattern.branches import DilatedPattern
 
 
 class DecodingCache:
     """The keys and values that the next tokens of a causal dilated attention can still see.
 
-    Its memory is allocated once, and does not grow with the context. All sequences of the batch are
-    at the same position. A cache can be copied (the copy shares nothing), pickled and saved
+    Its memory is allocated once, and does not grow with the context. Each sequence of the batch has
+    a position of its own. A cache can be copied (the copy shares nothing), pickled and saved
     (`state_dict`). It carries no gradients.
 
     Args:
@@ -53,7 +49,6 @@ class DecodingCache:
 
     Attributes:
         keys, values: `(B, rows, D)`, where rows is `decoding_cache_rows(...)`.
-        position: Tokens seen so far, which is the position of the next one.
 
     Raises:
         TypeError: If `pattern` is no DilatedPattern, a size is no integer, `dtype` not floating or
@@ -93,8 +88,8 @@ class DecodingCache:
         check_float_dtype(dtype)
         self.pattern = pattern
         self.num_heads, self.num_kv_heads, self.max_seq_len, self.head_range = sizes
-        self.position = 0
-        blocks, rows = plan_blocks(pattern, *sizes)
+        self._positions = [0] * batch_size
+        sections, rows = plan_sections(pattern, *sizes)
         if (nbytes := max(1, batch_size) * rows * head_dim * dtype.itemsize) >= 2**63:
             raise ValueError(
                 f"the keys of this cache would take {nbytes} bytes, more than a tensor can have; "
@@ -106,9 +101,29 @@ class DecodingCache:
             shape = (batch_size, rows, head_dim)
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
-            self._layout = index_blocks(
-                pattern, blocks, self.num_heads, self.max_seq_len, self.keys.device
+            self._layout = index_sections(
+                pattern, sections, self.num_heads, self.max_seq_len, self.keys.device
             )
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens that each sequence has seen, which is the position of its next token."""
+        return tuple(self._positions)
+
+    @property
+    def position(self) -> int:
+        """The position of all sequences; 0 if there is no sequence.
+
+        Raises:
+            ValueError: If the sequences are at different positions.
+        """
+        first, *others = self._positions or [0]
+        if any(position != first for position in others):
+            raise ValueError(
+                f"the sequences are at the positions {self.positions}, so they have no common "
+                f"position; read cache.positions."
+            )
+        return first
 
     @property
     def batch_size(self) -> int:
@@ -127,30 +142,36 @@ class DecodingCache:
 
     def reset(self) -> None:
         """Forget all tokens and start again at position 0, in the same memory."""
-        self.position = 0
+        self._positions = [0] * self.batch_size
 
-    def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def prefill(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        lengths: torch.Tensor | Sequence[int] | None = None,
+    ) -> None:
         """Append the keys and values of n tokens at once, as n steps would.
 
-        Copies only the rows that the cache keeps, whatever n is. It returns no attention: for the
-        attention of a prompt, call `dilated_attention(..., is_causal=True)`.
+        Copies only the rows that the cache keeps, whatever n is. It returns no attention: use
+        `decode_tokens` for that, or for a prompt `dilated_attention(..., is_causal=True)`.
 
         Args:
             k, v: `(B, n, H_kv, D)`, dtype and device of the cache; any n.
+            lengths: B integers in [0, n]: of sequence b the first `lengths[b]` tokens are appended,
+                and the others are padding. None: all n of each sequence.
 
         Raises:
-            TypeError: If one is no tensor or of another dtype.
-            ValueError: If shapes or devices do not fit, the cache would exceed `max_seq_len`, or
-                k or v requires a gradient while gradients are enabled.
+            TypeError: If k or v is no tensor or of another dtype, or a length is no integer.
+            ValueError: If shapes or devices do not fit, a length is out of range, the cache would
+                exceed `max_seq_len`, or k or v requires a gradient while gradients are enabled.
         """
         n = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
         self._check("k", k, n, self.num_kv_heads)
         self._check("v", v, n, self.num_kv_heads)
-        self._check_room(n)
-        if n:
-            with torch.no_grad():
-                append_tokens(k, v, self.keys, self.values, self._layout, self.position)
-                self.position += n
+        counts = self._check_lengths(lengths, n)
+        self._check_room(counts)
+        self._append(k, v, counts)
 
     def reorder(self, batch_indices: torch.Tensor | Sequence[int]) -> None:
         """Make batch row i a copy of what batch row `batch_indices[i]` was, as beam search does.
@@ -177,7 +198,8 @@ class DecodingCache:
             raise ValueError(
                 f"batch_indices has shape {tuple(indices.shape)}; it must have one dimension."
             )
-        for index in cast(list[int], indices.tolist()):
+        chosen = cast(list[int], indices.tolist())
+        for index in chosen:
             if not 0 <= index < self.batch_size:
                 raise ValueError(
                     f"batch_indices holds {index}; each must be in [0, B), here B = "
@@ -189,13 +211,14 @@ class DecodingCache:
             keys = self.keys.index_select(0, indices)
             self.values = self.values.index_select(0, indices)
             self.keys = keys
+            self._positions = [self._positions[index] for index in chosen]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of `keys` and `values`, and `position` as an int64 scalar."""
+        """Copies of `keys` and `values`, and `positions` as an int64 tensor of B."""
         return {
             "keys": self.keys.clone(),
             "values": self.values.clone(),
-            "position": torch.tensor(self.position, device="cpu"),
+            "positions": torch.tensor(self._positions, dtype=torch.int64, device="cpu"),
         }
 
     @torch.no_grad()
@@ -207,24 +230,18 @@ class DecodingCache:
         Raises:
             TypeError: If an entry is of the wrong type.
             ValueError: If entries are missing or too many, their shapes or dtypes differ, they hold
-                no values, or the position is negative or beyond `max_seq_len`.
+                no values, or a position is negative or beyond `max_seq_len`.
         """
         expected = {"keys": self.keys, "values": self.values}
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be a dict.")
-        if set(state_dict) != {*expected, "position"}:
+        if set(state_dict) != {*expected, "positions"}:
             raise ValueError(
                 f"state_dict has the entries {sorted(map(str, state_dict))}; it must have keys, "
-                f"values and position."
-            )
-        position: Any = state_dict["position"]
-        if isinstance(position, torch.Tensor) and (position.dim() or position.is_meta):
-            raise ValueError(
-                f"position is a tensor of shape {tuple(position.shape)} on {position.device} in "
-                f"state_dict; it must be a single integer on a device that holds values."
+                f"values and positions."
             )
         longest = MAX_POSITION if self.max_seq_len is None else self.max_seq_len
-        position = check_integer("position", position, at_least=0, at_most=longest)
+        positions = self._integers("positions", state_dict["positions"], longest)
         for name, ours in expected.items():
             given = state_dict[name]
             check_tensor(name, given)
@@ -241,20 +258,34 @@ class DecodingCache:
                 )
         for name, ours in expected.items():
             ours.copy_(state_dict[name])
-        self.position = position
+        self._positions = positions
 
     def __copy__(self) -> DecodingCache:
         # Two caches must not write to the same memory.
         return copy.deepcopy(self)
 
-    def _decode(
-        self, backend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> AttentionOutput:
-        """Append one token and attend from it, with a backend that can decode."""
-        memory = (self.keys, self.values, self._layout)
-        result = backend.decode_forward(q, k, v, *memory, position=self.position, scale=scale)
-        self.position += 1
-        return result
+    def _append(self, k: torch.Tensor, v: torch.Tensor, counts: Sequence[int]) -> None:
+        """Store the first `counts[b]` tokens of each sequence b; the arguments are checked."""
+        with torch.no_grad():
+            for rows, position, count in self._runs(counts):
+                if count:
+                    append_tokens(
+                        *(k[rows, :count], v[rows, :count], self.keys[rows], self.values[rows]),
+                        self._layout,
+                        position,
+                    )
+        self._positions = [p + n for p, n in zip(self._positions, counts, strict=True)]
+
+    def _runs(self, counts: Sequence[int]) -> Iterator[tuple[slice, int, int]]:
+        """Neighbouring sequences at one position that get equally many tokens.
+
+        A run is a slice of the batch, so that its part of the cache is a view.
+        """
+        start = 0
+        for key, run in groupby(zip(self._positions, counts, strict=True)):
+            stop = start + len(list(run))
+            yield slice(start, stop), *key
+            start = stop
 
     def _check(self, name: str, x: torch.Tensor, n: int, heads: int) -> None:
         """Check one tensor of a step or of a prompt."""
@@ -281,91 +312,37 @@ class DecodingCache:
                 f"torch.no_grad() or pass {name}.detach()."
             )
 
-    def _check_room(self, n: int) -> None:
-        if self.max_seq_len is not None and self.position + n > self.max_seq_len:
-            raise ValueError(
-                f"the cache has seen {self.position} tokens and {n} more are given; max_seq_len is "
-                f"{self.max_seq_len}, so make it with a larger one."
+    def _check_lengths(self, lengths: torch.Tensor | Sequence[int] | None, n: int) -> list[int]:
+        return [n] * self.batch_size if lengths is None else self._integers("lengths", lengths, n)
+
+    def _integers(self, name: str, given: Any, at_most: int) -> list[int]:
+        """B integers from 0 on, of a tensor or a sequence."""
+        if isinstance(given, torch.Tensor):
+            if given.dim() != 1 or given.is_meta:
+                raise ValueError(
+                    f"{name} is a tensor of shape {tuple(given.shape)} on {given.device}; it must "
+                    f"have one dimension and lie on a device that holds values."
+                )
+            given = cast(list[Any], given.tolist())
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(
+                f"{name} is a {type(given).__name__}; it must be a tensor or a list of integers."
             )
+        checked = [
+            check_integer(f"an entry of {name}", x, at_least=0, at_most=at_most)
+            for x in cast(Sequence[Any], given)
+        ]
+        if len(checked) != self.batch_size:
+            raise ValueError(
+                f"{name} has {len(checked)} entries; it must have one for each sequence of the "
+                f"cache, here {self.batch_size}."
+            )
+        return checked
 
-
-def decode_step_with_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: DecodingCache,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> AttentionOutput:
-    """`decode_step` that also returns the log of the softmax denominators.
-
-    Args, errors: As for `decode_step`.
-
-    Returns:
-        `out` `(B, 1, H, D)` in the dtype of q, and `lse` `(B, 1, H)`, natural logarithm, float32
-        (float64 for float64 inputs); −inf where no branch selects the token.
-    """
-    if not isinstance(cache, DecodingCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; it must be a DecodingCache.")
-    cache._check("q", q, 1, cache.num_heads)  # pyright: ignore[reportPrivateUsage]
-    cache._check("k", k, 1, cache.num_kv_heads)  # pyright: ignore[reportPrivateUsage]
-    cache._check("v", v, 1, cache.num_kv_heads)  # pyright: ignore[reportPrivateUsage]
-    scale = check_scale(scale, cache.head_dim)
-    cache._check_room(1)  # pyright: ignore[reportPrivateUsage]
-    inputs = AttentionInputs(
-        q.device, q.dtype, cache.num_heads, cache.head_dim, num_kv_heads=cache.num_kv_heads
-    )
-    chosen: Any = choose_backend(backend, inputs, for_decoding=True)
-    with torch.no_grad(), _without_autocast(q.device.type):
-        return cache._decode(chosen, q, k, v, scale)  # pyright: ignore[reportPrivateUsage]
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """No autocast, which would compute the scores in half precision; a no-op on meta."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def decode_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: DecodingCache,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Append one token to the cache and attend from it: one row of causal dilated attention.
-
-    Equal to the last row of `dilated_attention(..., is_causal=True)` over all tokens that the cache
-    has seen. The token sees at most Σ ⌈w/r⌉ keys, so neither time nor memory grows with the
-    context. For inference: it returns no gradient.
-
-    Args:
-        q: `(B, 1, H, D)`, dtype and device of the cache.
-        k, v: `(B, 1, H_kv, D)`, of the same token.
-        cache: The cache of the tokens before. Changed in place, unless an error is raised.
-        scale: Factor of the scores, the same at every step; 1/√D if None.
-        backend: Name of a backend that can decode, such as "eager" or "triton", or "auto" for the
-            best that can run here. A named backend is never replaced by another one.
-
-    Returns:
-        `(B, 1, H, D)` in the dtype of q; 0 where no branch selects the token.
-
-    Raises:
-        TypeError: If an argument has the wrong type or another dtype than the cache.
-        ValueError: If shapes or devices do not fit, the cache would exceed its `max_seq_len`, the
-            scale is not finite, q, k or v requires a gradient while gradients are enabled, or the
-            named backend does not exist or cannot decode these.
-
-    Example:
-        >>> pattern = DilatedPattern([4, 16], [1, 2])
-        >>> q, k, v = torch.randn(3, 1, 50, 2, 8).unbind()
-        >>> cache = DecodingCache(pattern, batch_size=1, num_heads=2, head_dim=8)
-        >>> outs = [decode_step(q[:, [t]], k[:, [t]], v[:, [t]], cache) for t in range(50)]
-        >>> whole = dilated_attention(q, k, v, pattern, is_causal=True)
-        >>> torch.testing.assert_close(torch.cat(outs, 1), whole)
-    """
-    return decode_step_with_lse(q, k, v, cache, scale=scale, backend=backend).out
+    def _check_room(self, counts: Sequence[int]) -> None:
+        for position, n in zip(self._positions, counts, strict=True):
+            if self.max_seq_len is not None and position + n > self.max_seq_len:
+                raise ValueError(
+                    f"the cache has seen {position} tokens and {n} more are given; max_seq_len is "
+                    f"{self.max_seq_len}, so make it with a larger one."
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dilated_core.backends.cache_layout import plan_blocks
+from dilated_core.backends.cache_layout import plan_sections
 from dilated_core.checks import (
     check_float_dtype,
     check_head_groups,
@@ -43,7 +43,7 @@ def decoding_cache_rows(
         32768
     """
     sizes = check_sizes(pattern, num_heads, num_kv_heads, max_seq_len, head_range)
-    return plan_blocks(pattern, *sizes)[1]
+    return plan_sections(pattern, *sizes)[1]
 
 
 def decoding_cache_nbytes(

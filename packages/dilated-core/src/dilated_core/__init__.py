@@ -1,9 +1,10 @@
 """Dilated attention (LongNet, arXiv 2307.02486), exact on any device.
 
-The flow, in the order to read it: `pattern` says which positions each head keeps, `strips` plans
-which strided views cover them and runs them, `backends` attend within one view and return (out,
-lse), `merge` combines the results, `ops` makes operators of it, and `attention` is what users call.
-`reference` is the definition itself, which every test compares with.
+The rooms, in the order to read them: `pattern` computes which positions each head keeps. `strips`
+plans the strided views that cover these positions, and runs a backend on each view. `backends`
+attend within one view and return (out, lse). `merge` combines the results. `ops` registers forward
+and backward as PyTorch operators. `attention` has the public functions. `reference` is the
+definition, with which every test compares.
 """
 
 from importlib.metadata import version as _version

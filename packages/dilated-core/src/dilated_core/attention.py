@@ -41,8 +41,8 @@ def dilated_attention_with_lse(
 ) -> AttentionOutput:
     """`dilated_attention` that also returns the log of the softmax denominators.
 
-    The lse is what partial results over different keys are merged by (`merge_partials`); gradients
-    flow through both results.
+    `merge_partials` merges partial results over different keys by their lse. Gradients flow through
+    out and lse.
 
     Args, errors: As for `dilated_attention`.
 
@@ -71,8 +71,8 @@ def dilated_attention_with_lse(
         check_key_padding_mask(key_padding_mask, q)
         key_padding_mask = key_padding_mask.contiguous()
     dropout_p = check_dropout(dropout_p)
-    # Drawn here, so that torch.manual_seed decides, a compiled graph draws anew at each call, and
-    # recomputation under activation checkpointing draws the same again.
+    # The seed is a tensor drawn here: torch.manual_seed determines it, a compiled graph draws a new
+    # one at each call, and activation checkpointing draws the same one when it recomputes.
     dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
@@ -127,11 +127,11 @@ def dilated_attention(
         head_range: (first, total), if q, k and v hold the heads from `first` on of `total`, as when
             heads are spread over devices: they then have the offsets of these heads. None: (0, H).
         max_workspace_bytes: Memory that forward may take beyond its inputs and results, in bytes.
-            Within it work is cut by heads, batch rows and segments; a limit too low to work in is
-            refused. None: no limit in float32 and float64, about the size of the output in half
-            precision.
-        backend: `"auto"` for the best that can run, or a name of `available_backends()`, which is
-            then used or refused, never replaced.
+            Work is cut by heads, batch rows and segments until it fits; a limit that no cut can
+            keep is refused. None: no limit in float32 and float64, about the size of the output in
+            half precision.
+        backend: `"auto"` for the best backend that can run, or a name of `available_backends()`. A
+            named backend is used or refused, never replaced.
 
     Returns:
         `(B, S, H, D)` in the dtype of q; 0, with gradient 0, where no branch selects a query.

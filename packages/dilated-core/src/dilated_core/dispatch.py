@@ -105,7 +105,7 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
 
 
 class _PlainAttention(torch.autograd.Function):
-    """The operator without its way through the dispatcher."""
+    """Attention as an autograd function, which skips the dispatcher."""
 
     @staticmethod
     def forward(
@@ -120,7 +120,7 @@ class _PlainAttention(torch.autograd.Function):
         # The mask is saved as a tensor, so that hooks on saved tensors see it.
         ctx.call = call.maskless()
         ctx.save_for_backward(q, k, v, out, lse, call.options.key_padding_mask, cu_seqlens)
-        # An lse that nobody differentiates then has gradient None, and costs nothing.
+        # The gradient of an unused lse is then None, not a tensor of zeros.
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -157,8 +157,8 @@ def _recorded_choice(
 ) -> str | tuple[str, int]:
     """The chosen backend as `record_choice`, or the name itself where none can run.
 
-    Then the operator raises the error, in this project's words. The length of the sequence is left
-    out: a graph may be for any length.
+    Where none can run, the operator raises the error. The inputs have no `seq_len`, because one
+    graph may serve every length.
     """
     inputs = AttentionInputs(
         torch.device(device_type if device_index is None else f"{device_type}:{device_index}"),
@@ -177,7 +177,7 @@ def _recorded_choice(
         return name
 
 
-# The choice is a constant of a compiled graph, so that its backward runs what its forward ran. This
-# is all that `torch.compiler.assume_constant_result` does, after it has imported the compiler and
+# Makes the choice a constant of a compiled graph, so that backward runs the backend of forward.
+# `torch.compiler.assume_constant_result` sets the same mark, but first imports the compiler and
 # Triton, which takes seconds.
 _recorded_choice._dynamo_marked_constant = True  # pyright: ignore

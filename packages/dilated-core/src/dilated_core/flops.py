@@ -1,8 +1,8 @@
 """FLOP formulas of the operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
-PyTorch's module of counters imports Triton, which takes half a second and fixes whether Triton
-interprets. It is therefore never imported here: the formulas are registered when an operator runs
-after someone else has imported it.
+PyTorch's module of counters imports Triton, which takes half a second and fixes whether Triton runs
+in its interpreter. This module therefore never imports the counters. It registers the formulas when
+an operator runs after other code has imported them.
 """
 
 from __future__ import annotations

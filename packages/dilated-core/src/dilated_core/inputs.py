@@ -1,4 +1,4 @@
-"""Every user error of the attention functions is found and worded here, before any work."""
+"""Checks of the arguments of the attention functions, and the texts of their errors."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Two custom operators with schema, fake implementation and autograd formula, so that
 `torch.compile(fullgraph=True)`, activation checkpointing, DDP and FSDP treat them like any
-operator of PyTorch. What they are given was checked before (inputs.py), except for the values of
-`cu_seqlens`: a compiler does not look inside an operator, so these are read and checked here.
+operator of PyTorch. Arguments were checked before (inputs.py), except the values of `cu_seqlens`: a
+compiler cannot read values, so the operators read and check them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dilated_core.merge import accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern
 from dilated_core.strips.call import Call, backward, forward
 
-# Every argument of an operator costs microseconds at each call, so the options that are no tensors
-# and that no compiler makes symbolic are one text; see `encode_options`.
+# Every argument of an operator costs microseconds at each call. Options that are neither tensors
+# nor symbolic numbers of a compiler are therefore joined into one string; see `encode_options`.
 _OPTIONS = (
     "float scale, float dropout_p, str options, Tensor? dropout_seed, Tensor? key_padding_mask, "
     "Tensor? cu_seqlens"
@@ -34,7 +34,7 @@ _OPTIONS = (
 
 
 class Settings(NamedTuple):
-    """What a call is made with, apart from tensors.
+    """The options of a call, apart from tensors.
 
     Attributes:
         pattern: The branches.

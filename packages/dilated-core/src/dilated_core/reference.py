@@ -1,7 +1,8 @@
 """The oracle: dilated attention from its definition, dense and in float64.
 
-It reads the fields of the pattern and none of the positions that other modules compute from them,
-so a mistake in those cannot be on both sides of a test. Quadratic in S; nothing but tests uses it.
+The oracle reads the fields of the pattern, and none of the positions that other modules compute
+from them. So a mistake in those modules cannot be on both sides of a test. Quadratic in S; only
+tests use it.
 """
 
 from __future__ import annotations

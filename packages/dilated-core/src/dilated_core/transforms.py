@@ -1,9 +1,8 @@
 """Transforms of `torch.func`, forward mode and second derivatives of dilated attention.
 
-First derivatives by plain backward do not come here. Here the operators are autograd functions
-with a rule for each transform: vmap makes the mapped dimension part of the batch, and what is
-beyond the gradient itself is computed by strips/composite.py, in operations that PyTorch can
-differentiate again.
+Plain first derivatives do not use this module. Here the operators are autograd functions with a
+rule for each transform. Under vmap the mapped dimension becomes part of the batch. Derivatives of
+the gradient are computed by strips/composite.py, in operations that PyTorch can differentiate.
 """
 
 from __future__ import annotations
@@ -211,8 +210,8 @@ def _refuse_dropout(call: Call) -> None:
 def _refuse_nested_forward_mode() -> None:
     """Refuse the rule of one forward mode inside another: PyTorch does not differentiate it.
 
-    The tangent of the tangent would lack the terms of the rule itself, without an error. The levels
-    are the transform whose rule runs, and those around it.
+    The tangent of the tangent would silently lack the terms of the rule itself. The levels are the
+    transform whose rule runs, and the transforms around it.
     """
     functorch: Any = torch._C._functorch  # pyright: ignore
     levels = cast("list[Any]", functorch.get_interpreter_stack() or [])

@@ -221,9 +221,9 @@ class UnwritableSink:
         ({"source": lambda a, b: (torch.ones(b - a, 2, 4),) * 3}, ValueError, "four dimensions"),
         ({"source": lambda a, b: (torch.ones(1, b - a, 2, 4).int(),) * 3}, TypeError, "floating"),
         ({"source": lambda a, b: (torch.ones(1, 1, 2, 4),) * 3}, ValueError,
-         r"source\(0, 20\) returned 1 positions of q; it must return the 20 positions"),
+         r"source\(0, 20\) returned 1 positions of q; it must return 20 positions"),
         ({"source": lambda a, b: (torch.ones(1, 5, 2, 4),) * 3}, ValueError,
-         r"source\(0, 1\) returned 5 positions of q; it must return the 1 positions"),
+         r"source\(0, 1\) returned 5 positions of q; it must return 1 positions"),
         ({"source": lambda a, b: (torch.ones(1, b - a, 2, 3 + b),) * 3}, ValueError,
          r"source\(0, 20\) returned q of shape \(1, 20, 2, 23\), torch.float32 on cpu, and "
          r"source\(0, 1\) something else"),

@@ -122,8 +122,8 @@ def test_a_backend_that_does_not_count_is_refused():
         dilated_attention(x, x, x, pattern, backend="plain")
         with pytest.raises(
             ValueError,
-            match=r"backend 'plain' cannot run .*max_workspace_bytes is 1000000; it does not tell "
-            "how much memory it takes",
+            match=r"backend 'plain' cannot run .*max_workspace_bytes is 1000000; it does not rep"
+            "ort how much memory it allocates",
         ):
             dilated_attention(x, x, x, pattern, backend="plain", max_workspace_bytes=10**6)
         # "auto" takes one that counts.

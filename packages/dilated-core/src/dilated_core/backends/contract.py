@@ -3,8 +3,8 @@
 B batch, M rows of q, N rows of k and v, H heads, H_kv heads of k and v, D head_dim.
 
 Dilation happens outside of a backend: core cuts the sequence into strided views and calls the
-backend on each of them. A backend may offer more than that. Each further capability is a protocol
-of its own below, and a backend has it by having the methods.
+backend on each view. Each further capability is a protocol below. A backend has the capability if
+it has the methods of the protocol.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AttentionInputs(NamedTuple):
         is_packed: Whether several documents are packed into one sequence. Matters only to backends
             that run the whole pattern in one launch; the others get one document at a time.
         max_workspace_bytes: Limit of the memory beyond inputs and results, or None.
-        seq_len: S, or T if packed; None where the question is about no particular length.
+        seq_len: S, or T if packed; None for inputs of any length.
         is_rectangular: Whether k and v may have other rows than q (M ≠ N), as in a ring.
     """
 
@@ -219,14 +219,14 @@ class RankedBackend(Protocol):
     def priority_for(self, inputs: AttentionInputs) -> tuple[int, str]:
         """Its rank for these inputs, and where the rank comes from, for `explain_backends`.
 
-        A negative rank is for inputs that it can run, but only when it is asked for by name.
+        A negative rank: `"auto"` skips the backend for these inputs, and its name selects it.
         """
         ...
 
 
 @runtime_checkable
 class BoundedWorkspaceBackend(Protocol):
-    """A backend that knows how much memory it takes, so that a limit of it can be kept.
+    """A backend that reports how much memory it allocates, so that a limit can be kept.
 
     Other backends are refused where `max_workspace_bytes` is given.
     """

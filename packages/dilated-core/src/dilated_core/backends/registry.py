@@ -94,10 +94,10 @@ def unregister_backend(name: str) -> None:
 def use_ranking(ranking: Ranking | None) -> None:
     """Rank backends by `ranking`, such as one that was measured on this machine; undo with None.
 
-    It changes which backend `"auto"` tries first, not which ones can run. For a backend that it
-    leaves out, the backend's own rank holds.
+    The ranking changes which backend `"auto"` tries first, not which backends can run. A backend
+    that the ranking leaves out keeps its own rank.
 
-    Change it between training steps. Backward runs the backend of forward, but activation
+    Change the ranking between training steps. Backward runs the backend of forward, but activation
     checkpointing calls attention again, which chooses anew: with dropout, the masks then differ.
     """
     global _ranking
@@ -107,11 +107,10 @@ def use_ranking(ranking: Ranking | None) -> None:
 
 
 def forget_choices() -> None:
-    """Let every choice be made anew, after a change of what it depends on.
+    """Discard the remembered choices, after a change of the backends or of the ranking.
 
-    A choice that another thread makes meanwhile, from the state before, is stored under the old
-    generation, where no later call finds it. Clearing a cache would come too early for such a
-    choice.
+    Another thread may be choosing from the old state. Its choice is stored under the old
+    generation, where no later call finds it. A cleared cache would still receive this choice.
     """
     global _generation
     _generation += 1
@@ -159,7 +158,7 @@ def record_choice(backend: AttentionBackend) -> tuple[str, int]:
 def recorded_backend(record: tuple[str, int]) -> AttentionBackend:
     """The backend that `record_choice` recorded.
 
-    A graph that was compiled in another process may ask for one that is not loaded yet.
+    A graph compiled in another process may name a backend that is not loaded yet.
 
     Raises:
         ValueError: If there is none.
@@ -262,7 +261,7 @@ def _why_not(backend: AttentionBackend, inputs: AttentionInputs, for_decoding: b
     limit = inputs.max_workspace_bytes
     # One reason is enough: a backend may have its own words for it.
     if limit is not None and not reasons and not isinstance(backend, BoundedWorkspaceBackend):
-        return [f"max_workspace_bytes is {limit}; it does not tell how much memory it takes."]
+        return [f"max_workspace_bytes is {limit}; it does not report how much memory it allocates."]
     return reasons
 
 
@@ -316,8 +315,8 @@ def _explain(inputs: AttentionInputs) -> str:
 def _read_entry_points() -> None:
     """Load the backends of installed packages, once, when a call first needs them.
 
-    Threads wait for the one that loads, since a look-up before the end would miss backends. An
-    import that itself looks up a backend, in the loading thread, finds those loaded so far.
+    Other threads wait until all are loaded, since an earlier look-up would miss backends. A look-up
+    by an import, in the loading thread itself, finds the backends loaded so far.
     """
     global _entry_points_read, _is_loading
     if _entry_points_read:

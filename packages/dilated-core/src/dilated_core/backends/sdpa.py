@@ -50,8 +50,8 @@ class SdpaBackend:
         reasons = _wrong_dtype(inputs, (torch.float32, *_HALF_DTYPES))
         if inputs.max_workspace_bytes is not None:
             reasons.append(
-                f"max_workspace_bytes is {inputs.max_workspace_bytes}; PyTorch does not tell what "
-                f"its CUDA kernels allocate."
+                f"max_workspace_bytes is {inputs.max_workspace_bytes}; PyTorch does not report how "
+                f"much memory its CUDA kernels allocate."
             )
         if inputs.has_key_padding_mask:
             reasons.append("key_padding_mask is given; PyTorch's CUDA flash kernel has no mask.")

@@ -69,7 +69,7 @@ class _SharedOptions:
         check_max_workspace_bytes(self.max_workspace_bytes)
         _set(self, dropout=check_dropout(self.dropout, name="dropout"))
         if self.head_range is not None:
-            # How many heads there are shows in each call; there is at least one.
+            # Each call checks it again with its number of heads, which is at least one.
             _set(self, head_range=check_head_range(self.head_range, num_heads=1))
         check_backend_name(self.backend)
 

@@ -35,7 +35,7 @@ def check_mask_is_causal(mask: torch.Tensor, query: torch.Tensor, is_causal: boo
 
 
 def as_bool_mask(key_padding_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The mask as bool, from bool or from 0 and −inf, as PyTorch's layers make it of a bool one.
+    """The mask as bool, from bool or from 0 and −inf, as PyTorch's layers convert bool masks.
 
     Args:
         key_padding_mask: `(B, S)`.

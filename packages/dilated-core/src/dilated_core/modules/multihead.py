@@ -196,7 +196,7 @@ class MultiheadDilatedAttention(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Dilated attention of q `(B, S, H, D)` and k, v `(B, S, H_kv, D)`."""
-        # A module in the place of `attention` may lack the masks, and is then called without.
+        # A module that replaces `attention` may lack mask arguments, so absent masks are left out.
         masks = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
         given = {name: mask for name, mask in masks.items() if mask is not None}
         return self.attention(q, k, v, is_causal=is_causal, **given)

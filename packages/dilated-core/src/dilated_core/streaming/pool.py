@@ -30,7 +30,7 @@ class WorkspacePool:
     """Buffers for intermediate results, kept for reuse instead of being allocated anew.
 
     For code that needs large tensors of similar sizes again and again: the system maps large
-    allocations page by page and unmaps them each time, and page-locked memory is slow to get.
+    allocations page by page and unmaps them each time, and page-locked memory is slow to allocate.
 
     A buffer belongs to one borrower until its `with` block ends, by an exception or not. Any number
     of threads may use a pool at once; none waits while another works with its buffer.

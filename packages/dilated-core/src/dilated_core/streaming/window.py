@@ -1,4 +1,4 @@
-"""What streaming holds of a sequence: the latest rows, and what is known of their results.
+"""The part of a sequence that streaming holds: the latest rows, and their results so far.
 
 `Reader` checks what the source returns, `BranchRunner` runs the segments that a chunk completes,
 `Window` keeps the rows that some branch still needs, and `stream_results` is the loop over chunks.
@@ -72,7 +72,7 @@ class Reader:
             if x.shape[1] != stop - start:
                 raise ValueError(
                     f"source({start}, {stop}) returned {x.shape[1]} positions of {name}; it must "
-                    f"return the {stop - start} positions it was asked for."
+                    f"return {stop - start} positions."
                 )
 
 
@@ -116,7 +116,7 @@ class BranchRunner:
         ]
 
     def groups(self, ended: list[int], ends: list[int]) -> list[_Group]:
-        """What to run when the branches' complete segments go on from `ended` to `ends`."""
+        """The groups to run when the branches' complete segments advance from `ended` to `ends`."""
         found: dict[Span, list[int]] = {}
         for i, span in enumerate(map(Span, ended, ends)):
             if span.length:
@@ -198,7 +198,7 @@ class Window:
             self._partial = AttentionOutput(out, lse)
 
     def run(self, runner: BranchRunner, ended: list[int], ends: list[int]) -> torch.Tensor | None:
-        """Let the branches go on from `ended` to `ends`.
+        """Run the segments of the branches that lie between `ended` and `ends`.
 
         Returns:
             The results of the rows up to the least of `ends`, `(B, n, H, D)`; None if no branch

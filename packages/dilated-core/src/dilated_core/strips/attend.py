@@ -1,8 +1,9 @@
-"""Run problems on a backend and merge what they give, forward and backward, in place.
+"""Run problems on a backend and combine their results in place, forward and backward.
 
-Forward merges (out, lse) of each problem; one pair is kept for all branches. Backward calls the
-backend with the *merged* out and lse, which makes every problem's probabilities the global ones,
-and adds up. A whole sequence, a hop of a ring and a step of streaming differ only in the plan.
+Forward merges (out, lse) of each problem into one pair for all branches. Backward calls the backend
+with the *merged* out and lse, so that each problem's probabilities are those of the softmax over
+all keys, and adds up the gradients. A whole sequence, a hop of a ring and a step of streaming
+differ only in the plan.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def attend_(
     Args:
         into: `out` `(B, M, H, D)` and `lse` `(B, M, H)`, contiguous, in the `accumulation_dtype` of
             q; what `dilated_core.merge.empty_partial` returns, or the result over other keys.
-        problems: Of `plan_problems`, for these tensors.
+        problems: As `plan_problems` returns them for these tensors.
         q: `(B, M, H, D)`, the positions of the span of queries.
         k, v: `(B, N, H_kv, D)`, the positions of the span of keys.
         options: `key_padding_mask` is `(B, N)`. Problem number i has the dropout seed
-            `dropout_seed + i`. `is_causal` is not read: the plan has it.
-        backend: Of `choose_backend`, for these inputs.
+            `dropout_seed + i`. `is_causal` is ignored, since each problem has its own.
+        backend: As `choose_backend` returns it for these inputs.
     """
     attend(problems, q, k, v, options, backend=backend, into=into)
 
@@ -73,7 +74,7 @@ def attend(
     k, v = without_masked_rows(k, options), without_masked_rows(v, options)
     is_fresh, merged = into is None, 0
     if into is None and problems and _covers(problems[0].queries, q):
-        # An undilated branch without a tail: its result is what all others are merged into.
+        # An undilated branch without a tail: all other results are merged into its result.
         first = problems[0]
         partial = _run(first, 0, q, k, v, options, backend)
         into = partial
@@ -167,7 +168,7 @@ def differentiate(
 ) -> Gradients:
     """`differentiate_`, or without `into` the gradients of the problems alone."""
     q, k, v, dout = (viewable(x) for x in (q, k, v, dout))
-    # Views take them by the strides of contiguous tensors, whatever the caller's are.
+    # `Rows.view` is planned for the strides of contiguous tensors.
     out, lse = out.contiguous(), lse.contiguous()
     delta, dlse = (None if x is None else x.contiguous() for x in (delta, dlse))
     k, v = without_masked_rows(k, options), without_masked_rows(v, options)
@@ -239,11 +240,11 @@ def _add_gradient_through_lse_(
     options: AttentionOptions,
     backend: AttentionBackend,
 ) -> None:
-    """Add what a gradient of lse sends to q and k: ds += p · dlse.
+    """Add the gradients of q and k that come from a gradient of lse: ds += p · dlse.
 
-    Its two products are what attention computes anyway, so any backend can give them:
-    p·k is a forward with k in the place of v, and (p · dlse)ᵀ·q is the dv of a backward whose dout
-    is dlse · q. Dropout comes after the softmax, so the lse does not depend on it.
+    Every backend can compute the two products: p·k is a forward with k in the place of v, and
+    (p · dlse)ᵀ·q is the dv of a backward whose dout is dlse · q. Dropout comes after the softmax,
+    so the lse does not depend on dropout.
     """
     options = options._replace(dropout_p=0.0)
     dlse = (dlse * options.scale).unsqueeze(-1).contiguous()

@@ -1,6 +1,6 @@
 """A whole call of dilated attention, forward and backward: documents, pieces, problems.
 
-A backend that runs the whole pattern in its own launches is given the tensors as they are.
+A backend that runs the whole pattern in its own launches gets the tensors unchanged.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from dilated_core.strips.workspace import Geometry, Piece, plan_pieces, smallest
 
 
 class Call(NamedTuple):
-    """What a call is made with, apart from its tensors.
+    """Everything that determines a call, apart from its tensors.
 
     Attributes:
-        backend: Chosen for `inputs`; backward uses the one of forward.
+        backend: The backend chosen for `inputs`; forward and backward run the same one.
         pattern: The branches.
-        inputs: What the backend was chosen for.
+        inputs: The properties by which the backend was chosen.
         options: `key_padding_mask` is `(B, S)`.
         head_range: (first, total) as for `plan_problems`.
-        span: The positions that the tensors hold of a sequence of `inputs.seq_len`, from where each
-            branch begins a segment to where each ends one; None: all.
+        span: The positions that the tensors hold, of a sequence of `inputs.seq_len`. Every branch
+            begins a segment at `span.start` and ends one at `span.stop`. None: all positions.
     """
 
     backend: AttentionBackend
@@ -78,7 +78,7 @@ def forward(
         ValueError: If the workspace is too small, or `cu_seqlens` does not fit.
     """
     if torch.is_autocast_enabled(q.device.type):
-        # Dtypes are settled by now; a matrix product inside must not change them.
+        # The public functions have cast the tensors; nothing inside may cast again.
         with torch.autocast(q.device.type, enabled=False):
             return forward(call, q, k, v, cu_seqlens)
     bounds = None if cu_seqlens is None else read_document_bounds(cu_seqlens, q.shape[1])
@@ -125,10 +125,10 @@ def backward(
 
 
 def _whole_pattern(call: Call, q: torch.Tensor) -> WholePatternBackend | None:
-    """The backend, if it runs the pattern without strips.
+    """The backend, if it can run the pattern without strips; else None.
 
-    It counts heads from 0, and takes a span for a sequence of its own. That makes a difference only
-    to zero keys: they fill a last segment up to w, which would be clipped to the span.
+    Such a backend counts heads from 0 and treats a span as a whole sequence. Zero keys would then
+    be too few: they fill the last segment up to w, and w would be clipped to the span.
     """
     if call.head_range != (0, q.shape[2]) or not has_capability(call.backend, WholePatternBackend):
         return None
@@ -190,8 +190,8 @@ def _backward_over_strips(
 ) -> Gradients:
     """Gradients of q, k and v.
 
-    The plan is that of forward, because it follows from the strides of q, k and v alone: another
-    plan would have other dropout seeds.
+    The plan depends only on the strides of q, k and v, so it is the plan of forward. With another
+    plan, problems would get other dropout seeds than in forward.
     """
     call, q, k, v = _prepared(call, q, k, v)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
@@ -233,10 +233,10 @@ def _backward_over_strips(
 def _check_workspace(
     call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None
 ) -> None:
-    """Refuse a `max_workspace_bytes` that cannot be kept.
+    """Refuse a `max_workspace_bytes` that is too small.
 
     Raises:
-        ValueError: With the smallest limit that can.
+        ValueError: If it is; the message has the smallest limit that would do.
     """
     limit = call.inputs.max_workspace_bytes
     if limit is None:
@@ -249,7 +249,7 @@ def _check_workspace(
 def _prepared(
     call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tensors that can be viewed, and the call with what their copies leave of the workspace."""
+    """Viewable tensors, and the call with its workspace limit less the bytes of their copies."""
     inputs = call.inputs
     if inputs.max_workspace_bytes is not None:
         left = inputs.max_workspace_bytes - _copied_bytes(q, k, v)

@@ -36,8 +36,8 @@ def gradients(
 ) -> Gradients:
     """dq, dk, dv as `dilated_core.strips.call.backward` returns them, differentiable in all inputs.
 
-    Args: As there. The result depends on `out` and `lse` as on any other input: through them the
-    chain rule reaches q, k and v once more, by the backward of the forward pass.
+    Args: As for that function. The result is differentiable in `out` and `lse` too: through them
+    the chain rule reaches q, k and v once more, by the backward of the forward pass.
     """
     # ds = p · (dout·vᵀ − rowsum(dout · out) + dlse)
     shift = (dout.to(lse.dtype) * out).sum(-1)
@@ -217,7 +217,7 @@ def _probabilities(
         hidden_keys = mask[at.batches, positions].reshape(at.shape)
         group = problem.queries.num_heads // problem.keys.num_heads
         hidden = hidden | hidden_keys.mT.repeat_interleave(group, 1)[:, :, None, :]
-    # A row that sees nothing has lse −∞; its probabilities are all hidden.
+    # A row without visible keys has lse −∞; all its scores are hidden.
     lse = lse.masked_fill(lse == -torch.inf, 0).mT.unsqueeze(-1)
     return (s.masked_fill(hidden, -torch.inf) - lse).exp()
 

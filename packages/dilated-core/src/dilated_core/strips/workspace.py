@@ -1,9 +1,9 @@
-"""Pieces: parts of a call that are done one after another, so that their workspace is bounded.
+"""Pieces: parts of a call that run one after another, so that their workspace is bounded.
 
-What attention needs beyond its inputs and results is, for the part of the sequence at hand, the
-result of one problem, what the backend takes for it, and (in half precision) a float32 accumulator.
-Heads and batch rows do not interact, nor do positions on two sides of a place where all branches
-end a segment; so a call can be cut there, and is, until its workspace fits.
+Beyond inputs and results, a piece needs the result of one problem, the memory that the backend
+allocates for this problem, and in half precision a float32 accumulator. Heads and batch rows do
+not interact. Neither do positions on two sides of a place where all branches end a segment. A call
+is cut along these until its workspace fits.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Size(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan_pieces(geometry: Geometry) -> tuple[Piece, ...]:
-    """Cut a call into the fewest pieces whose workspace fits, or nearly if none does."""
+    """Cut a call into the fewest pieces whose workspace fits; into the smallest if none fits."""
     inputs = geometry.inputs
     whole = _whole(geometry)
     size_in_bytes = math.prod(whole) * _group(inputs) * inputs.head_dim * inputs.dtype.itemsize

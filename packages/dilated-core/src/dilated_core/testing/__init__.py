@@ -1,8 +1,8 @@
 """What tests of this family share; needs the extra `testing` (pytest, hypothesis).
 
-`cases` are the shapes that break careless code, `error_budget` says how far from the oracle a
-result may be, `drawn_positions` judges results too long for the oracle, `conformance` is the suite
-every backend must pass, `processes` runs a function on several ranks.
+`cases` are the shapes that break careless code. `error_budget` bounds the distance of a result from
+the oracle. `drawn_positions` checks results that are too long for the oracle. `conformance` is the
+suite that every backend must pass. `processes` runs a function on several ranks.
 """
 
 from dilated_core.testing.cases import AWKWARD_CASES, Case, random_cases

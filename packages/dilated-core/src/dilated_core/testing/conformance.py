@@ -6,8 +6,8 @@ Subclass it in the package of the backend:
         backend = "sdpa"
         dtypes = (torch.float64, torch.float32, torch.bfloat16)
 
-The tests cannot be overridden, so a backend passes all of them or says in `dtypes` and `device`
-what it does not run.
+The tests cannot be overridden: a backend passes all of them, on the `device` and in the `dtypes`
+that its class declares.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How far from the oracle a result may be: twice as far as PyTorch's own attention is from itself.
 
-A hand-picked tolerance says nothing; this budget follows the dtype, the device and the size of the
+Unlike a hand-picked tolerance, this budget follows the dtype, the device and the size of the
 problem. Errors are relative in the Frobenius norm, so that one shape can stand for another.
 """
 
@@ -89,7 +89,7 @@ def term_sizes(
     """Norms of out, dq, dk, dv if all terms of their sums had one sign.
 
     With large scores a softmax sees one key, and the two terms of ds = p · (dout·v − delta) cancel
-    to the last bit: the rounding of the terms remains, and the size of dq says nothing of it.
+    to the last bit. Only the rounding of the terms remains, whatever the size of dq.
 
     Args:
         q, k, v, dout: `(B, S, H, D)`.

@@ -88,7 +88,7 @@ def _run_rank(
             world_size=num_processes,
         )
         torch.save(_load(*target)(*args), Path(folder, f"result_{rank}"))
-        # Nobody leaves while another rank may still talk to it.
+        # No rank exits while another rank may still send to it.
         dist.barrier()
     except BaseException:
         Path(folder, f"error_{rank}").write_text(traceback.format_exc())

@@ -86,5 +86,5 @@ class BackendSuite:
         dtype = max(self.dtypes, key=lambda dtype: -torch.finfo(dtype).eps)
         if dtype == torch.float64:
             return dtype, FLOAT64_ERROR
-        # A few hundred roundings of the dtype; budgets are what holds it to more.
+        # A few hundred roundings of the dtype; the budgets are stricter.
         return dtype, 200 * torch.finfo(dtype).eps

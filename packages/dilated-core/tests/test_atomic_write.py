@@ -1,5 +1,6 @@
 """write_atomically: the old file or the new one, whole, and never through a link."""
 
+import errno
 import os
 import re
 import stat
@@ -89,10 +90,12 @@ def test_links_are_not_followed(tmp_path, monkeypatch):
     assert (path.is_symlink(), path.read_text()) == (False, "new")
     # Even where the name of the part is known beforehand.
     monkeypatch.setattr("secrets.token_hex", lambda _: "known")
-    (tmp_path / ".file.known.part").symlink_to(precious)
+    link = tmp_path / ".file.known.part"
+    link.symlink_to(precious)
     with pytest.raises(FileExistsError), write_atomically(path):
         pass
     assert precious.read_text() == "precious"
+    assert link.is_symlink()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="makes a named pipe")
@@ -115,3 +118,31 @@ def test_other_users_may_read_what_the_umask_lets_them_read(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the umask is POSIX")
+def test_a_library_that_makes_its_own_private_file_changes_no_permissions(tmp_path):
+    """As safetensors does: a new file with mode 0600, moved over the part."""
+    before = os.umask(0o022)
+    try:
+        with write_atomically(tmp_path / "file") as part:
+            own = tmp_path / "own"
+            own.touch(mode=0o600)
+            own.replace(part)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_errors_name_the_file_and_not_its_part(tmp_path):
+    path = tmp_path / "gone" / "file"
+    with pytest.raises(FileNotFoundError) as caught, write_atomically(path):
+        pass
+    assert caught.value.filename == str(path)
+    path.parent.mkdir()
+    with pytest.raises(OSError) as caught, write_atomically(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value) == f"[Errno {errno.ENOSPC}] No space left on device: {str(path)!r}"
+    with pytest.raises(OSError) as caught, write_atomically(path):
+        raise OSError(errno.EACCES, "Permission denied", "another")
+    assert caught.value.filename == "another"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,47 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, config):
     write_config(tmp_path, {"model": config.to_dict(), "tokenizer": "bytes"})
     with pytest.raises(ValueError, match="has 256 tokens and the model 61; it must have no more"):
         load_vocabulary(tmp_path)
+
+
+def test_a_flipped_bit_and_another_runs_weights_are_refused(saved):
+    folder, model = saved
+    path = folder / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 64
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="is damaged: its checksum is wrong"):
+        load_model(folder)
+    save_model(folder, model, run_id="another")
+    with pytest.raises(ValueError, match="belongs to another run than its folder"):
+        load_model(folder)
+    content = {"model": model.config.to_dict(), "tokenizer": "bytes", "run_id": "another"}
+    write_config(folder, content)
+    load_model(folder)
+    state = {k: v for k, v in model.state_dict().items() if k != "output.weight"}
+    if not model.config.tie_embeddings:
+        state["output.weight"] = model.output.weight.detach().clone()
+    save_file(state, path)  # by another program: no checksum and no run
+    load_model(folder)
+
+
+@pytest.mark.parametrize("change", [{"num_tokens": 10**12}, {"num_decoder_layers": 10**7}])
+def test_a_config_of_a_gigantic_model_is_refused_at_once(saved, change):
+    folder, model = saved
+    content = {"model": model.config.to_dict() | change, "tokenizer": "bytes"}
+    write_config(folder, content)
+    with pytest.raises(
+        ValueError, match=r"the model of config\.json has \d{11,} parameters and the"
+    ):
+        load_model(folder)
+
+
+def test_names_that_are_not_utf8(saved):
+    folder, model = saved
+    strange = folder / os.fsdecode(b"run\xff")
+    try:
+        strange.mkdir()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    write_config(strange, {"model": model.config.to_dict(), "tokenizer": "bytes"})
+    save_model(strange, model)
+    assert load_model(strange).config == model.config

@@ -12,14 +12,12 @@ from typing import Any, cast
 import torch
 from dilated_core.atomic_write import write_atomically
 from safetensors import SafetensorError
-from safetensors.torch import (
-    load_file,  # pyright: ignore[reportUnknownVariableType]
-    save_file,  # pyright: ignore[reportUnknownVariableType]
-)
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.language_model import LongNetLM, check_weights
+from dilated_models.longnet.size import least_parameters
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
 
 FORMAT_VERSION = 1
@@ -66,8 +64,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def save_model(folder: Path, model: LongNetLM) -> None:
+def save_model(folder: Path, model: LongNetLM, *, run_id: str = "") -> None:
     """Write `model.safetensors`; a shared weight is stored once, as the embedding's.
+
+    Args:
+        folder: Exists.
+        model: The model.
+        run_id: Identity of the run that trained the model, if it has one.
 
     Raises:
         ValueError: If the model is on the meta device.
@@ -76,8 +79,10 @@ def save_model(folder: Path, model: LongNetLM) -> None:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del state["output.weight"]
+    metadata = {"format": "pt", "run_id": run_id, "checksum": _weights_checksum(state)}
     with write_atomically(folder / MODEL_FILE) as part:
-        save_file(state, part, metadata={"format": "pt"})
+        # save_file writes to a path of its own and hides the error number of a full disk.
+        part.write_bytes(save(state, metadata))
 
 
 def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LongNetLM:
@@ -92,22 +97,60 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the weights do not fit the configuration.
+        ValueError: If a file is damaged or of another run, or the weights do not fit the
+            configuration.
     """
     folder = Path(folder)
-    config = _model_config(folder)
+    config, run_id = _model_config(folder), read_config(folder).get("run_id", "")
     path = folder / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no {MODEL_FILE} yet; train until the first checkpoint is saved."
         )
-    model = LongNetLM(config, device=device)
+    # Read, not mapped: if a mapped file is cut short, the process is killed. And safetensors opens
+    # no path that is not UTF-8.
+    content = path.read_bytes()
+    num_parameters = least_parameters(config)
+    if num_parameters > len(content):  # a parameter takes at least one byte
+        raise ValueError(
+            f"{str(path)!r} does not hold this model's weights: the model of {CONFIG_FILE} has "
+            f"{num_parameters} parameters and the file {len(content)} bytes; put back the two "
+            f"files of one run."
+        )
     try:
-        model.load_state_dict(load_file(path))
+        weights = load(content)
+        _check_weights_file(path, _metadata(content), weights, run_id)
+        model = LongNetLM(config, device=device)
+        model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not hold this model's weights: {reason}") from error
     return model.eval()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file, which `load` has found whole."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header.get("__metadata__", {})
+
+
+def _check_weights_file(
+    path: Path, metadata: Mapping[str, str], weights: Mapping[str, Tensor], run_id: str
+) -> None:
+    """Compare checksum and run; files that other programs wrote have neither."""
+    if metadata.get("checksum", written := _weights_checksum(weights)) != written:
+        raise ValueError(
+            f"{str(path)!r} is damaged: its checksum is wrong, so the bytes are not those that "
+            f"were saved; put back a copy, or save it again with dilated train --resume."
+        )
+    if metadata.get("run_id", run_id) != run_id:
+        raise ValueError(
+            f"{str(path)!r} belongs to another run than its folder; put back the folder's own file."
+        )
+
+
+def _weights_checksum(weights: Mapping[str, Tensor]) -> str:
+    return checksum(sorted(weights.items()))  # a file does not keep the order
 
 
 def checksum(content: object) -> str:

@@ -1,0 +1,98 @@
+"""How much memory a model needs, and how much there is: known before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from dilated_models.config import LongNetConfig
+
+# Modules, parameters and their names, as Python objects; measured: 38 KB per block.
+_OBJECT_BYTES_PER_LAYER = 38_000
+
+
+def least_parameters(config: LongNetConfig) -> int:
+    """Number of weights in the matrices of a model: more than 99 % of its parameters.
+
+    Computed, because building the model on the meta device imports the compiler: five CPU-seconds.
+
+    Example:
+        >>> least_parameters(LongNetConfig(num_tokens=256))
+        85327872
+    """
+    vocabulary = config.num_tokens * config.d_model * (1 if config.tie_embeddings else 2)
+    block = 4 * config.d_model**2 + 2 * config.d_model * config.dim_feedforward
+    return vocabulary + config.num_decoder_layers * block
+
+
+def model_bytes(config: LongNetConfig) -> int:
+    """Memory of a float32 model: its parameters and its Python objects."""
+    return 4 * least_parameters(config) + _OBJECT_BYTES_PER_LAYER * config.num_decoder_layers
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on a device, or None if this system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    limits = [limit for limit in (_of_system(), _of_control_group()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _of_system() -> int | None:
+    """Free memory and swap on Linux; elsewhere on POSIX, all memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def _of_control_group() -> int | None:
+    """What a container's limit leaves, in control groups of version 2."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text("ascii"))  # "max" means no limit
+        return limit - int((group / "memory.current").read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def check_memory(needed: int, what: str, device: torch.device, fix: str) -> None:
+    """Refuse what cannot fit, before it is allocated.
+
+    Args:
+        needed: Bytes.
+        what: What needs them.
+        device: Where.
+        fix: What to do about it.
+
+    Raises:
+        ValueError: If less memory is available.
+    """
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{what} needs about {gibibytes(needed)} of memory and {device} has "
+            f"{gibibytes(available)} free; {fix}."
+        )
+
+
+def gibibytes(num_bytes: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> gibibytes(3 * 2**29)
+        '1.5 GiB'
+    """
+    amount = num_bytes / 2**30
+    return f"{amount:,.1f} GiB" if amount < 100 else f"{amount:,.0f} GiB"

@@ -42,10 +42,14 @@ SUBJECTS = {
 INTRODUCTION = """\
 # Coming from dilated-attention-pytorch
 
-What became of each feature that the documents of the earlier library name. *works* means under this
-name or as the option that the row states; *alias* that another name does it; *comes with* that a
-package planned for it will bring it. Generated from `docs/compatibility.toml` by
-`python -m tools.compatibility_table`; a test imports every target and runs the documented calls.
+This page lists every feature that the documents of the earlier library name, with what replaces it.
+
+- *works*: the feature exists, under the name or as the option that the row states.
+- *alias of*: another name does the same.
+- *comes with*: a planned package will have it.
+
+`python -m tools.compatibility_table` writes this page from `docs/compatibility.toml`. A test imports
+every target and runs the documented calls.
 
 Three things differ everywhere. Attention is the paper's: every head runs through every branch, and
 one softmax mixes them. Every sequence length works. Modules return a tensor, and a pair only where
@@ -150,16 +154,16 @@ def page(path: Path) -> str:
                 row = rows[name]
                 lines.append(f"| {row.id} | {row.name} | {_outcome(row)} |")
         lines.append("")
-    lines += ["## Not carried over", "", _paragraph(read_dropped(path)), ""]
+    lines += ["## Not carried over", "", _reasons(read_dropped(path)), ""]
     return INTRODUCTION + "\n".join(lines)
 
 
-def _paragraph(groups: list[Group]) -> str:
-    """All features that are not carried over, with the reason of each group."""
+def _reasons(groups: list[Group]) -> str:
+    """A list of the features that are not carried over, by reason."""
     sentences: list[str] = []
     for group in groups:
         features = ", ".join(f"{feature['name']} ({feature['id']})" for feature in group.features)
-        sentences.append(f"Because {group.reason}: {features}.")
+        sentences.append(f"- Because {group.reason}: {features}.")
     return "\n".join(sentences)
 
 

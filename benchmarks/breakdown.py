@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from dilated_core import dilated_attention
 from dilated_core.merge import fold_lse_
-from dilated_core.strips.plan import plan_strips
+from dilated_core.strips.plan import Span, plan_problems
 from equal_flops import HEAD_DIM, NUM_HEADS, geometric_pattern
 from harness import write_result
 
@@ -33,20 +33,32 @@ def measure(w0: int, is_causal: bool) -> dict[str, Any]:
     q, k, v, out = (torch.randn(shape) for _ in range(4))
     lse = torch.randn(shape[:-1])
     parts: dict[str, list[float]] = {"strips": [], "windows": [], "merge": [], "call": []}
-    strips = plan_strips(pattern, 1, SEQ_LEN, NUM_HEADS)
+    span = Span(0, SEQ_LEN)
+    problems = plan_problems(
+        pattern,
+        queries=span,
+        keys=span,
+        seq_len=SEQ_LEN,
+        num_heads=NUM_HEADS,
+        is_causal=is_causal,
+        is_batch_dense=True,
+    )
     for round_ in range(ROUNDS + 1):
         seconds = dict.fromkeys(parts, 0.0)
-        for i, strip in enumerate(strips):
-            rows = [strip.view(x).transpose(1, 2) for x in (q, k, v)]
+        for problem in problems:
+            rows = [problem.queries.view(q), problem.keys.view(k), problem.keys.view(v)]
+            rows = [x.transpose(1, 2) for x in rows]
             windows = [x.flatten(0, 1).unsqueeze(1).contiguous() for x in rows]
-            seconds["strips"] += _time(lambda rows=rows: KERNEL(*rows, 0.0, is_causal))
-            seconds["windows"] += _time(lambda rows=windows: KERNEL(*rows, 0.0, is_causal))
-            if i > 0:  # the first strip covers everything: its result is merged into
-                partial, partial_lse = (torch.randn_like(strip.view(x)) for x in (out, lse))
+            causal = problem.is_causal
+            for part, x in (("strips", rows), ("windows", windows)):
+                seconds[part] += _time(lambda x=x, causal=causal: KERNEL(*x, 0.0, causal))
+            if not problem.is_first:  # the first covers everything: its result is merged into
+                view = problem.queries.view
+                partial, partial_lse = (torch.randn_like(view(x)) for x in (out, lse))
 
-                def merge(strip=strip, partial=partial, partial_lse=partial_lse) -> None:
-                    weight = fold_lse_(strip.view(lse), partial_lse).unsqueeze(-1)
-                    strip.view(out).lerp_(partial, weight)
+                def merge(view=view, partial=partial, partial_lse=partial_lse) -> None:
+                    weight = fold_lse_(view(lse), partial_lse).unsqueeze(-1)
+                    view(out).lerp_(partial, weight)
 
                 seconds["merge"] += _time(merge)
         seconds["call"] = _time(lambda: dilated_attention(q, k, v, pattern, is_causal=is_causal))

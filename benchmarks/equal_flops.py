@@ -9,21 +9,25 @@ PyTorch's `scaled_dot_product_attention` on contiguous tensors, with the FLOPs o
   faster per FLOP than any attention over w0 keys.
 
 Ratios are rates (FLOPs per second) of dilated attention over the peer's. Before anything is timed,
-dilated attention is compared with the float64 oracle on a shorter sequence.
+dilated attention is compared with the float64 oracle on a shorter sequence. Run `python
+benchmarks/equal_flops.py --help`.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from dilated_core import DilatedPattern, dilated_attention, reference_dilated_attention
 from dilated_core.testing.error_budget import assert_within_budget, pytorch_errors
-from harness import Contender, peak_memory_in_fresh_process, time_in_turn
+from harness import Contender, peak_memory_in_fresh_process, time_in_turn, write_result
 from torch.nn.functional import scaled_dot_product_attention
 
+RESULTS = Path(__file__).parent / "results"
 NUM_HEADS, HEAD_DIM, NUM_BRANCHES = 8, 64, 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [
@@ -40,11 +44,10 @@ def geometric_pattern(w0: int) -> DilatedPattern:
     return DilatedPattern([w0 * step for step in steps], steps)
 
 
-def check_correctness(w0: int, dtype: torch.dtype, is_causal: bool) -> None:
-    """Raise unless forward and backward stay within the error budget at this w0 and dtype."""
-    pattern, seq_len = geometric_pattern(min(w0, 256)), 1100
+def check_correctness(pattern: DilatedPattern, dtype: torch.dtype, is_causal: bool) -> None:
+    """Raise unless forward and backward stay within the error budget, at 1100 positions."""
     torch.manual_seed(0)
-    shape = (1, seq_len, NUM_HEADS, HEAD_DIM)
+    shape = (1, 1100, NUM_HEADS, HEAD_DIM)
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     dout = torch.randn(shape, dtype=dtype)
     out = dilated_attention(q, k, v, pattern, is_causal=is_causal)
@@ -60,7 +63,7 @@ def measure(
     seq_len: int, w0: int, dtype: str, is_causal: bool, *, max_rounds: int, seconds: float
 ) -> dict[str, Any]:
     """One row of the result: times, rates and ratios of a case."""
-    check_correctness(w0, DTYPES[dtype], is_causal)
+    check_correctness(geometric_pattern(min(w0, 256)), DTYPES[dtype], is_causal)
     pattern = geometric_pattern(w0)
     flops = pattern.flops(seq_len, NUM_HEADS, HEAD_DIM, is_causal=is_causal)
 
@@ -131,3 +134,44 @@ def _contender(
 ) -> Contender:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     return Contender(lambda: attend(*leaves), lambda out: torch.autograd.grad(out, leaves, dout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--max-rounds", type=int, default=9, help="timed rounds of a contender")
+    parser.add_argument("--seconds", type=float, default=60, help="time for a case, but 3 rounds")
+    parser.add_argument("--seq-len", type=int, nargs="*", help="only these sequence lengths")
+    parser.add_argument("--w0", type=int, nargs="*", help="only these first segment lengths")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--causal", type=int, nargs="*", choices=(0, 1), help="only these")
+    parser.add_argument("--out", type=Path, help="results/equal_flops_DTYPE.json if not given")
+    options = parser.parse_args()
+    out = options.out or RESULTS / f"equal_flops_{options.dtype}.json"
+    wanted = {
+        "seq_len": options.seq_len,
+        "w0": options.w0,
+        "dtype": [options.dtype],
+        "is_causal": options.causal,
+    }
+    rows = []
+    for case in CASES:
+        if any(values and case[name] not in values for name, values in wanted.items()):
+            continue
+        row = measure(**case, max_rounds=options.max_rounds, seconds=options.seconds)
+        rows.append(row)
+        print(
+            f"S={case['seq_len']:>6} w0={case['w0']:>4} {case['dtype']:<8} "
+            f"{'causal' if case['is_causal'] else 'full  '} | rate over windows: forward "
+            f"{row['forward']['ratio_to_windows']:.2f}, forward+backward "
+            f"{row['forward_backward']['ratio_to_windows']:.2f} | over square: "
+            f"{row['forward']['ratio_to_square']:.2f}, "
+            f"{row['forward_backward']['ratio_to_square']:.2f} | forward peak "
+            f"{row['forward_peak']['ratio']:.2f} × output",
+            flush=True,
+        )
+        # Written as it grows, so that a long run that is stopped leaves what it measured.
+        write_result(out, "equal_flops", rows)
+
+
+if __name__ == "__main__":
+    main()

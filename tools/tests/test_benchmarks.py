@@ -1,0 +1,124 @@
+"""The CPU benchmarks run: each on a size that takes no time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tools.packages import ROOT
+
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The scripts of benchmarks/ import each other by their plain names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_every_script_can_be_imported():
+    names = sorted(path.stem for path in FOLDER.glob("*.py"))
+    assert len(names) > 10
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(names)}"],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_command_names_a_script():
+    from run import COMMANDS, QUICK
+
+    scripts = {command[0] for command in COMMANDS.values()}
+    assert all((FOLDER / script).is_file() for script in scripts)
+    assert set(QUICK) <= scripts
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_breakdown(monkeypatch, is_causal):
+    import breakdown
+
+    monkeypatch.setattr(breakdown, "SEQ_LEN", 1000)
+    monkeypatch.setattr(breakdown, "ROUNDS", 1)
+    with torch.no_grad():
+        row = breakdown.measure(32, is_causal)
+    assert all(seconds > 0 for seconds in row["seconds"].values())
+    assert sum(row["share_of_call"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_short_sequences(monkeypatch):
+    import short_sequences
+
+    monkeypatch.setattr(short_sequences, "ROUNDS", 1)
+    row = short_sequences.measure(16, is_causal=True)
+    assert row["forward_backward"]["dilated_s"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_flops(monkeypatch, dtype):
+    import equal_flops
+
+    monkeypatch.setattr(
+        equal_flops, "peak_memory_in_fresh_process", lambda script, *options: list(options)
+    )
+    row = equal_flops.measure(512, 16, dtype, True, max_rounds=3, seconds=0)
+    assert row["forward"]["ratio_to_windows"] > 0
+    assert row["forward_peak"] == ["512", "16", dtype, "1"]
+
+
+def test_dense_attention_is_extrapolated_from_the_longest_length_it_was_measured_at(monkeypatch):
+    import length
+
+    monkeypatch.setattr(length, "ROUNDS", 2)
+    monkeypatch.setattr(length, "peak_memory_in_fresh_process", lambda *_: {"peak_bytes": 100})
+    first = length.measure("forward_backward", 64, None)
+    assert first["dilated"]["rounds"] == first["dense"]["rounds"] == 2
+    assert not first["dense"]["extrapolated"]
+    monkeypatch.setattr(length, "LONGEST_DENSE_S", 0)
+    second = length.measure("forward_backward", 256, first)
+    assert second["dilated"]["extrapolated"] is False
+    assert second["dense"] == {
+        "best_s": 16 * first["dense"]["best_s"],
+        "peak_bytes": 400,
+        "extrapolated": True,
+        "from_seq_len": 64,
+    }
+    assert "dense extrapolated" in length.format_row(second)
+
+
+def test_calls_take_turns_until_their_time_is_over(monkeypatch):
+    import length
+
+    clock, order = [0.0], []
+    monkeypatch.setattr(length.time, "perf_counter", lambda: clock[0])
+
+    def call(name, seconds):
+        order.append(name)
+        clock[0] += seconds
+
+    times = length.time_in_turn(
+        {
+            "short": lambda: call("short", 1),
+            "long": lambda: call("long", 5),
+            "longest": lambda: call("longest", 50),
+        }
+    )
+    assert order[:5] == ["short", "long", "longest", "short", "long"]
+    counted = {name: (time["rounds"], time["best_s"]) for name, time in times.items()}
+    # Without the first run, unless that run alone is too long for another.
+    assert counted == {"short": (length.ROUNDS, 1), "long": (2, 5), "longest": (1, 50)}
+
+
+def test_peak_memory_is_above_the_inputs():
+    run = subprocess.run(
+        [sys.executable, str(FOLDER / "length.py"), "--peak", "dilated", "forward", "65536"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    output_bytes = 65536 * 4 * 64 * 4
+    assert output_bytes <= json.loads(run.stdout)["peak_bytes"] < 2 * output_bytes

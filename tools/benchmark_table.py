@@ -15,6 +15,24 @@ INTRODUCTION = """\
 Generated from `benchmarks/results/` by `python -m tools.benchmark_table`; how the numbers are made
 is in `benchmarks/README.md`.
 
+"""
+
+LENGTH = """\
+## Against length
+
+![Time of one forward pass against length, beside dense attention](images/length.svg)
+
+Dilated attention beside PyTorch's `scaled_dot_product_attention` at the same length: one causal
+sequence, {num_heads} heads of {head_dim}, {dtype}, segments of {segments} with rates {rates}.
+Dilated attention does less work, because each query sees fewer keys: that is what it is for. Time
+is the best of several runs. Memory is the peak above the inputs; PyTorch's kernel does not store
+the S × S matrix either, so both grow with S. Dense attention was measured as far as a run takes a
+minute. Behind that, numbers with ≈ are extrapolated from the last measured length: time with S²,
+memory with S.
+
+"""
+
+EQUAL_FLOPS = """\
 ## Against PyTorch's attention at equal FLOPs
 
 Five branches (w₀·2ⁱ, 2ⁱ), 8 heads of 64, one sequence. Ratios are rates, in FLOPs per second, of
@@ -67,7 +85,8 @@ TRAINING = """\
 
 def page(results: Path) -> str:
     """The whole page."""
-    tables: list[str] = []
+    tables = _length(results / "length.json")
+    tables.append(EQUAL_FLOPS.removesuffix("\n"))
     for path in sorted(results.glob("equal_flops_*.json"), reverse=True):
         result = json.loads(path.read_text())
         tables += [
@@ -111,6 +130,65 @@ def page(results: Path) -> str:
         "",
     ]
     return INTRODUCTION + "\n".join(tables) + "\n" + TRAINING + "\n".join(report)
+
+
+def _length(path: Path) -> list[str]:
+    """The section about growing lengths: a table for forward, one for forward and backward."""
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+    lines = [
+        LENGTH.format(
+            **rows[0],
+            segments=", ".join(f"{w:,}" for w in rows[0]["segment_lengths"]),
+            rates=", ".join(map(str, rows[0]["dilation_rates"])),
+        ).removesuffix("\n")
+    ]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        lines += [
+            f"| positions | {part.replace('_', ' and ')}: dilated | dense | dense / dilated "
+            f"| memory: dilated | dense |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *(_length_row(row) for row in rows if row["part"] == part),
+            "",
+        ]
+    loads = [row["load"] for row in rows]
+    return [
+        *lines,
+        f"{_where(result['environment'])} Load averages, of this and other jobs: {min(loads)} to "
+        f"{max(loads)}.",
+        "",
+    ]
+
+
+def _length_row(row: dict[str, Any]) -> str:
+    dilated, dense = row["dilated"], row["dense"]
+    about = "≈ " if dense["extrapolated"] else ""
+    ratio = dense["best_s"] / dilated["best_s"]
+    cells = [
+        f"{row['seq_len']:,}",
+        duration(dilated["best_s"]),
+        f"{about}{duration(dense['best_s'])}",
+        f"{about}{float(f'{ratio:.2g}'):,g}",
+        f"{dilated['peak_bytes'] / 2**20:,.0f} MiB",
+        f"{about}{dense['peak_bytes'] / 2**20:,.0f} MiB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def duration(seconds: float) -> str:
+    """Two digits in the largest unit that is not above the time."""
+    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= length:
+            return f"{float(f'{seconds / length:.2g}'):g} {unit}"
+    return f"{float(f'{seconds * 1e3:.2g}'):g} ms"
+
+
+def positions(seq_len: int) -> str:
+    """A power of two as 512, 64k or 1M."""
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if seq_len % size == 0:
+            return f"{seq_len // size}{unit}"
+    return str(seq_len)
 
 
 def _breakdown(path: Path) -> list[str]:

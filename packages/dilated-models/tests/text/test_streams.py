@@ -23,6 +23,9 @@ def test_a_stream_is_the_files_end_to_end(text: Path):
         assert stream.text_of(start, stop) == expected[start:stop]
     assert stream.read(10, 14).tolist() == list(expected[10:14])
     assert stream.read(10, 14).dtype == np.int64
+    assert stream.document_starts(0, len(stream)).tolist() == [0, *ends[:-1]]
+    assert stream.document_starts(ends[0], ends[2]).tolist() == ends[:2]
+    assert stream.document_starts(ends[0] + 1, ends[1]).tolist() == []
     with pytest.raises(
         IndexError, match=r"start is 0 and stop \d+; they must be in order and within the \d+ bytes"
     ):
@@ -61,7 +64,11 @@ def test_tokens_cut_short_are_an_error(tmp_path: Path, text: Path):
     tokens, lengths = tmp_path / "x.u16", tmp_path / "x.u32"
     np.arange(5000, dtype=np.uint16).tofile(tokens)
     np.ones(5000, dtype=np.uint32).tofile(lengths)
-    stream = TokenFile(tokens, np.dtype(np.uint16), lengths, ByteStream(text_files([text])[0]))
+    starts = tmp_path / "x.i64"
+    np.array([0, 70], dtype=np.int64).tofile(starts)
+    source = ByteStream(text_files([text])[0])
+    stream = TokenFile(tokens, np.dtype(np.uint16), lengths, starts, source)
+    assert stream.document_starts(1, 5000).tolist() == [70]
     assert stream.read(4000, 4003).tolist() == [4000, 4001, 4002]
     assert stream.byte_lengths(4000, 4002).tolist() == [1, 1]
     assert len(stream.read(4998, 6000)) == 2  # as a slice
@@ -69,4 +76,4 @@ def test_tokens_cut_short_are_an_error(tmp_path: Path, text: Path):
     with pytest.raises(OSError, match=r"x\.u16' has become shorter since it was opened"):
         stream.read(4000, 4003)
     with pytest.raises(OSError, match=r"has 50 tokens and .* 5000; they must have as many, so"):
-        TokenFile(tokens, np.dtype(np.uint16), lengths, ByteStream([]))
+        TokenFile(tokens, np.dtype(np.uint16), lengths, starts, ByteStream([]))

@@ -1,5 +1,6 @@
 """Bytes and tokenizer files, and how many bytes each token stands for."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,12 @@ def test_the_cache_holds_the_tokens_of_the_text(byte_level: Path, text: Path, tm
     whole = stream.text_of(0, len(stream))
     assert cached.text_of(0, len(cached)) == whole
     assert cached.text_of(7, 20).decode() == vocabulary.decode(expected[7:20])
+    sizes = [len(vocabulary.encode(p.path.read_text())) for p in pieces]
+    starts = cached.document_starts(0, len(cached)).tolist()
+    assert starts == [0, *itertools.accumulate(sizes[:-1])]
     files = sorted((tmp_path / "cache").iterdir())
-    assert [f.suffix for f in files] == [".u32", ".u16"]
-    assert files[1].stat().st_size == 2 * len(expected)
+    assert [f.suffix for f in files] == [".u32", ".i64", ".u16"]
+    assert files[2].stat().st_size == 2 * len(expected)
 
 
 def test_the_cache_is_made_once_per_text(byte_level, text, tmp_path, monkeypatch):
@@ -116,6 +120,7 @@ def test_bytes_without_tokens_are_charged_too(words: Path, tmp_path: Path):
     cached = token_cache(ByteStream(pieces), pieces, TokenizerVocabulary(words), tmp_path / "cache")
     assert cached.read(0, 9).tolist() == [1, 2, 2]
     assert cached.byte_lengths(0, 9).tolist() == [3 + 4, 4 + 4, 4]
+    assert cached.document_starts(0, 3).tolist() == [0, 2]  # of "b" and "d", which have tokens
 
 
 def test_a_failed_tokenisation_leaves_no_cache(words: Path, tmp_path: Path):

@@ -29,6 +29,25 @@ def test_the_schedule():
     assert config.learning_rate_at(1000) == pytest.approx(0.1)
 
 
+def test_windows_double_until_the_given_share_of_the_steps():
+    numbers = {"steps": 100, "seq_len": 1024, "first_seq_len": 128, "growth": 0.6}
+    config = TrainingConfig(**TRAINING | numbers)
+    lengths = [config.window_at(step) for step in range(100)]
+    assert lengths == [128] * 20 + [256] * 20 + [512] * 20 + [1024] * 40
+    uneven = TrainingConfig(**TRAINING | numbers | {"first_seq_len": 300})
+    assert sorted({uneven.window_at(step) for step in range(100)}) == [300, 600, 1024]
+    assert TrainingConfig(**TRAINING | {"first_seq_len": 24}).window_at(0) == 24
+    assert TrainingConfig(**TRAINING).window_at(0) == 24
+
+
+def test_the_share_of_copies():
+    for share, steps in ((0.0, 0), (0.3, 30), (1.0, 100)):
+        config = TrainingConfig(**TRAINING | {"steps": 100, "warmup_copies": share})
+        assert config.copied_steps == steps
+    assert TrainingConfig(**TRAINING).copied_steps == 0
+    assert PRESETS["tiny"].training["warmup_copies"] == 0.3
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_together(name):
     preset = PRESETS[name]
@@ -63,6 +82,15 @@ def test_presets_fit_together(name):
         ),
         ({"accumulation": 3}, ValueError, "accumulation is 3 and batch_size 4; accumulation must"),
         ({"dtype": "float16"}, ValueError, "dtype is 'float16'; it must be one of 'float32', 'bfl"),
+        (
+            {"warmup_copies": 1.1},
+            ValueError,
+            r"warmup_copies is 1\.1; it must be at least 0 and at",
+        ),
+        ({"growth": 0.0}, ValueError, r"growth is 0\.0; it must be above 0 and at most 1"),
+        ({"first_seq_len": 25}, ValueError, "first_seq_len is 25 and seq_len 24; first_seq_len mu"),
+        ({"first_seq_len": 0}, ValueError, "first_seq_len is 0; it must be at least 1"),
+        ({"first_seq_len": 2.5}, TypeError, r"first_seq_len is 2\.5; it must be an integer"),
         ({"epochs": 3}, TypeError, "TrainingConfig has no argument 'epochs'; its arguments are"),
         ({"dtype": 16}, ValueError, "dtype is 16; it must be one of 'float32', 'bfloat16'"),
     ],

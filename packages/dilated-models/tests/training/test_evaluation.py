@@ -13,8 +13,9 @@ from dilated_models.training.evaluation import evaluate, scored_ranges
 class Numbers:
     """A stream of given tokens, each of which stands for `1 + token % 3` bytes."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
+    def __init__(self, tokens: torch.Tensor, starts: tuple[int, ...] = (0,)) -> None:
         self.tokens = tokens.numpy()
+        self.starts = np.array(starts)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -26,13 +27,18 @@ class Numbers:
     def byte_lengths(self, start: int, stop: int) -> np.ndarray:
         return 1 + self.tokens[start:stop] % 3
 
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        return self.starts[(self.starts >= start) & (self.starts < stop)]
+
     def text_of(self, start: int, stop: int) -> bytes:
         raise NotImplementedError
 
 
-@pytest.fixture
-def stream() -> Numbers:
-    return Numbers(torch.randint(61, (108,), generator=torch.Generator().manual_seed(5)))
+@pytest.fixture(params=[(0,), (0, 1, 30, 40, 41, 42, 90, 107)], ids=["one", "many"])
+def stream(request) -> Numbers:
+    """One document, or several: of one token, cut by a window, ending with a window."""
+    tokens = torch.randint(61, (108,), generator=torch.Generator().manual_seed(5))
+    return Numbers(tokens, request.param)
 
 
 def bits_one_by_one(
@@ -42,7 +48,10 @@ def bits_one_by_one(
     tokens = torch.from_numpy(stream.tokens)
     scored = []
     for target in range(1, len(tokens)):
-        start = (target - 1) // seq_len * seq_len
+        if target in stream.starts:
+            continue
+        document = max(start for start in stream.starts if start < target)
+        start = max((target - 1) // seq_len * seq_len, document)
         with torch.no_grad():
             logits = model(tokens[None, start:target])[0, -1]
         bits = -logits.log_softmax(-1)[tokens[target]].item() / math.log(2)
@@ -54,11 +63,11 @@ def bits_one_by_one(
 def test_equals_one_forward_per_target(model, stream, batch_size):
     scored = bits_one_by_one(model, stream, 40)
     result = evaluate(model, stream, seq_len=40, batch_size=batch_size)
-    assert result.num_tokens == 107  # two whole windows and one of 27
+    assert result.num_tokens == len(scored) == 108 - len(stream.starts)
     assert result.num_bytes == sum(n for _, _, n in scored)
     total = sum(bits for _, bits, _ in scored)
     assert result.bits_per_byte == pytest.approx(total / result.num_bytes, rel=1e-12)
-    assert result.bits_per_token == pytest.approx(total / 107, rel=1e-12)
+    assert result.bits_per_token == pytest.approx(total / len(scored), rel=1e-12)
     assert [(b.shortest, b.longest) for b in result.by_context] == [(1, 16), (17, 32), (33, 40)]
     for bucket in result.by_context:
         inside = [s for s in scored if bucket.shortest <= s[0] <= bucket.longest]
@@ -97,7 +106,9 @@ def test_what_is_scored_is_what_the_ranges_say(model, stream):
     stream.read = lambda start, stop: read.append((start, stop - 1)) or real(start, stop)
     result = evaluate(model, stream, seq_len=10, max_tokens=40, batch_size=1)
     assert read == scored_ranges(108, seq_len=10, max_tokens=40)
-    assert result.num_tokens == 40
+    assert result.num_tokens == 40 - sum(
+        start + 1 <= head <= stop for start, stop in read for head in stream.starts
+    )
 
 
 def test_the_model_is_left_as_it_was(model, stream):
@@ -112,7 +123,7 @@ def test_the_model_is_left_as_it_was(model, stream):
 def test_progress_is_told_and_may_stop_it(model, stream):
     calls = []
     evaluate(model, stream, seq_len=20, batch_size=2, before_batch=lambda *a: calls.append(a))
-    assert calls == [(0, 107), (40, 107), (80, 107), (100, 107)]
+    assert calls == [(0, 107), (40, 107), (80, 107)]
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -133,5 +144,8 @@ def test_refusals(model, stream):
     for name in ("seq_len", "max_tokens", "batch_size"):
         with pytest.raises(TypeError, match=rf"{name} is 2\.5; it must be an integer"):
             evaluate(model, stream, **{"seq_len": 2} | {name: 2.5})
+    alone = Numbers(torch.zeros(3, dtype=torch.int64), (0, 1, 2))
+    with pytest.raises(ValueError, match="no document of the text has 2 tokens; one must"):
+        evaluate(model, alone, seq_len=1)
     with pytest.raises(ValueError, match="the text has 1 tokens; it must have at least 2"):
         evaluate(model, Numbers(torch.zeros(1, dtype=torch.int64)), seq_len=1)

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dilated_models import LongNetConfig, LongNetLM
+from dilated_models.text.copies import copied_row
 from dilated_models.text.files import text_files
-from dilated_models.text.order import WindowOrder
+from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.loop import StepRecord, TrainingState
@@ -48,7 +50,7 @@ def start(config: LongNetConfig, stream: ByteStream):
 
 
 def run(state: TrainingState, stream: ByteStream, count: int | None = None) -> list[StepRecord]:
-    order = WindowOrder(num_tokens=len(stream), seq_len=24, seed=state.config.seed)
+    order = RowOrder(num_tokens=len(stream), seq_len=24, seed=state.config.seed)
     return list(itertools.islice(state.steps(stream, order), count))
 
 
@@ -64,14 +66,15 @@ def test_it_learns(start, stream):
     assert records[3].bits_per_byte == pytest.approx(records[3].loss / math.log(2))
 
 
+@pytest.mark.parametrize("numbers", [{}, {"warmup_copies": 0.67, "first_seq_len": 6, "growth": 1}])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_restored_run_continues_bit_for_bit(start, stream, tmp_path, tied):
-    whole = run(start(tied=tied), stream)
-    first = start(tied=tied)
+def test_a_restored_run_continues_bit_for_bit(start, stream, tmp_path, tied, numbers):
+    whole = run(start(tied=tied, **numbers), stream)
+    first = start(tied=tied, **numbers)
     begun = run(first, stream, 3)
     first.save(tmp_path)
     torch.manual_seed(123)  # whatever happened to the global generator meanwhile
-    second = start(tied=tied, seed=0)
+    second = start(tied=tied, **numbers, seed=0)
     torch.rand(7)
     second.restore(tmp_path)
     assert second.step == 3
@@ -199,6 +202,50 @@ def test_accumulation_is_the_whole_batch(start, stream):
     for a, b in zip(whole, parts, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+
+
+def test_accumulated_parts_of_unequal_targets_are_the_whole_batch(start, tmp_path):
+    """Rows lose a target at each border, so a mean of the means of the parts would be wrong."""
+    (tmp_path / "short").mkdir()
+    for i in range(40):
+        (tmp_path / "short" / f"{i}").write_text("a line of text\n" * (1 + i % 5))
+    short = ByteStream(text_files([tmp_path / "short"])[0])
+    whole = run(start(dropout=0.0), short, 3)
+    parts = run(start(dropout=0.0, accumulation=4), short, 3)
+    assert min(record.num_tokens for record in whole) < 96
+    for a, b in zip(whole, parts, strict=True):
+        assert a.num_tokens == b.num_tokens
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+
+
+def test_what_each_step_trains_on(start, stream, monkeypatch):
+    """Copies first, then every row of the text from the first on; windows grow in both."""
+    state = start(steps=6, warmup_copies=0.5, first_seq_len=12, growth=0.67)
+    seen = []
+    real = LongNetLM.forward
+
+    def forward(self, tokens, *, cu_seqlens):
+        seen.append((tokens.clone(), cu_seqlens.tolist()))
+        return real(self, tokens, cu_seqlens=cu_seqlens)
+
+    monkeypatch.setattr(LongNetLM, "forward", forward)
+    run(state, stream)
+    assert all(len(tokens) == 96 for tokens, _ in seen)
+    order = RowOrder(num_tokens=len(stream), seq_len=24, seed=0)
+    for step, (tokens, bounds) in enumerate(seen):
+        window = 12 if step < 4 else 24
+        assert max(b - a for a, b in itertools.pairwise(bounds)) <= window
+        assert set(range(0, 97, window)) <= set(bounds)
+        if step < 3:
+            rows = [
+                copied_row(stream, seq_len=24, window=window, seed=0, sample=sample).inputs
+                for sample in range(4 * step, 4 * step + 4)
+            ]
+        else:
+            starts = [order.start(sample) for sample in range(4 * (step - 3), 4 * (step - 2))]
+            rows = [stream.read(start, start + 24) for start in starts]
+        assert tokens.tolist() == np.concatenate(rows).tolist()
 
 
 def test_gradients_are_clipped(start, stream):

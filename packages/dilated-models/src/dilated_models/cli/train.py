@@ -42,11 +42,20 @@ def train(
         typer.Option(help="tiny (minutes on two CPU cores), small (one GPU), base (the paper's)."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
     accumulation: Annotated[
         int | None, typer.Option(help="Compute a batch in this many parts, to save memory.")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length in tokens.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Row length and longest window, in tokens.")
+    ] = None,
+    first_seq_len: Annotated[
+        int | None, typer.Option(help="Longest window of the first steps, which then doubles.")
+    ] = None,
+    warm_up_copies: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that first train on edited copies; 0 for none."),
+    ] = None,
     segment_lengths: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="Segment length of each branch.")
     ] = None,
@@ -57,6 +66,10 @@ def train(
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     feed_forward: Annotated[int | None, typer.Option(help="Width of the feed-forward.")] = None,
+    key_conv: Annotated[
+        int | None,
+        typer.Option(help="Width of a convolution before attention, not of LongNet; 0 for none."),
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="Probability of dropout.")] = None,
     checkpoint_activations: Annotated[
         bool | None,
@@ -109,6 +122,7 @@ def train(
             dim_feedforward=feed_forward,
             segment_lengths=integers("--segment-lengths", segment_lengths),
             dilation_rates=integers("--dilation-rates", dilation_rates),
+            key_conv=key_conv,
             dropout=dropout,
             activation_checkpointing=checkpoint_activations,
             backend=backend,
@@ -117,6 +131,8 @@ def train(
             batch_size=batch_size,
             accumulation=accumulation,
             seq_len=seq_len,
+            first_seq_len=first_seq_len,
+            warmup_copies=warm_up_copies,
             learning_rate=lr,
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
@@ -204,7 +220,7 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
         f"segments/rates {branches}, {training.dtype} on {run.device}",
         f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
         + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
-        f"{training.steps} steps of {training.batch_size} windows of {training.seq_len} tokens"
+        f"{training.steps} steps of {training.batch_size} rows of {training.seq_len} tokens"
         + (f", continuing after step {step}" if step else "")
         + f"; writing to {run.folder}",
     ]
@@ -218,7 +234,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
     lines = [
         "",
         f"validation: {result.bits_per_byte:.3f} bits per byte over {result.num_bytes} bytes; "
-        f"xz -9 on the same {report.xz_bytes} bytes: {report.xz_bits_per_byte:.3f}",
+        f"xz -9 on the same text, {report.xz_bytes} bytes: {report.xz_bits_per_byte:.3f}",
         "",
         *context_lines(result),
         "",

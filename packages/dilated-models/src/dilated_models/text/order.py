@@ -1,35 +1,30 @@
-"""Which window of the text each row of a batch is, as a pure function of seed and step."""
+"""Which stretch of the text each row of a batch is, as a pure function of seed and step."""
 
 from __future__ import annotations
 
 import hashlib
 
-import torch
-from torch import Tensor
-
-from dilated_models.text.streams import TokenStream
-
 _FEISTEL_ROUNDS = 4
 
 
-class WindowOrder:
-    """Windows of `seq_len + 1` tokens, each once per epoch in an order drawn from the seed.
+class RowOrder:
+    """Rows of `seq_len` tokens, each once per epoch in an order drawn from the seed.
 
-    Epoch e cuts the text into windows from a random phase of its own, and visits them in the order
-    of a four-round Feistel permutation. Window i of the epoch is computed from i alone. So a
-    resumed run needs only its step, and a long text needs no shuffled list in memory.
+    Epoch e cuts the text into rows from a random phase of its own, and visits them in the order
+    of a four-round Feistel permutation. Row i of the epoch is computed from i alone. So a resumed
+    run needs only its step, and a long text needs no shuffled list in memory.
 
     Args:
         num_tokens: Length of the text, in tokens.
-        seq_len: Inputs per window, in tokens; a window holds one target more.
+        seq_len: Inputs per row, in tokens; the target of the last one is one token further.
         seed: Of the order.
 
     Raises:
-        ValueError: If the text is shorter than one window.
+        ValueError: If the text is shorter than one row and its last target.
 
     Example:
-        >>> order = WindowOrder(num_tokens=41, seq_len=10, seed=0)
-        >>> order.windows_per_epoch
+        >>> order = RowOrder(num_tokens=41, seq_len=10, seed=0)
+        >>> order.rows_per_epoch
         3
         >>> sorted(order.start(i) // 10 for i in range(3))
         [0, 1, 2]
@@ -44,50 +39,27 @@ class WindowOrder:
         self._seq_len = seq_len
         self._seed = seed
         spare = num_tokens - 1
-        # One window fewer than would fit leaves room for the phase. A text of one window has none.
-        self.windows_per_epoch = max(1, spare // seq_len - 1)
-        self._phases = spare - self.windows_per_epoch * seq_len + 1
-        self._half_bits = max(1, ((self.windows_per_epoch - 1).bit_length() + 1) // 2)
+        # One row fewer than would fit leaves room for the phase. A text of one row has none.
+        self.rows_per_epoch = max(1, spare // seq_len - 1)
+        self._phases = spare - self.rows_per_epoch * seq_len + 1
+        self._half_bits = max(1, ((self.rows_per_epoch - 1).bit_length() + 1) // 2)
 
     def start(self, sample: int) -> int:
-        """First token of the window with number `sample`, which counts from 0 over all epochs."""
-        epoch, index = divmod(sample, self.windows_per_epoch)
+        """First token of the row with number `sample`, which counts from 0 over all epochs."""
+        epoch, index = divmod(sample, self.rows_per_epoch)
         phase = self._hash(epoch, 0, 0) % min(self._phases, self._seq_len)
         return phase + self._permute(epoch, index) * self._seq_len
 
-    def batch(
-        self, stream: TokenStream, *, step: int, batch_size: int
-    ) -> tuple[Tensor, Tensor, int]:
-        """Inputs, targets and the number of bytes the targets stand for, of a step.
-
-        Args:
-            stream: The text.
-            step: From 0.
-            batch_size: Rows, B.
-
-        Returns:
-            Inputs and targets, both `(B, S)` int64, and a byte count.
-        """
-        rows: list[Tensor] = []
-        num_bytes = 0
-        for sample in range(step * batch_size, (step + 1) * batch_size):
-            start = self.start(sample)
-            stop = start + self._seq_len + 1
-            rows.append(torch.from_numpy(stream.read(start, stop)))  # pyright: ignore[reportUnknownMemberType]
-            num_bytes += int(stream.byte_lengths(start + 1, stop).sum())
-        window = torch.stack(rows)
-        return window[:, :-1], window[:, 1:], num_bytes
-
     def _permute(self, epoch: int, index: int) -> int:
         mask = (1 << self._half_bits) - 1
-        # The permutation is of a power of 4, at most 4 times windows_per_epoch. Repeating it until
+        # The permutation is of a power of 4, at most 4 times rows_per_epoch. Repeating it until
         # the index is in range takes less than 4 rounds on average.
         while True:
             left, right = index >> self._half_bits, index & mask
             for round_number in range(1, _FEISTEL_ROUNDS + 1):
                 left, right = right, left ^ (self._hash(epoch, round_number, right) & mask)
             index = (left << self._half_bits) | right
-            if index < self.windows_per_epoch:
+            if index < self.rows_per_epoch:
                 return index
 
     def _hash(self, *numbers: int) -> int:

@@ -1,4 +1,7 @@
-"""Long sequences of tokens that stay on disk: the bytes of many files, or a cache of tokens."""
+"""Long sequences of tokens that stay on disk: the bytes of many files, or a cache of tokens.
+
+A stream is documents end to end. A document is a file, or the part of a file that is in the split.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,10 @@ class TokenStream(Protocol):
         """How many bytes of text each of these tokens stands for."""
         ...
 
+    def document_starts(self, start: int, stop: int) -> Int64Array:
+        """Which of these tokens are the first of a document, in order; 0 is one."""
+        ...
+
     def text_of(self, start: int, stop: int) -> bytes:
         """The bytes these tokens stand for."""
         ...
@@ -51,6 +58,7 @@ class ByteStream:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._ends = list(itertools.accumulate(piece.num_bytes for piece in pieces))
+        self._starts = np.array([0, *self._ends[:-1]], dtype=np.int64)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -62,6 +70,10 @@ class ByteStream:
     def byte_lengths(self, start: int, stop: int) -> Int64Array:
         """Ones: a token is a byte."""
         return np.ones(stop - start, dtype=np.int64)
+
+    def document_starts(self, start: int, stop: int) -> Int64Array:
+        """First bytes of pieces among `start` … `stop − 1`."""
+        return _within(self._starts, start, stop)
 
     def text_of(self, start: int, stop: int) -> bytes:
         """Bytes `start` … `stop − 1`, which must lie inside the stream.
@@ -88,12 +100,13 @@ class ByteStream:
 
 
 class TokenFile:
-    """Tokens and their byte lengths in two files, and the text they stand for.
+    """Tokens, their byte lengths and the starts of documents in files, and the text they stand for.
 
     Args:
         tokens: Path of the token ids.
         token_dtype: Of the ids in that file.
         byte_lengths: Path of as many uint32: the number of bytes that each token stands for.
+        document_starts: Path of int64: the first token of each document that has one.
         text: The bytes that were tokenised.
 
     Raises:
@@ -105,10 +118,12 @@ class TokenFile:
         tokens: Path,
         token_dtype: np.dtype[np.unsignedinteger[Any]],
         byte_lengths: Path,
+        document_starts: Path,
         text: ByteStream,
     ) -> None:
         self._tokens = _NumberFile(tokens, token_dtype)
         self._byte_lengths = _NumberFile(byte_lengths, np.dtype(np.uint32))
+        self._starts = np.fromfile(document_starts, dtype=np.int64)
         self._text = text
         if len(self._tokens) != len(self._byte_lengths):
             raise OSError(
@@ -127,6 +142,10 @@ class TokenFile:
     def byte_lengths(self, start: int, stop: int) -> Int64Array:
         """Bytes per token, `(stop − start,)`; over the whole file they add up to the text."""
         return self._byte_lengths.read(start, stop)
+
+    def document_starts(self, start: int, stop: int) -> Int64Array:
+        """First tokens of documents among `start` … `stop − 1`."""
+        return _within(self._starts, start, stop)
 
     def text_of(self, start: int, stop: int) -> bytes:
         """The bytes these tokens stand for; exact where the text is UTF-8."""
@@ -166,3 +185,9 @@ def _read_exactly(path: Path, start: int, num_bytes: int) -> bytes:
             f"leave the text unchanged while it is read."
         )
     return content
+
+
+def _within(ascending: Int64Array, start: int, stop: int) -> Int64Array:
+    """The numbers in [start, stop)."""
+    first, after = np.searchsorted(ascending, (start, stop))
+    return ascending[first:after]

@@ -119,7 +119,7 @@ class TokenizerVocabulary:
 def token_cache(
     text: ByteStream, pieces: Sequence[Piece], vocabulary: TokenizerVocabulary, folder: Path
 ) -> TokenFile:
-    """Tokenise a text once, into two files that later calls read.
+    """Tokenise a text once, into three files that later calls read.
 
     The text is read in parts of at most a mebibyte, which bounds the memory. A part ends with a
     line, unless a line is longer than that. Invalid UTF-8 is read as U+FFFD.
@@ -128,7 +128,7 @@ def token_cache(
         text: The text.
         pieces: The pieces of `text`; no token crosses from one to the next.
         vocabulary: The tokenizer.
-        folder: Folder of the two files; made if missing.
+        folder: Folder of the files; made if missing.
 
     Raises:
         ValueError: If the tokenizer finds no token in the text.
@@ -140,19 +140,21 @@ def token_cache(
     token_dtype = np.dtype(np.uint16 if vocabulary.num_tokens <= 1 << 16 else np.uint32)
     stem = folder / digest.hexdigest()[:16]
     tokens_path = stem.with_suffix(f".tokens.u{8 * token_dtype.itemsize}")
-    lengths_path = stem.with_suffix(".lengths.u32")
-    if not tokens_path.exists():
+    lengths_path, starts_path = stem.with_suffix(".lengths.u32"), stem.with_suffix(".starts.i64")
+    if not (tokens_path.exists() and starts_path.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        # The tokens take their name last (the outer block ends last), so where they are, both
+        # The tokens take their name last (the outer block ends last), so where they are, all
         # files are whole.
         with (
             write_atomically(tokens_path) as tokens_part,
             write_atomically(lengths_path) as lengths_part,
+            write_atomically(starts_path) as starts_part,
             tokens_part.open("wb") as tokens_file,
             lengths_part.open("wb") as lengths_file,
         ):
-            _tokenise(text, pieces, vocabulary, tokens_file, lengths_file, token_dtype)
-    return TokenFile(tokens_path, token_dtype, lengths_path, text)
+            starts = _tokenise(text, pieces, vocabulary, tokens_file, lengths_file, token_dtype)
+            starts_part.write_bytes(np.array(starts, dtype=np.int64).tobytes())
+    return TokenFile(tokens_path, token_dtype, lengths_path, starts_path, text)
 
 
 def _tokenise(
@@ -162,10 +164,13 @@ def _tokenise(
     tokens_file: BinaryIO,
     lengths_file: BinaryIO,
     token_dtype: np.dtype[np.unsignedinteger[Any]],
-) -> None:
+) -> list[int]:
+    """Write tokens and byte lengths; return the first token of each piece that has a token."""
+    starts: dict[int, int] = {}  # by the number of the piece
+    num_tokens = 0
     pending = np.zeros(0, dtype=np.int64)  # byte length of the last token, still growing
     lead = 0  # bytes before the first token of all
-    for part in _parts(text, pieces):
+    for number, part in _parts(text, pieces):
         ids, lengths = vocabulary.encode_with_byte_lengths(part)
         num_bytes = len(part.encode("utf-8"))
         if len(ids) == 0:
@@ -174,6 +179,8 @@ def _tokenise(
             else:
                 lead += num_bytes
             continue
+        starts.setdefault(number, num_tokens)
+        num_tokens += len(ids)
         lengths[0] += lead
         lead = 0
         tokens_file.write(ids.astype(token_dtype).tobytes())
@@ -185,12 +192,17 @@ def _tokenise(
             "that was trained on such text."
         )
     lengths_file.write(pending.astype(np.uint32).tobytes())
+    return list(starts.values())
 
 
-def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:
-    """The decoded text in parts of bounded size, which end with a line where possible."""
+def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[tuple[int, str]]:
+    """The decoded text in parts of bounded size, which end with a line where possible.
+
+    Yields:
+        The number of the piece, and a part of it.
+    """
     start = 0
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         stop = start + piece.num_bytes
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while start < stop:
@@ -199,4 +211,4 @@ def _parts(text: ByteStream, pieces: Sequence[Piece]) -> Iterator[str]:
                 part = part[: line_end + 1]
             start += len(part)
             if decoded := decoder.decode(part, final=start == stop):
-                yield decoded
+                yield number, decoded

@@ -30,6 +30,8 @@ _NUMBERS: dict[str, dict[str, Any]] = {
     "beta2": {"at_least": 0, "below": 1},
     "gradient_clip": {"above": 0},
     "validation_share": {"above": 0, "below": 1},
+    "warmup_copies": {"at_least": 0, "at_most": 1},
+    "growth": {"above": 0, "at_most": 1},
 }
 
 
@@ -40,10 +42,16 @@ class TrainingConfig:
 
     Args:
         steps: Number of optimiser steps.
-        batch_size: Windows per step.
+        batch_size: Rows per step. A row is cut into windows where a document begins.
         accumulation: Number of parts in which a batch is computed, to save memory; divides
             `batch_size`.
-        seq_len: Window length, in tokens.
+        seq_len: Row length and longest window, in tokens.
+        first_seq_len: Longest window of the first steps, in tokens. Windows double in length until
+            `seq_len`, and a row holds several of the short ones, so all steps have the same number
+            of tokens. None: `seq_len` from the start.
+        growth: Share of the steps after which windows have their full length, in (0, 1].
+        warmup_copies: Share of the steps, from the first, that train on edited copies of the text
+            instead of the text itself; see `dilated_models.text.copies`.
         learning_rate: Peak, after warm-up.
         warmup_steps: Steps of linear warm-up.
         final_share: Learning rate at the end of the cosine, as a share of the peak.
@@ -68,6 +76,9 @@ class TrainingConfig:
     batch_size: int
     accumulation: int = 1
     seq_len: int
+    first_seq_len: int | None = None
+    growth: float = 0.5
+    warmup_copies: float = 0.0
     learning_rate: float
     warmup_steps: int
     final_share: float = 0.1
@@ -89,6 +100,14 @@ class TrainingConfig:
         for name, bounds in _NUMBERS.items():
             self._set(name, check_number(name, getattr(self, name), **bounds))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.first_seq_len is not None:
+            first = check_integer("first_seq_len", self.first_seq_len, at_least=1)
+            self._set("first_seq_len", first)
+            if first > self.seq_len:
+                raise ValueError(
+                    f"first_seq_len is {first} and seq_len {self.seq_len}; first_seq_len must be "
+                    f"at most seq_len, because windows only grow."
+                )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation is {self.accumulation} and batch_size {self.batch_size}; "
@@ -109,6 +128,19 @@ class TrainingConfig:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+
+    def window_at(self, step: int) -> int:
+        """Longest window of a step, from 0, in tokens; a pure function of the step."""
+        first, grown = self.first_seq_len, self.growth * self.steps
+        if first is None or step >= grown:
+            return self.seq_len
+        doublings = math.ceil(math.log2(self.seq_len / first))
+        return min(self.seq_len, first << int(step / grown * doublings))
+
+    @property
+    def copied_steps(self) -> int:
+        """Number of steps, from the first, that train on edited copies."""
+        return round(self.warmup_copies * self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -144,12 +176,15 @@ PRESETS: dict[str, Preset] = {
             "segment_lengths": (64, 256, 1024),
             "dilation_rates": (1, 2, 4),
             "tie_embeddings": True,
+            "key_conv": 4,
         },
         # Tried on this budget: many small steps beat fewer large ones, and width 128 beats 192.
         training={
             "steps": 1600,
             "batch_size": 1,
             "seq_len": 1024,
+            "first_seq_len": 512,
+            "warmup_copies": 0.3,
             "learning_rate": 2e-3,
             "warmup_steps": 100,
             "validate_every": 200,

@@ -12,8 +12,10 @@ from dilated_core.checks import check_integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from dilated_models.layers.documents import Documents
 from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.streams import TokenStream
+from dilated_models.text.windows import PackedWindows, text_row
 
 _SHORTEST_BUCKET = 16
 _MOST_STRETCHES = 16
@@ -114,9 +116,10 @@ def evaluate(
     autocast: torch.dtype | None = None,
     before_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score a text in windows of `seq_len` tokens, laid end to end.
+    """Score a text in windows of at most `seq_len` tokens, laid end to end inside documents.
 
-    Each window starts without context; no token is a target twice.
+    A document is a file. Each window starts without context, and no token is a target twice. The
+    first token of a document is no target.
 
     Args:
         model: The model. Its mode and device are the same afterwards.
@@ -130,8 +133,8 @@ def evaluate(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: As `scored_ranges`, or if `batch_size` is below 1 or the model on the meta
-            device.
+        ValueError: As `scored_ranges`; or if `batch_size` is below 1, no document has two tokens,
+            or the model is on the meta device.
     """
     check_weights(model)
     batch_size = check_integer("batch_size", batch_size, at_least=1)
@@ -143,41 +146,38 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        done = 0
-        for start, rows, width in _batches(ranges, seq_len, batch_size):
+        done = num_targets = 0
+        for start, stop in _batches(ranges, seq_len * batch_size):
             if before_batch is not None:
                 before_batch(done, total)
-            stop = start + rows * width
-            tokens = torch.from_numpy(stream.read(start, stop + 1))  # pyright: ignore[reportUnknownMemberType]
-            lengths = torch.from_numpy(stream.byte_lengths(start + 1, stop + 1))  # pyright: ignore[reportUnknownMemberType]
-            loss = _losses(
-                model, tokens[:-1].view(rows, width), tokens[1:].view(rows, width), autocast
-            )
-            nats[:width] += loss.sum(0)
-            num_bytes[:width] += lengths.view(rows, width).sum(0)
-            done += rows * width
+            part = PackedWindows.of([text_row(stream, start, stop, window=seq_len)])
+            position = Documents.of(part.cu_seqlens, len(part.inputs)).positions
+            nats.index_add_(0, position, _losses(model, part, autocast))
+            num_bytes.index_add_(0, position, part.byte_lengths)
+            num_targets += part.num_targets
+            done += stop - start
     finally:
         model.train(was_training)
+    if not num_targets:
+        raise ValueError(
+            "no document of the text has 2 tokens; one must, a token to see and one to predict, so "
+            "use longer files."
+        )
     bits = nats / math.log(2)
     return Evaluation(
         bits_per_byte=float(bits.sum() / num_bytes.sum()),
-        bits_per_token=float(bits.sum() / total),
-        num_tokens=total,
+        bits_per_token=float(bits.sum() / num_targets),
+        num_tokens=num_targets,
         num_bytes=int(num_bytes.sum()),
         by_context=_buckets(bits, num_bytes, min(seq_len, total)),
     )
 
 
-def _batches(
-    ranges: Sequence[tuple[int, int]], seq_len: int, batch_size: int
-) -> Iterator[tuple[int, int, int]]:
-    """(first token, windows, their length) of each batch; a short last window is a batch alone."""
+def _batches(ranges: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int]]:
+    """The ranges in parts of at most `longest` tokens."""
     for start, stop in ranges:
-        while start < stop:
-            rows = min(batch_size, (stop - start) // seq_len)
-            width = seq_len if rows else stop - start
-            yield start, max(rows, 1), width
-            start += max(rows, 1) * width
+        for first in range(start, stop, longest):
+            yield first, min(first + longest, stop)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[None]:
@@ -186,16 +186,13 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
 
 
 @torch.no_grad()
-def _losses(
-    model: LongNetLM, inputs: Tensor, targets: Tensor, autocast: torch.dtype | None
-) -> Tensor:
-    """Nats of each target, `(B, S)` float64 on the CPU."""
+def _losses(model: LongNetLM, part: PackedWindows, autocast: torch.dtype | None) -> Tensor:
+    """Nats of each target, `(T,)` float64 on the CPU; 0 where there is no target."""
     device = model.embedding.weight.device
     with autocast_to(autocast, device):
-        logits = model(inputs.to(device))
+        logits = model(part.inputs.to(device), cu_seqlens=part.cu_seqlens)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = cross_entropy(wide.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-    return loss.view_as(targets).cpu().double()
+    return cross_entropy(wide, part.targets.to(device), reduction="none").cpu().double()
 
 
 def _buckets(bits: Tensor, num_bytes: Tensor, longest: int) -> tuple[ContextBucket, ...]:

@@ -16,8 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import checksum
-from dilated_models.text.order import WindowOrder
+from dilated_models.text.copies import copied_row
+from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import TokenStream
+from dilated_models.text.windows import PackedWindows, text_row
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.evaluation import autocast_to
 
@@ -77,7 +79,7 @@ class TrainingState:
         """Dtype of matrix products, or None for the parameters' own."""
         return torch.bfloat16 if self.config.dtype == "bfloat16" else None
 
-    def steps(self, stream: TokenStream, order: WindowOrder) -> Iterator[StepRecord]:
+    def steps(self, stream: TokenStream, order: RowOrder) -> Iterator[StepRecord]:
         """Train to the last step; yield after each step.
 
         Raises:
@@ -88,22 +90,19 @@ class TrainingState:
         while self.step < self.config.steps:
             yield self._one_step(stream, order)
 
-    def _one_step(self, stream: TokenStream, order: WindowOrder) -> StepRecord:
+    def _one_step(self, stream: TokenStream, order: RowOrder) -> StepRecord:
         begin = time.perf_counter()
         config = self.config
-        inputs, targets, num_bytes = order.batch(
-            stream, step=self.step, batch_size=config.batch_size
-        )
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        parts = self._parts(stream, order)
+        num_targets = sum(part.num_targets for part in parts)
+        num_bytes = sum(part.num_bytes for part in parts)
         learning_rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for some_inputs, some_targets in zip(
-            inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True
-        ):
-            loss = self._loss(some_inputs, some_targets) / config.accumulation
+        for part in parts:
+            loss = self._total_loss(part) / max(1, num_targets)
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
@@ -120,17 +119,42 @@ class TrainingState:
         return StepRecord(
             step=self.step,
             loss=mean,
-            bits_per_byte=mean / math.log(2) * targets.numel() / num_bytes,
+            bits_per_byte=mean / math.log(2) * num_targets / max(1, num_bytes),
             learning_rate=learning_rate,
             gradient_norm=norm.item(),
-            num_tokens=targets.numel(),
+            num_tokens=num_targets,
             seconds=seconds,
         )
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _parts(self, stream: TokenStream, order: RowOrder) -> list[PackedWindows]:
+        """The windows of this step in `accumulation` parts; a pure function of seed and step."""
+        config, step = self.config, self.step
+        window, rows_per_part = config.window_at(step), config.batch_size // config.accumulation
+        plain_step = step - config.copied_steps
+        if plain_step < 0:
+            first = step * config.batch_size
+            rows = [
+                copied_row(
+                    stream, seq_len=config.seq_len, window=window, seed=config.seed, sample=sample
+                )
+                for sample in range(first, first + config.batch_size)
+            ]
+        else:
+            first = plain_step * config.batch_size
+            starts = [order.start(sample) for sample in range(first, first + config.batch_size)]
+            rows = [
+                text_row(stream, start, start + config.seq_len, window=window) for start in starts
+            ]
+        return [
+            PackedWindows.of(rows[i : i + rows_per_part])
+            for i in range(0, len(rows), rows_per_part)
+        ]
+
+    def _total_loss(self, part: PackedWindows) -> Tensor:
+        """Nats of all targets together."""
         with autocast_to(self.autocast, self.device):
-            logits = self.model(inputs)
-        return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            logits = self.model(part.inputs.to(self.device), cu_seqlens=part.cu_seqlens)
+        return cross_entropy(logits.float(), part.targets.to(self.device), reduction="sum")
 
     def save(self, folder: Path, *, run_id: str = "") -> None:
         """Write all that is needed to continue, as `checkpoint.pt`, whole or not at all.

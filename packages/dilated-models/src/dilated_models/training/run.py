@@ -19,7 +19,7 @@ from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import TOKENIZER_FILE, save_model, write_config
 from dilated_models.text.files import Split
-from dilated_models.text.order import WindowOrder
+from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream, TokenStream
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 from dilated_models.training.config import TrainingConfig
@@ -140,7 +140,7 @@ class Text(NamedTuple):
 
     train: TokenStream
     validation: TokenStream
-    order: WindowOrder
+    order: RowOrder
 
 
 def open_text(run: Run, announce: Callable[[str], None]) -> Text:
@@ -158,7 +158,7 @@ def open_text(run: Run, announce: Callable[[str], None]) -> Text:
     existed = run.folder.exists()
     try:
         train, validation = _streams(run, announce)
-        order = WindowOrder(
+        order = RowOrder(
             num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed
         )
         scored_ranges(len(validation), seq_len=run.training.seq_len)

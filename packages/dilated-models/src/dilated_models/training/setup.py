@@ -30,8 +30,9 @@ def new_run(
     """A new run with the numbers of a preset.
 
     If `seq_len` is given without segment lengths, the preset's segment lengths are scaled by the
-    same factor. If `steps` is given, the preset's warm-up and its interval between validations are
-    scaled by the same factor, unless they are given.
+    same factor, and so is its first length of windows unless that is given. If `steps` is given,
+    the preset's warm-up and its interval between validations are scaled by the same factor, unless
+    they are given.
 
     Args:
         folder: Folder of the run; must not hold another run.
@@ -55,6 +56,10 @@ def new_run(
         for name in ("warmup_steps", "validate_every"):
             scaled = max(1, base.training[name] * steps // base.training["steps"])
             numbers[name] = training.get(name, scaled)
+    if (seq_len := numbers["seq_len"]) != base.training["seq_len"] and seq_len > 0:
+        first = base.training.get("first_seq_len")
+        scaled = None if first is None else max(1, first * seq_len // base.training["seq_len"])
+        numbers["first_seq_len"] = training.get("first_seq_len", scaled)
     config = TrainingConfig.from_dict(numbers)
     fields = base.model | dict(model)
     if "segment_lengths" not in model and config.seq_len != base.training["seq_len"]:

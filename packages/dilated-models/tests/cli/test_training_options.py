@@ -1,0 +1,55 @@
+"""Options of `dilated train` for copies, growing windows and the convolution before attention."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dilated_models.cli.app import app
+from typer.testing import CliRunner
+
+SMALL = [
+    *("--steps", "1", "--seq-len", "32", "--batch-size", "2", "--d-model", "16", "--heads", "4"),
+    *("--layers", "1", "--feed-forward", "16", "--segment-lengths", "8,32"),
+    *("--dilation-rates", "1,2", "--validation-tokens", "64", "--final-validation-tokens", "64"),
+]
+
+
+def train(text: Path, out: Path, *options: object, code: int = 0) -> dict[str, Any]:
+    """`config.json` of a run; or the error line of a refused one."""
+    arguments = ["train", "--text", text, "--out", out, *SMALL, *options]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return json.loads((out / "config.json").read_text()) if code == 0 else {"error": result.stderr}
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dilated_models.training.run._SAMPLE_TOKENS", 1)
+
+
+def test_the_preset_and_its_options(text: Path, tmp_path: Path):
+    preset = train(text, tmp_path / "preset")
+    assert preset["training"]["warmup_copies"] == 0.3
+    assert preset["training"]["first_seq_len"] == 16  # half of --seq-len, as in the preset
+    assert preset["model"]["key_conv"] == 4
+    off = ["--warm-up-copies", 0, "--first-seq-len", 8, "--key-conv", 0]
+    own = train(text, tmp_path / "own", *off)
+    assert own["training"]["warmup_copies"] == own["model"]["key_conv"] == 0
+    assert own["training"]["first_seq_len"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--warm-up-copies", 2], "warmup_copies is 2.0; it must be at least 0 and at most 1."),
+        (["--first-seq-len", 64], "first_seq_len is 64 and seq_len 32; first_seq_len must be"),
+        (["--key-conv", -1], "key_conv is -1; it must be at least 0."),
+    ],
+)
+def test_refusals(text: Path, tmp_path: Path, options: list[object], message: str):
+    error = train(text, tmp_path / "run", *options, code=2)["error"]
+    assert message in error
+    assert error.startswith("dilated: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,109 @@
+"""Edited copies: a passage of the text again and again, and nothing but seed and number decide."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dilated_models.text.copies import copied_row
+from dilated_models.text.files import text_files
+from dilated_models.text.streams import ByteStream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+class Places:
+    """A stream in which no token comes twice, so the place of a passage can be read from it."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start <= stop <= self.length
+        return np.arange(start, stop)
+
+    def byte_lengths(self, start: int, stop: int) -> np.ndarray:
+        return 1 + np.arange(start, stop) % 3
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        raise AssertionError("copies do not depend on documents")
+
+    def text_of(self, start: int, stop: int) -> bytes:
+        raise NotImplementedError
+
+
+def period_of(tokens: np.ndarray) -> int:
+    """The shortest distance at which most tokens are equal; two edits in 100 break 4 matches."""
+    lags = range(1, len(tokens) // 2 + 1)
+    return next(lag for lag in lags if (tokens[lag:] == tokens[:-lag]).mean() > 0.7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seq_len=st.integers(1, 700),
+    window=st.integers(1, 700),
+    seed=st.integers(0, 2**64 - 1),
+    sample=st.integers(0, 2**40),
+)
+def test_a_row_of_copies(seq_len, window, seed, sample):
+    stream = Places(seq_len + 1)
+    row = copied_row(stream, seq_len=seq_len, window=window, seed=seed, sample=sample)
+    assert row.starts.tolist() == list(range(0, seq_len, window))
+    assert len(row.inputs) == len(row.targets) == len(row.byte_lengths) == seq_len
+    assert np.array_equal(row.byte_lengths, 1 + row.targets % 3)
+    for start in row.starts.tolist():
+        stop = min(start + window, seq_len)
+        inputs, targets = row.inputs[start:stop], row.targets[start:stop]
+        assert np.array_equal(inputs[1:], targets[:-1])
+        if stop - start >= 200:
+            tokens = np.append(inputs, targets[-1])
+            period = period_of(tokens)
+            assert 16 <= period <= (stop - start) // 2
+            assert (np.diff(tokens) == 1).mean() > 0.7
+    again = copied_row(stream, seq_len=seq_len, window=window, seed=seed, sample=sample)
+    assert all(np.array_equal(a, b) for a, b in zip(row, again, strict=True))
+
+
+def test_periods_are_log_uniform_and_two_percent_are_edited():
+    stream = Places(1 << 40)
+    periods, edited = [], 0
+    for sample in range(300):
+        row = copied_row(stream, seq_len=1024, window=1024, seed=7, sample=sample)
+        period = period_of(row.inputs)
+        periods.append(period)
+        copies = row.inputs[: 1024 // period * period].reshape(-1, period)
+        edited += (row.inputs != np.resize(np.median(copies, axis=0), 1024)).mean() / 300
+    assert 16 <= min(periods) < 20
+    assert 450 < max(periods) <= 512
+    # Of five octaves from 16 to 512, each has a fifth, 60 of 300: standard deviation 7.
+    for octave in range(5):
+        count = sum(16 << octave <= period < 32 << octave for period in periods)
+        assert 60 - 4.5 * 7 < count < 60 + 4.5 * 7
+    assert 0.015 < edited < 0.035  # above 2 %: a median of two copies, one of them edited, is off
+
+
+def test_edits_are_tokens_of_the_text_elsewhere_and_seeds_differ():
+    stream = Places(1 << 40)
+    rows = {
+        (seed, sample): copied_row(stream, seq_len=512, window=512, seed=seed, sample=sample)
+        for seed in (0, 1, 2**64 - 1)
+        for sample in range(3)
+    }
+    firsts = {int(row.inputs[0]) for row in rows.values()}
+    assert len(firsts) == 9
+    for row in rows.values():
+        period, middle = period_of(row.inputs), int(np.median(row.inputs))
+        foreign = row.inputs[abs(row.inputs - middle) > period]
+        assert 0 < len(foreign) < 40
+        assert 0 <= foreign.min() <= foreign.max() < 1 << 40
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 17, 32])
+def test_short_windows_and_real_text(text: Path, window):
+    stream = ByteStream(text_files([text])[0])
+    row = copied_row(stream, seq_len=32, window=window, seed=0, sample=3)
+    assert len(row.inputs) == 32
+    assert row.inputs.max() < 256
+    assert row.byte_lengths.tolist() == [1] * 32

@@ -16,10 +16,12 @@ MODULES = sorted(
 
 def test_the_public_names() -> None:
     assert dilated_models.__all__ == [
+        "GenerationCache",
         "LongNetConfig",
         "LongNetLM",
         "evaluate",
         "generate",
+        "generate_batch",
         "load_model",
     ]
     assert set(dilated_models.__all__) <= set(dir(dilated_models))

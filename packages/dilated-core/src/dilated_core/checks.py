@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -43,6 +43,42 @@ def check_integer(
     if at_most is not None and number > at_most:
         raise ValueError(f"{name} is {number}; it must be at most {at_most}.")
     return number
+
+
+def check_integers(name: str, value: Any, count: int, *, at_most: int) -> list[int]:
+    """`value` as a list of `count` integers from 0 to `at_most`.
+
+    Args:
+        name: Of the argument, for errors.
+        value: A tensor of one dimension, or a sequence.
+        count: How many: one for each sequence of a batch.
+        at_most: The largest allowed.
+
+    Raises:
+        TypeError: If it is neither, or an entry is no integer.
+        ValueError: If it has another shape or size, holds no values, or an entry is out of range.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 1 or value.is_meta:
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}; it must have "
+                f"one dimension and lie on a device that holds values."
+            )
+        value = cast(list[Any], value.tolist())
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; it must be a tensor or a list of integers."
+        )
+    integers = [
+        check_integer(f"an entry of {name}", x, at_least=0, at_most=at_most)
+        for x in cast(Sequence[Any], value)
+    ]
+    if len(integers) != count:
+        raise ValueError(
+            f"{name} has {len(integers)} entries; it must have one for each sequence of the batch, "
+            f"here {count}."
+        )
+    return integers
 
 
 def _integer(value: Any) -> int | None:

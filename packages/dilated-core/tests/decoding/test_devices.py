@@ -5,7 +5,13 @@ import pickle
 
 import pytest
 import torch
-from dilated_core import DecodingCache, DilatedPattern, decode_step, decode_step_with_lse
+from dilated_core import (
+    DecodingCache,
+    DilatedPattern,
+    decode_step,
+    decode_step_with_lse,
+    decode_tokens,
+)
 from dilated_core import reference_dilated_attention_with_lse as reference
 
 PATTERN = DilatedPattern([8, 24, 40], [1, 3, 4])
@@ -58,13 +64,14 @@ def test_a_meta_cache_has_every_size_and_no_memory(is_default, request):
         out, lse = decode_step_with_lse(q[:, :1], k[:, :1], v[:, :1], cache)
     assert (out.shape, out.dtype, out.device.type) == ((2, 1, 4, 6), torch.float32, "meta")
     assert (lse.shape, lse.dtype) == ((2, 1, 4), torch.float32)
-    assert cache.position == 22
+    assert decode_tokens(q, k, v, cache, lengths=[3, 0]).shape == (2, 30, 4, 6)
+    assert cache.positions == (25, 22)
     cache.reorder([0, 1, 1])
     assert cache.batch_size == 3
     cache.reorder([0, 1])
     other = DecodingCache(PATTERN, **SIZES, device="meta")
     other.load_state_dict(cache.state_dict())
-    assert other.position == 22
+    assert other.positions == (25, 22)
     cache.load_state_dict(real.state_dict())
     assert cache.position == 0
 

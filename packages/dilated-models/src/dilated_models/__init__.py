@@ -14,21 +14,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dilated_models.config import LongNetConfig
-    from dilated_models.longnet.generation import generate
+    from dilated_models.longnet.generation import generate, generate_batch
+    from dilated_models.longnet.generation_cache import GenerationCache
     from dilated_models.longnet.language_model import LongNetLM
     from dilated_models.longnet.saving import load_model
     from dilated_models.training.evaluation import evaluate
 
 __version__ = _version("dilated-models")
 
-__all__ = ["LongNetConfig", "LongNetLM", "evaluate", "generate", "load_model"]
+__all__ = [
+    "GenerationCache",
+    "LongNetConfig",
+    "LongNetLM",
+    "evaluate",
+    "generate",
+    "generate_batch",
+    "load_model",
+]
 
 # Loaded on first use: `dilated --help` does not wait for torch.
 _MODULES = {
+    "GenerationCache": "dilated_models.longnet.generation_cache",
     "LongNetConfig": "dilated_models.config",
     "LongNetLM": "dilated_models.longnet.language_model",
     "evaluate": "dilated_models.training.evaluation",
     "generate": "dilated_models.longnet.generation",
+    "generate_batch": "dilated_models.longnet.generation",
     "load_model": "dilated_models.longnet.saving",
 }
 

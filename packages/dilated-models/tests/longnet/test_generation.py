@@ -1,10 +1,10 @@
-"""Sampling: exact distributions, reproducible draws, refusals."""
+"""Sampling: exact distributions, reproducible draws, several texts at once, refusals."""
 
 import collections
 
 import pytest
 import torch
-from dilated_models.longnet.generation import generate
+from dilated_models import GenerationCache, generate, generate_batch
 
 
 def test_greedy_is_the_argmax_of_full_forwards(model):
@@ -75,6 +75,8 @@ def test_the_mode_is_restored(model):
         ({"temperature": float("nan")}, "temperature is nan; it must be finite"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_p": 0.0}, r"top_p is 0\.0; it must be above 0"),
+        ({"top_p": 1.1}, r"top_p is 1\.1; it must be .*at most 1"),
     ],
 )
 def test_refusals_come_at_the_call(model, change, message):
@@ -92,12 +94,84 @@ def test_refusals_come_at_the_call(model, change, message):
         ({"temperature": "1"}, "temperature is '1'; it must be a number"),
         ({"top_k": True}, "top_k is True; it must be an integer"),
         ({"seed": None}, "seed is None; it must be an integer"),
+        ({"top_p": "1"}, "top_p is '1'; it must be a number"),
+        ({"cache": {}}, "cache is a dict; it must be a GenerationCache"),
     ],
 )
 def test_wrong_types_are_refused_at_the_call(model, change, message):
     arguments = {"prompt": [1], "max_new_tokens": 1} | change
     with pytest.raises(TypeError, match=message):
         generate(model, arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.3, 0.999])
+def test_top_p_draws_among_the_likeliest_tokens(model, top_p):
+    with torch.no_grad():
+        probabilities = model(torch.tensor([[5, 6]]))[0, -1].softmax(-1)
+    ordered = probabilities.sort(descending=True)
+    # The fewest tokens whose probabilities add up to top_p.
+    count = int((ordered.values.cumsum(-1) < top_p).sum()) + 1
+    allowed = set(ordered.indices[:count].tolist())
+    draws = {
+        token
+        for seed in range(300)
+        for token in generate(model, [5, 6], max_new_tokens=1, top_p=top_p, seed=seed)
+    }
+    assert draws <= allowed
+    assert len(draws) > len(allowed) / 3
+    both = {
+        token
+        for seed in range(100)
+        for token in generate(model, [5, 6], max_new_tokens=1, top_p=top_p, top_k=2, seed=seed)
+    }
+    assert both <= set(ordered.indices[: min(2, count)].tolist())
+
+
+PROMPTS = [[3, 1, 4], list(range(50)), [7], [3, 1, 4], [9, 9], list(range(49, 0, -1))]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}])
+def test_texts_of_a_batch_are_each_alone(model, options):
+    """Whatever the neighbours are: other lengths, another order, none."""
+    steps = generate_batch(model, PROMPTS, max_new_tokens=60, seed=5, **options)
+    texts = list(zip(*steps, strict=True))
+    for i, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        alone = generate(model, prompt, max_new_tokens=60, seed=5 + i, **options)
+        assert list(alone) == list(text)
+    if options["temperature"]:
+        assert texts[0] != texts[3]  # equal prompts, with draws of their own
+
+
+def test_seeds_of_a_batch_go_on_from_zero_after_the_largest(model):
+    largest = 2**64 - 1
+    (step,) = generate_batch(model, [[1], [2]], max_new_tokens=1, seed=largest)
+    assert step == (
+        next(generate(model, [1], max_new_tokens=1, seed=largest)),
+        next(generate(model, [2], max_new_tokens=1, seed=0)),
+    )
+
+
+def test_a_text_goes_on_in_its_cache(model):
+    whole = list(generate(model, [3, 1, 4], max_new_tokens=20, temperature=0))
+    cache = GenerationCache(model)
+    first = list(generate(model, [3, 1, 4], max_new_tokens=8, temperature=0, cache=cache))
+    rest = list(generate(model, first[-1:], max_new_tokens=12, temperature=0, cache=cache))
+    assert first + rest == whole
+    with pytest.raises(ValueError, match="cache holds 2 texts; it must hold 1"):
+        generate(model, [1], max_new_tokens=1, cache=GenerationCache(model, 2))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "prompts is empty; it must hold at least one prompt"),
+        ([[1], []], r"prompts\[1\] is empty; it must hold at least one token"),
+        ([[1], [61]], r"a token of prompts\[1\] is 61; it must be at most 60"),
+    ],
+)
+def test_refusals_of_a_batch_come_at_the_call(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate_batch(model, prompts, max_new_tokens=1)
 
 
 def test_a_prompt_may_be_bytes_or_a_tensor(model):

@@ -15,13 +15,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from dilated_core.backends.cache_layout import MAX_POSITION, index_sections, plan_sections
 from dilated_core.backends.eager_decoding import append_tokens
-from dilated_core.checks import check_float_dtype, check_integer, check_tensor
+from dilated_core.checks import (
+    check_float_dtype,
+    check_integer,
+    check_integers,
+    check_tensor,
+)
 from dilated_core.decoding.size import check_sizes
 from dilated_core.pattern.branches import DilatedPattern
 
@@ -241,7 +246,9 @@ class DecodingCache:
                 f"values and positions."
             )
         longest = MAX_POSITION if self.max_seq_len is None else self.max_seq_len
-        positions = self._integers("positions", state_dict["positions"], longest)
+        positions = check_integers(
+            "positions", state_dict["positions"], self.batch_size, at_most=longest
+        )
         for name, ours in expected.items():
             given = state_dict[name]
             check_tensor(name, given)
@@ -313,31 +320,8 @@ class DecodingCache:
             )
 
     def _check_lengths(self, lengths: torch.Tensor | Sequence[int] | None, n: int) -> list[int]:
-        return [n] * self.batch_size if lengths is None else self._integers("lengths", lengths, n)
-
-    def _integers(self, name: str, given: Any, at_most: int) -> list[int]:
-        """B integers from 0 on, of a tensor or a sequence."""
-        if isinstance(given, torch.Tensor):
-            if given.dim() != 1 or given.is_meta:
-                raise ValueError(
-                    f"{name} is a tensor of shape {tuple(given.shape)} on {given.device}; it must "
-                    f"have one dimension and lie on a device that holds values."
-                )
-            given = cast(list[Any], given.tolist())
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise TypeError(
-                f"{name} is a {type(given).__name__}; it must be a tensor or a list of integers."
-            )
-        checked = [
-            check_integer(f"an entry of {name}", x, at_least=0, at_most=at_most)
-            for x in cast(Sequence[Any], given)
-        ]
-        if len(checked) != self.batch_size:
-            raise ValueError(
-                f"{name} has {len(checked)} entries; it must have one for each sequence of the "
-                f"cache, here {self.batch_size}."
-            )
-        return checked
+        B = self.batch_size
+        return [n] * B if lengths is None else check_integers("lengths", lengths, B, at_most=n)
 
     def _check_room(self, counts: Sequence[int]) -> None:
         for position, n in zip(self._positions, counts, strict=True):

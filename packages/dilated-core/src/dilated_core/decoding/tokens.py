@@ -84,7 +84,7 @@ def decode_tokens(
     out = q.new_zeros(q.shape)
     with torch.no_grad(), without_autocast(q.device.type):
         for rows, position, count in cache._runs(counts):
-            if count:
+            if count and not q.is_meta:  # on meta there is nothing to compute
                 q_, k_, v_ = (viewable(x[rows, :count]) for x in (q, k, v))
                 memory = cache.keys[rows], cache.values[rows], cache._layout
                 attended = _attend(q_, k_, v_, cache, memory, position, options, chosen)

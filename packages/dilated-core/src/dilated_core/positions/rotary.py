@@ -19,6 +19,8 @@ from dilated_core.checks import check_integer, check_number, check_positions
 _ROTARY_BASE = 10_000.0
 # The part of a dtype's exponent range that a decay may use. The rest is left to q and k.
 _RANGE_SHARE = 0.9
+# −log ζ of the channels that decay fastest, per `scale_base` tokens.
+_DECAY = -math.log(0.4 / 1.4)
 
 
 class Rotation(NamedTuple):
@@ -117,6 +119,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + quarter_turn * sin).to(x.dtype)
 
 
+def decay_reach(scale_base: float, dtype: torch.dtype) -> int:
+    """Largest distance from the center, in tokens, at which xPos' factor is in range of `dtype`."""
+    limit = -_RANGE_SHARE * math.log(torch.finfo(dtype).tiny)
+    return math.floor(limit * scale_base / _DECAY)
+
+
 def check_decay_range(largest_distance: int, scale_base: float, dtype: torch.dtype) -> None:
     """Refuse positions whose xPos factor would leave the range of `dtype`.
 
@@ -128,11 +136,9 @@ def check_decay_range(largest_distance: int, scale_base: float, dtype: torch.dty
     Raises:
         ValueError: If the largest factor or its inverse would overflow or become subnormal.
     """
-    exponent_per_token = -math.log(0.4 / 1.4) / scale_base
-    limit = -_RANGE_SHARE * math.log(torch.finfo(dtype).tiny)
-    if largest_distance * exponent_per_token > limit:
-        reach = math.floor(limit / exponent_per_token)
-        needed = math.ceil(scale_base * largest_distance / reach)
+    reach = decay_reach(scale_base, dtype)
+    if largest_distance > reach:
+        needed = math.ceil(scale_base * largest_distance / max(1, reach))
         raise ValueError(
             f"xPos with a scale base of {scale_base:g} stays within the range of {dtype} up to "
             f"{reach} positions from the center, but {largest_distance} are needed; use a scale "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from dilated_core.positions.rotary import Rotation
 from torch import Tensor, nn
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.block_cache import BlockCache
 from dilated_models.layers.convolution import CausalConvolution
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.feed_forward import FeedForward
@@ -63,13 +66,26 @@ class SelfAttentionBlock(nn.Module):
         rotation: Rotation | None = None,
         is_causal: bool = True,
         documents: Documents | None = None,
+        cache: BlockCache | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Map `(B, S, d_model)` to the same shape; arguments as in `DilatedSelfAttention`."""
         normed = self.attention_norm(x)
         if self.key_conv is not None:
+            inputs, before = normed, None if cache is None else cache.inputs
             positions = None if documents is None else documents.positions
-            normed = self.key_conv(normed, positions=positions)
+            normed = self.key_conv(inputs, before=before, positions=positions)
+            if cache is not None:
+                cache.keep_inputs(inputs, counts)
+        decoding = None if cache is None else cache.attention
         x = x + self.dropout(
-            self.attention(normed, rotation, is_causal=is_causal, documents=documents)
+            self.attention(
+                normed,
+                rotation,
+                is_causal=is_causal,
+                documents=documents,
+                cache=decoding,
+                counts=counts,
+            )
         )
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from dilated_core import MultiheadConfig, MultiheadDilatedAttention
+from dilated_core import (
+    DecodingCache,
+    MultiheadConfig,
+    MultiheadDilatedAttention,
+    decode_step,
+    decode_tokens,
+)
+from dilated_core.backends.contract import DecodingBackend, has_capability
+from dilated_core.backends.registry import get_backend
 from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor
 
@@ -49,14 +59,18 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         *,
         is_causal: bool = False,
         documents: Documents | None = None,
+        cache: DecodingCache | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Attend within `x`.
+        """Attend within `x`, and with a cache also to the tokens before.
 
         Args:
             x: `(B, S, E)`; `(T, E)` with `documents`.
             rotation: Of the S positions; None leaves q and k unchanged.
             is_causal: Whether a position sees only itself and earlier ones.
             documents: Of packed positions, each of which sees only its own document.
+            cache: Holds the tokens before, and then those of `x` too. Attention is then causal.
+            counts: With a cache, how many positions of each sequence are not padding; None: all.
 
         Returns:
             The shape of `x`.
@@ -65,5 +79,23 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         if rotation is not None:
             q = rotate(q, rotation.q_cos, rotation.q_sin)
             k = rotate(k, rotation.k_cos, rotation.k_sin)
+        if cache is not None:
+            return self.combine(self._decode(q, k, v, cache, counts).to(x.dtype))
         cu_seqlens = None if documents is None else documents.cu_seqlens
         return self.combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: DecodingCache,
+        counts: Sequence[int] | None,
+    ) -> Tensor:
+        q, k, v = (x.to(cache.keys.dtype) for x in (q, k, v))
+        backend = self.attention.config.backend
+        # A named backend is used, whether it has a kernel for single tokens or not.
+        has_kernel = backend == "auto" or has_capability(get_backend(backend), DecodingBackend)
+        if counts is None and q.shape[1] == 1 and has_kernel:
+            return decode_step(q, k, v, cache, backend=backend)
+        return decode_tokens(q, k, v, cache, lengths=counts, backend=backend)

@@ -1,13 +1,62 @@
-"""Continue a text, one token at a time."""
+"""Continue texts, one token at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from dilated_core.checks import check_integer, check_number
+from torch import Tensor
 
+from dilated_models.longnet.generation_cache import GenerationCache
 from dilated_models.longnet.language_model import LongNetLM, check_weights
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn from its logits.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Number of the most likely tokens to draw among; None means all.
+        top_p: Draw among the most likely tokens that together have at least this probability;
+            1 means all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, temperature: float, top_k: int | None, top_p: float) -> Sampling:
+        """Check the options.
+
+        Raises:
+            TypeError: If an option has the wrong type.
+            ValueError: If an option is out of range.
+        """
+        return cls(
+            check_number("temperature", temperature, at_least=0),
+            None if top_k is None else check_integer("top_k", top_k, at_least=1),
+            check_number("top_p", top_p, above=0, at_most=1),
+        )
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """Draw one token from logits `(num_tokens,)`, in float64 on the CPU."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        if self.top_k is not None and self.top_k < len(logits):
+            best = logits.topk(self.top_k)
+            logits = torch.full_like(logits, -torch.inf)
+            logits[best.indices] = best.values
+        # Subtracting the largest first keeps a very low temperature from overflowing.
+        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            ordered = probabilities.sort(descending=True, stable=True)
+            before = ordered.values.cumsum(-1) - ordered.values  # of the more likely tokens
+            probabilities[ordered.indices[before >= self.top_p]] = 0
+        return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def generate(
@@ -17,13 +66,15 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
+    cache: GenerationCache | None = None,
 ) -> Iterator[int]:
-    """Sample a continuation.
+    """Sample a continuation, token by token.
 
-    Every token is drawn after a full forward over all tokens before it, so each distribution is
-    exactly the model's. Draws happen on the CPU, so devices with equal logits give equal texts for
-    one seed.
+    The prompt runs through the model once. Then each token costs one step against a
+    `GenerationCache`, whose time and memory do not grow with the text. Draws happen on the CPU, so
+    devices with equal logits give equal texts for one seed.
 
     Args:
         model: The model. It is in evaluation mode until the last token is drawn or the iterator is
@@ -32,15 +83,19 @@ def generate(
         max_new_tokens: Number of tokens to yield, at least 1.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Number of the most likely tokens to draw among; None means all.
+        top_p: Draw among the most likely tokens that together have at least this probability; 1
+            means all.
         seed: Of the draws.
+        cache: Holds a text, of which the prompt is the next part. The last token that is drawn is
+            not in the cache, so begin the next prompt with it. None: the prompt begins the text.
 
     Yields:
         One token id after the other.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the prompt is empty or holds an unknown token, a number is out of range, or
-            the model is on the meta device.
+        ValueError: If the prompt is empty or holds an unknown token, a number is out of range, the
+            cache holds not one text, or the model is on the meta device.
 
     Example:
         >>> model = LongNetLM(num_tokens=256, d_model=32, nhead=4, num_decoder_layers=1,
@@ -49,44 +104,120 @@ def generate(
         5
     """
     check_weights(model)
-    last = model.config.num_tokens - 1
-    tokens = [check_integer("a token of prompt", x, at_least=0, at_most=last) for x in prompt]
-    if not tokens:
-        raise ValueError("prompt is empty; it must hold at least one token to continue from.")
+    tokens = _check_prompt("prompt", prompt, model)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
-    temperature = check_number("temperature", temperature, at_least=0)
-    top_k = None if top_k is None else check_integer("top_k", top_k, at_least=1)
+    sampling = Sampling.of(temperature, top_k, top_p)
+    seeds = _check_seeds(seed, 1)
+    if cache is not None and not isinstance(cache, GenerationCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
+    if cache is not None and cache.batch_size != 1:
+        raise ValueError(f"cache holds {cache.batch_size} texts; it must hold 1, as prompt is one.")
+    return _only(_sample(model, [tokens], max_new_tokens, sampling, seeds, cache))
+
+
+def generate_batch(
+    model: LongNetLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[int, ...]]:
+    """Continue several prompts of any lengths together.
+
+    Text i is what `generate(model, prompts[i], seed=seed + i)` gives, whatever the other prompts
+    are, up to the rounding of logits: each text has its own position and its own draws.
+
+    Args:
+        model: As for `generate`.
+        prompts: Token ids of each prompt, at least one each.
+        max_new_tokens, temperature, top_k, top_p: As for `generate`.
+        seed: Of the draws of the first text; each next one has the next seed.
+
+    Yields:
+        The next token id of every text.
+
+    Raises:
+        TypeError, ValueError: As `generate`.
+
+    Example:
+        >>> model = LongNetLM(num_tokens=256, d_model=32, nhead=4, num_decoder_layers=1,
+        ...                   dim_feedforward=64, segment_lengths=[8], dilation_rates=[1])
+        >>> steps = generate_batch(model, [b"def ", b"import os"], max_new_tokens=5)
+        >>> first, second = zip(*steps)
+        >>> len(first), len(second)
+        (5, 5)
+    """
+    check_weights(model)
+    texts = [_check_prompt(f"prompts[{i}]", prompt, model) for i, prompt in enumerate(prompts)]
+    if not texts:
+        raise ValueError("prompts is empty; it must hold at least one prompt to continue.")
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
+    sampling = Sampling.of(temperature, top_k, top_p)
+    seeds = _check_seeds(seed, len(texts))
+    # A step decodes neighbours of equal length together.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    texts, seeds = [texts[i] for i in order], [seeds[i] for i in order]
+    return _restore(_sample(model, texts, max_new_tokens, sampling, seeds, None), order)
+
+
+def _only(steps: Generator[tuple[int, ...]]) -> Iterator[int]:
+    """The tokens of the only text."""
+    with closing(steps):  # restores the mode of the model, also if the caller stops early
+        for (token,) in steps:
+            yield token
+
+
+def _restore(steps: Generator[tuple[int, ...]], order: list[int]) -> Iterator[tuple[int, ...]]:
+    """The tokens of texts that were put in another order, in the order of the caller."""
+    places = sorted(range(len(order)), key=order.__getitem__)
+    with closing(steps):
+        for step in steps:
+            yield tuple(step[place] for place in places)
+
+
+def _check_prompt(name: str, prompt: Sequence[int], model: LongNetLM) -> list[int]:
+    last = model.config.num_tokens - 1
+    tokens = [check_integer(f"a token of {name}", x, at_least=0, at_most=last) for x in prompt]
+    if not tokens:
+        raise ValueError(f"{name} is empty; it must hold at least one token to continue from.")
+    return tokens
+
+
+def _check_seeds(seed: int, count: int) -> list[int]:
     seed = check_integer("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
-    return _sample(model, tokens, max_new_tokens, temperature, top_k, seed)
+    return [seed + i if seed + i < 2**64 else seed + i - 2**64 for i in range(count)]
 
 
 def _sample(
     model: LongNetLM,
-    tokens: list[int],
+    prompts: list[list[int]],
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
+    sampling: Sampling,
+    seeds: list[int],
+    cache: GenerationCache | None,
+) -> Generator[tuple[int, ...]]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     device = model.embedding.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            with torch.no_grad():
-                logits = model(torch.tensor([tokens], device=device))[0, -1].double().cpu()
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                if top_k is not None and top_k < len(logits):
-                    best = logits.topk(top_k)
-                    logits = torch.full_like(logits, -torch.inf)
-                    logits[best.indices] = best.values
-                # Subtracting the largest first keeps a very low temperature from overflowing.
-                probabilities = ((logits - logits.max()) / temperature).softmax(-1)
-                token = int(torch.multinomial(probabilities, 1, generator=generator))
-            tokens.append(token)
-            yield token
+        if cache is None:
+            most = max(lengths) + max_new_tokens
+            cache = GenerationCache(model, len(prompts), max_seq_len=most)
+        tokens = torch.tensor(padded, device=device)
+        logits = model(tokens, cache=cache, lengths=lengths)
+        for count in range(1, max_new_tokens + 1):
+            drawn = tuple(
+                sampling.draw(row, generator)
+                for row, generator in zip(logits[:, 0].double().cpu(), generators, strict=True)
+            )
+            yield drawn
+            if count < max_new_tokens:
+                logits = model(torch.tensor(drawn, device=device)[:, None], cache=cache)
     finally:
         model.train(was_training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Never, Self, cast
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.layers.documents import Documents
+from dilated_models.longnet.generation_cache import GenerationCache, compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,8 @@ class LongNetLM(nn.Module):
         *,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: GenerationCache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         **unknown: Never,
     ) -> Tensor:
         """Score every next token.
@@ -144,18 +147,31 @@ class LongNetLM(nn.Module):
             cu_seqlens: `(N + 1,)`, int32 or int64, where each of N documents that are packed one
                 after another begins, and where the last one ends. Each document gets the logits
                 that it gets alone, and may be empty.
+            cache: Holds the tokens before. `tokens` continue them, and the cache then holds these
+                too. For inference: the logits carry no gradient. A long prompt runs in parts, so
+                its memory is bounded.
+            lengths: With a cache, B integers: the first `lengths[b]` tokens of sequence b are
+                appended, and the others are padding. None: all tokens.
 
         Returns:
             `(B, S, num_tokens)` logits, `(T, num_tokens)` with `cu_seqlens`; row s scores the token
-            after position s.
+            after position s. With a cache `(B, 1, num_tokens)`: of the last token of each sequence
+            only; NaN for a sequence of length 0.
 
         Raises:
             TypeError: If `tokens` or `positions` is not an int64 tensor, or an argument is unknown.
-            ValueError: If a shape or device does not fit, or xPos would leave the range of the
-                dtype.
+            ValueError: If a shape or device does not fit, xPos would leave the range of the dtype,
+                or arguments exclude each other.
         """
-        known = ("tokens", "is_causal", "positions", "cu_seqlens")
+        known = ("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths")
         check_forward_names(self, unknown, known, self.config)
+        if cache is not None:
+            _check_integers("tokens", tokens, "(B, S)", ndim=2)
+            self._check_cache(cache, is_causal, positions, cu_seqlens)
+            with torch.no_grad():
+                return self._continue(tokens, cache, lengths)
+        if lengths is not None:
+            raise ValueError("lengths is given without a cache; give a cache too, or leave it out.")
         documents = None
         if cu_seqlens is None:
             _check_integers("tokens", tokens, "(B, S), or (T,) with cu_seqlens", ndim=2)
@@ -164,10 +180,7 @@ class LongNetLM(nn.Module):
             check_cu_seqlens(cu_seqlens)
             documents = Documents.of(cu_seqlens.to(tokens.device), tokens.shape[0])
         rotation = self._rotation(tokens, positions, documents)
-        x = self.embedding(tokens)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.d_model)
-        x = self.dropout(x)
+        x = self._embed(tokens)
         recompute = (
             self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         )
@@ -177,6 +190,49 @@ class LongNetLM(nn.Module):
             else:
                 x = block(x, rotation, is_causal, documents)
         return self.output(self.final_norm(x))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.d_model)
+        return self.dropout(x)
+
+    def _check_cache(
+        self,
+        cache: GenerationCache,
+        is_causal: bool,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        if not isinstance(cache, GenerationCache):
+            raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
+        if not is_causal:
+            raise ValueError("is_causal is False; it must be True with a cache.")
+        for name, given in (("positions", positions), ("cu_seqlens", cu_seqlens)):
+            if given is not None:
+                raise ValueError(f"{name} and cache are both given; leave {name} out.")
+        if cache.config != self.config:
+            raise ValueError(
+                "cache was made for a model with another configuration; make it with "
+                "GenerationCache(model)."
+            )
+
+    def _continue(
+        self, tokens: Tensor, cache: GenerationCache, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor:
+        """Logits `(B, 1, num_tokens)` of the last token of each sequence."""
+        last = self.embedding.weight.new_full((len(tokens), self.config.d_model), math.nan)
+        for part, counts, rotation in cache.parts(tokens, lengths):
+            x = self._embed(part)
+            for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
+                x = block(x, rotation, cache=block_cache, counts=counts)
+            if counts is None:
+                last = x[:, -1]
+            else:
+                ended = [i for i, count in enumerate(counts) if count]
+                rows = torch.tensor([ended, [counts[i] - 1 for i in ended]], device=x.device)
+                last = last.to(x.dtype).index_copy(0, rows[0], x[rows[0], rows[1]])
+        return self.output(self.final_norm(last))[:, None]
 
     def _rotation(
         self, tokens: Tensor, positions: Tensor | None, documents: Documents | None
@@ -216,19 +272,11 @@ class LongNetLM(nn.Module):
             positions = torch.arange(seq_len, device=tokens.device)
             center = reach = seq_len // 2
         if scale_base is not None:
-            check_decay_range(reach, scale_base, self._compute_dtype(tokens.device.type))
+            check_decay_range(reach, scale_base, compute_dtype(self.embedding.weight))
         factor_dtype = torch.float64 if is_double else torch.float32
         return rotation_at(
             positions, config.head_dim, scale_base=scale_base, center=center, dtype=factor_dtype
         )
-
-    def _compute_dtype(self, device_type: str) -> torch.dtype:
-        """The dtype of q and k, which autocast chooses unless the weights are float64."""
-        dtype = self.embedding.weight.dtype
-        if dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-            return dtype
-        is_autocast = torch.is_autocast_enabled(device_type)
-        return torch.get_autocast_dtype(device_type) if is_autocast else dtype
 
 
 def check_weights(model: LongNetLM) -> None:

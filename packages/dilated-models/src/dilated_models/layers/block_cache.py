@@ -1,0 +1,79 @@
+"""What one block keeps of the tokens before, to continue a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from dilated_core import DecodingCache
+from torch import Tensor
+
+from dilated_models.config import LongNetConfig
+
+
+class BlockCache:
+    """Keys and values for the attention of a block, and the last inputs of its `key_conv`.
+
+    Args:
+        config: Of the model.
+        batch_size: B.
+        device: Of the memory.
+        dtype: Of q, k and v.
+        max_seq_len: As for `dilated_core.DecodingCache`.
+
+    Attributes:
+        attention: The keys and values.
+        inputs: `(B, key_conv − 1, d_model)`, the inputs of the convolution before the next token,
+            zeros before the first token; None without a convolution.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        batch_size: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        max_seq_len: int | None,
+    ) -> None:
+        self.attention = DecodingCache(
+            config.pattern,
+            batch_size=batch_size,
+            num_heads=config.nhead,
+            head_dim=config.head_dim,
+            device=device,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+        )
+        shape = (batch_size, config.key_conv - 1, config.d_model)
+        self.inputs = torch.zeros(shape, device=device, dtype=dtype) if config.key_conv else None
+
+    def keep_inputs(self, x: Tensor, counts: Sequence[int] | None) -> None:
+        """Keep the last inputs of the convolution, of those before and the new ones.
+
+        Args:
+            x: `(B, n, d_model)`, the new ones.
+            counts: How many of each sequence are not padding; None: all.
+        """
+        if self.inputs is None:
+            return
+        kept = self.inputs.shape[1]
+        extended = torch.cat((self.inputs.to(x.dtype), x), dim=1)
+        if counts is None:
+            self.inputs = extended[:, x.shape[1] :].clone()  # a view would keep all of x alive
+        else:
+            index = torch.tensor(counts, device=x.device)[:, None]
+            index = index + torch.arange(kept, device=x.device)
+            self.inputs = extended.take_along_dim(index[:, :, None], dim=1)
+
+    def reorder(self, batch_indices: Tensor) -> None:
+        """Make sequence i a copy of what sequence `batch_indices[i]` was."""
+        self.attention.reorder(batch_indices)
+        if self.inputs is not None:
+            self.inputs = self.inputs[batch_indices.to(self.inputs.device, torch.int64)]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.attention.reset()
+        if self.inputs is not None:
+            self.inputs = torch.zeros_like(self.inputs)

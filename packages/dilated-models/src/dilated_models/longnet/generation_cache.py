@@ -1,0 +1,239 @@
+"""What a model keeps of the tokens before, to continue texts of any length in bounded memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from dilated_core.checks import check_integers
+from dilated_core.positions.rotary import Rotation, check_decay_range, decay_reach, rotation_at
+from torch import Tensor
+
+from dilated_models.layers.block_cache import BlockCache
+
+if TYPE_CHECKING:
+    from dilated_models.longnet.language_model import LongNetLM
+
+# Tokens of all sequences together in one part of a prompt. Activations of a part are held at once.
+_TOKENS_PER_PART = 4096
+
+
+class GenerationCache:
+    """The state of texts that a `LongNetLM` continues: `model(tokens, cache=cache)`.
+
+    Its memory is that of `dilated_core.DecodingCache` for each block, and does not grow with the
+    texts. Each text has a position of its own. `copy.copy` gives a cache that shares no memory.
+
+    Args:
+        model: The model. Its device and the dtype of its queries (that of autocast, inside such a
+            region) are those of the cache.
+        batch_size: Number of texts.
+        max_seq_len: Most tokens of a text, if known. Longer segments then need no more memory than
+            this many tokens, and a token beyond is an error. None: any number.
+
+    Attributes:
+        blocks: What each block of the model keeps.
+
+    Raises:
+        TypeError: If a size is no integer.
+        ValueError: If a size is out of range.
+
+    Example:
+        >>> from dilated_models import LongNetLM
+        >>> model = LongNetLM(num_tokens=256, d_model=32, nhead=4, num_decoder_layers=2,
+        ...                   dim_feedforward=64, segment_lengths=[8, 16], dilation_rates=[1, 2])
+        >>> cache = GenerationCache(model)
+        >>> prompt = torch.tensor([list(b"def ")])
+        >>> model(prompt, cache=cache).shape  # scores the token after the prompt
+        torch.Size([1, 1, 256])
+        >>> model(torch.tensor([[102]]), cache=cache).shape
+        torch.Size([1, 1, 256])
+        >>> cache.positions
+        (5,)
+    """
+
+    def __init__(
+        self, model: LongNetLM, batch_size: int = 1, *, max_seq_len: int | None = None
+    ) -> None:
+        self.config = model.config
+        self.blocks = [
+            BlockCache(
+                model.config,
+                batch_size=batch_size,
+                device=model.embedding.weight.device,
+                dtype=compute_dtype(model.embedding.weight),
+                max_seq_len=max_seq_len,
+            )
+            for _ in model.blocks
+        ]
+        self._centers = [0] * self.batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """Number of texts, which `reorder` may change."""
+        return self.blocks[0].attention.batch_size
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Tokens that each text has so far, which is the position of its next token."""
+        return self.blocks[0].attention.positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of the inputs of `key_conv`."""
+        inputs = (block.inputs for block in self.blocks)
+        return sum(block.attention.nbytes for block in self.blocks) + sum(
+            x.nbytes for x in inputs if x is not None
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens and start again at position 0, in the same memory."""
+        for block in self.blocks:
+            block.reset()
+        self._centers = [0] * self.batch_size
+
+    def reorder(self, batch_indices: Tensor | Sequence[int]) -> None:
+        """Make text i continue as a copy of what text `batch_indices[i]` was.
+
+        Args:
+            batch_indices: Integers in [0, batch_size), of one dimension. Their number becomes the
+                batch size.
+
+        Raises:
+            TypeError: If it holds anything but integers.
+            ValueError: If it does not have one dimension, or an index is out of range.
+        """
+        if not isinstance(batch_indices, Tensor):
+            batch_indices = torch.tensor(batch_indices, dtype=torch.int64, device="cpu")
+        for block in self.blocks:
+            block.reorder(batch_indices)
+        self._centers = [self._centers[int(index)] for index in batch_indices]
+
+    def __copy__(self) -> GenerationCache:
+        # Two caches must not write to the same memory.
+        return copy.deepcopy(self)
+
+    def parts(
+        self, tokens: Tensor, lengths: Tensor | Sequence[int] | None
+    ) -> Iterator[tuple[Tensor, list[int] | None, Rotation | None]]:
+        """Cut new tokens into parts of bounded size; the caller runs each through the blocks.
+
+        Args:
+            tokens: `(B, n)`.
+            lengths: As for `LongNetLM.forward`.
+
+        Yields:
+            The tokens of a part; how many of each sequence are not padding, None if all; and their
+            rotation, None without positions.
+
+        Raises:
+            TypeError: If a length is no integer.
+            ValueError: If the tokens do not fit the cache or the range of xPos.
+        """
+        B, n = tokens.shape
+        if self.batch_size != B:
+            raise ValueError(
+                f"tokens has {B} sequences and the cache {self.batch_size}; they must be equal, so "
+                f"make the cache with batch_size={B}."
+            )
+        if any(block.attention.positions != self.positions for block in self.blocks):
+            raise ValueError(
+                "the blocks of the cache hold different numbers of tokens, because an earlier call "
+                "was interrupted; call cache.reset(), or make a new cache."
+            )
+        counts = [n] * B if lengths is None else check_integers("lengths", lengths, B, at_most=n)
+        limit = self.blocks[0].attention.max_seq_len
+        for position, count in zip(self.positions, counts, strict=True):
+            if limit is not None and position + count > limit:
+                raise ValueError(
+                    f"a text has {position} tokens and {count} more are given; max_seq_len of the "
+                    f"cache is {limit}, so make it with a larger one."
+                )
+        step = self._part_length()
+        for start in range(0, n, step):
+            part = tokens[:, start : start + step]
+            length = part.shape[1]
+            now = [min(max(count - start, 0), length) for count in counts]
+            if any(now):
+                is_full = all(count == length for count in now)
+                yield part, None if is_full else now, self._rotation(now, length)
+
+    def _part_length(self) -> int:
+        """Tokens of each text in a part: few enough for xPos to be in range of the dtype."""
+        length = max(1, _TOKENS_PER_PART // max(1, self.batch_size))
+        if self.config.positions == "xpos":
+            seen = max(self.config.segment_lengths)
+            room = 2 * decay_reach(self.config.xpos_scale_base, self._dtype) - seen
+            # Without room texts end, with an error, where xPos leaves the range.
+            length = min(length, room) if room > 0 else length
+        return length
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.blocks[0].attention.keys.dtype
+
+    def _rotation(self, counts: Sequence[int], length: int) -> Rotation | None:
+        """Factors for `length` positions of each text from its own position on."""
+        config = self.config
+        if config.positions == "none":
+            return None
+        scale_base = config.xpos_scale_base if config.positions == "xpos" else None
+        if scale_base is not None:
+            self._move_centers(counts, scale_base)
+        places = list(zip(self.positions, self._centers, strict=True))
+        distinct = list(dict.fromkeys(places))
+        device = self.blocks[0].attention.keys.device
+        dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+        rotations = [
+            rotation_at(
+                torch.arange(position, position + length, device=device),
+                config.head_dim,
+                scale_base=scale_base,
+                center=center,
+                dtype=dtype,
+            )
+            for position, center in distinct
+        ]
+        if len(rotations) == 1:
+            return rotations[0]
+        index = torch.tensor([distinct.index(place) for place in places], device=device)
+        return Rotation(*(torch.stack(factors)[index] for factors in zip(*rotations, strict=True)))
+
+    def _move_centers(self, counts: Sequence[int], scale_base: float) -> None:
+        """Keep the xPos factors of all keys that the next tokens see in the range of the dtype.
+
+        xPos multiplies q by ζ^((t − center)/base) and divides k by ζ^((s − center)/base). The
+        center cancels in every score, but it must be the same for a query and all keys that it
+        sees, and near enough to both. When a text has gone too far from its center, the center
+        moves, and the keys in the cache are multiplied by ζ^(move/base).
+        """
+        seen, reach = max(self.config.segment_lengths), decay_reach(scale_base, self._dtype)
+        moves = [0] * self.batch_size
+        for i, (position, count) in enumerate(zip(self.positions, counts, strict=True)):
+            if count and position + count - 1 - self._centers[i] > reach:
+                # As far ahead as the oldest visible key allows, so that centers move rarely.
+                center = max(0, position - seen + 1) + reach
+                check_decay_range(position + count - 1 - center, scale_base, self._dtype)
+                moves[i] = center - self._centers[i]
+        for i, move in enumerate(moves):
+            if not move:
+                continue
+            self._centers[i] += move
+            pair = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device="cpu")
+            zeta = (pair / self.config.head_dim + 0.4) / 1.4
+            # Half of the move at a time: the factor of all of it may be out of range.
+            factor = (zeta ** (move / 2 / scale_base)).repeat_interleave(2)
+            for block in self.blocks:
+                keys = block.attention.keys
+                half = factor.to(keys.device, torch.promote_types(keys.dtype, torch.float32))
+                keys[i].mul_(half).mul_(half)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of q and k, which autocast chooses unless the weights are float64."""
+    kind = weight.device.type
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -10,6 +10,7 @@ from dilated_models.cli.errors import USAGE_ERROR
 from dilated_models.cli.evaluate import evaluate
 from dilated_models.cli.generate import generate
 from dilated_models.cli.info import info
+from dilated_models.cli.show import show
 from dilated_models.cli.train import train
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 for command in (train, evaluate, generate, info):
     app.command()(command)
+app.add_typer(show)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,0 +1,1 @@
+"""Pictures: which keys a pattern selects, and which tokens a model attended to."""

@@ -66,8 +66,8 @@ def test_attention(tmp_path, capsys, checkpoint, name):
     [
         ([*PATTERN, "--out", "x.gif"], "--out is 'x.gif'; it must end with .png or .html."),
         ([*PATTERN, "--out", "none/x.png"], "there is no folder 'none'; make it first."),
-        ([*PATTERN, "--seq-len", 3000], "--seq-len is 3000; a picture shows at most 2,048"),
-        ([*PATTERN, "--heads", 0], "--heads is 0; it must be"),
+        ([*PATTERN, "--seq-len", 3000], "is 3000; a picture shows at most 2,048"),
+        ([*PATTERN, "--heads", 0], "heads is 0; it must be"),
         ([*PATTERN[:3], "--dilation-rates", "1,x"], "--dilation-rates is '1,x'; it must be"),
         ([*PATTERN, "--head-offsets", "odd"], "head_offsets is 'odd'"),
         (["attention", "--checkpoint", "RUN"], "neither of --prompt and --prompt-file is given"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dilated_models.text.files import Piece, text_files
+from dilated_models.text.pieces import text_pieces
 from dilated_models.text.streams import ByteStream
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, token_cache
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -141,3 +142,29 @@ def test_refusals(tmp_path: Path):
     with pytest.raises(ValueError, match="has 0 tokens; it must have at least 1, so train it"):
         TokenizerVocabulary(tmp_path / "untrained.json")
     assert np.iinfo(np.uint16).max == 65535
+
+
+@pytest.mark.parametrize("prompt", ["", "def f", "naïve 🙂"])
+def test_pieces_of_a_tokenizer_add_up_to_its_text(byte_level, prompt):
+    """Whatever tokens follow; no piece cuts a character of the text."""
+    vocabulary = TokenizerVocabulary(byte_level)
+    before = vocabulary.encode(prompt)
+    tokens = [*vocabulary.encode("(x):\n    return 'é🙂🙂'"), *range(200, 40, -1), *before, 3]
+    pieces = list(text_pieces(vocabulary, before, tokens))
+    whole = vocabulary.decode([*before, *tokens]).encode()
+    assert prompt.encode() + b"".join(pieces) == whole
+    assert "🙂".encode() in pieces  # three tokens, one piece
+    assert len(pieces) > len(tokens) / 3
+
+
+def test_pieces_keep_the_spaces_between_words(words):
+    vocabulary = TokenizerVocabulary(words)
+    pieces = list(text_pieces(vocabulary, [1], [2, 1, 2]))
+    assert (
+        b"one" + b"".join(pieces) == vocabulary.decode([1, 2, 1, 2]).encode() == b"one two one two"
+    )
+
+
+def test_bytes_that_are_no_text_are_encoded(byte_level):
+    vocabulary = TokenizerVocabulary(byte_level)
+    assert vocabulary.decode(vocabulary.encode("a\udcffb")) == "a\ufffdb"

@@ -107,7 +107,7 @@ def generate(
     tokens = _check_prompt("prompt", prompt, model)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
     sampling = Sampling.of(temperature, top_k, top_p)
-    seeds = _check_seeds(seed, 1)
+    seeds = seeds_from(seed, 1)
     if cache is not None and not isinstance(cache, GenerationCache):
         raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
     if cache is not None and cache.batch_size != 1:
@@ -156,7 +156,7 @@ def generate_batch(
         raise ValueError("prompts is empty; it must hold at least one prompt to continue.")
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
     sampling = Sampling.of(temperature, top_k, top_p)
-    seeds = _check_seeds(seed, len(texts))
+    seeds = seeds_from(seed, len(texts))
     # A step decodes neighbours of equal length together.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     texts, seeds = [texts[i] for i in order], [seeds[i] for i in order]
@@ -186,7 +186,13 @@ def _check_prompt(name: str, prompt: Sequence[int], model: LongNetLM) -> list[in
     return tokens
 
 
-def _check_seeds(seed: int, count: int) -> list[int]:
+def seeds_from(seed: int, count: int) -> list[int]:
+    """`count` seeds from `seed` on; after 2⁶⁴ − 1 comes 0.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it has more than 64 bits.
+    """
     seed = check_integer("seed", seed, at_least=-(2**63), at_most=2**64 - 1)
     return [seed + i if seed + i < 2**64 else seed + i - 2**64 for i in range(count)]
 

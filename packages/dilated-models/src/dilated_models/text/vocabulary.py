@@ -91,7 +91,8 @@ class TokenizerVocabulary:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Token ids without special tokens. A lone surrogate counts as U+FFFD."""
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:

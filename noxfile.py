@@ -119,7 +119,9 @@ def wheels(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/; a link to nowhere is an error."""
     sync(session, "--only-group", "docs")
-    session.run("zensical", "build", "--strict", "--clean")
+    session.run("python", "-m", "tools.api_pages")
+    # zensical is a console script, so this folder is not importable without PYTHONPATH.
+    session.run("zensical", "build", "--strict", "--clean", env={"PYTHONPATH": str(ROOT)})
 
 
 @nox.session

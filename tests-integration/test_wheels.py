@@ -71,6 +71,17 @@ def test_a_package_carries_its_licence_and_types(package: Package, wheels: dict[
     assert ".dist-info/licenses/LICENSE" in names
 
 
+def test_the_examples_of_a_readme_run_with_its_package_alone(
+    package: Package, environment: Path
+) -> None:
+    shutil.copy(ROOT / "tools" / "page_examples.py", environment)
+    page = package.folder / "README.md"
+    code = (
+        f"import page_examples, pathlib; print(page_examples.run_page(pathlib.Path({str(page)!r})))"
+    )
+    assert not run(".venv/bin/python", "-c", code, cwd=environment).startswith("(0,")
+
+
 def test_a_package_passes_its_own_tests_alone(
     package: Package, environment: Path, constraints: Path
 ) -> None:

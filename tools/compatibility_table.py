@@ -48,8 +48,8 @@ This page lists every feature that the documents of the earlier library name, wi
 - *alias of*: another name does the same.
 - *comes with*: a planned package will have it.
 
-`python -m tools.compatibility_table` writes this page from `docs/compatibility.toml`. A test imports
-every target and runs the documented calls.
+`python -m tools.compatibility_table` writes this page from `docs/compatibility.toml`. A test
+imports every target and runs the documented calls.
 
 Three things differ everywhere. Attention is the paper's: every head runs through every branch, and
 one softmax mixes them. Every sequence length works. Modules return a tensor, and a pair only where

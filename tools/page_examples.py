@@ -12,7 +12,7 @@ from typing import Any
 
 _BLOCK = re.compile(
     r"^(?:<!-- no-run:(?P<reason>.*)-->\n\n?)?"
-    r"(?P<indent> *)```py.*\n(?P<code>(?:.*\n)*?)(?P=indent)```$",
+    r"(?P<indent> *)```py(?!con).*\n(?P<code>(?:.*\n)*?)(?P=indent)```$",
     re.MULTILINE,
 )
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "equal_flops_bfloat16": ["equal_flops.py", "--dtype", "bfloat16"],
     "breakdown": ["breakdown.py"],
     "short_sequences": ["short_sequences.py"],
+    "generation": ["generation.py"],
 }
 
 

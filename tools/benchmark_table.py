@@ -75,6 +75,16 @@ inputs that require them.
 
 """
 
+GENERATION = """\
+## Generated tokens
+
+A `LongNetLM` of 4 blocks, 4 heads of 32, segments of 512, 4,096 and 32,768 with rates 1, 8 and 64,
+`key_conv` 4, float32 on one thread. One step against a `GenerationCache` after a context of each
+length, in turn; and a full forward at the shortest, which is the cost of a token without a cache.
+Times are those of the CPU, with quartiles.
+
+"""
+
 TRAINING = """\
 ## The default training run
 
@@ -107,6 +117,7 @@ def page(results: Path) -> str:
     tables += _breakdown(results / "breakdown.json")
     tables += _short(results / "short_sequences.json")
     tables += _streaming(results / "streaming.json")
+    tables += _generation(results / "generation.json")
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
     report = [
@@ -253,6 +264,29 @@ def _streaming(path: Path) -> list[str]:
         _where(result["environment"]),
         "",
     ]
+
+
+def _generation(path: Path) -> list[str]:
+    """The section about tokens of a growing text."""
+    result = json.loads(path.read_text())
+    lines = [
+        GENERATION + "| context | | CPU time per token | quartiles | prompt | cache |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        token = row["token"]
+        low, high = (f"{1e3 * token[name]:.1f}" for name in ("low_cpu_s", "high_cpu_s"))
+        has_cache = "cache_bytes" in row
+        cells = [
+            f"{row['context']:,}",
+            row["method"],
+            duration(token["median_cpu_s"]),
+            f"{low} to {high} ms",
+            duration(row["prompt_cpu_s"]) if has_cache else "",
+            f"{row['cache_bytes'] / 2**20:.1f} MiB" if has_cache else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", _where(result["environment"]), ""]
 
 
 def _where(environment: dict[str, Any]) -> str:

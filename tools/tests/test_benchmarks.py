@@ -122,3 +122,12 @@ def test_peak_memory_is_above_the_inputs():
     )
     output_bytes = 65536 * 4 * 64 * 4
     assert output_bytes <= json.loads(run.stdout)["peak_bytes"] < 2 * output_bytes
+
+
+def test_generation():
+    import generation
+
+    rows = generation.measure(contexts=(64, 300), steps=2)
+    assert [row["method"] for row in rows] == ["cache", "cache", "full forward"]
+    assert all(row["token"]["median_cpu_s"] > 0 for row in rows)
+    assert rows[2]["largest_difference_of_logits"] < 1e-4

@@ -127,7 +127,7 @@ def test_peak_memory_is_above_the_inputs():
 def test_generation():
     import generation
 
-    rows = generation.measure(contexts=(64, 300), steps=2)
+    rows = generation.measure(contexts=(64, 300), steps=33)
     assert [row["method"] for row in rows] == ["cache", "cache", "full forward"]
     assert all(row["token"]["median_cpu_s"] > 0 for row in rows)
     assert rows[2]["largest_difference_of_logits"] < 1e-4

@@ -42,7 +42,8 @@ def measure(contexts: tuple[int, ...] = CONTEXTS, steps: int = STEPS) -> list[di
     shortest = min(contexts)
     text = torch.randint(256, (1, shortest))
     difference = _check(model, text)
-    caches, prefill = {}, {}
+    caches: dict[int, GenerationCache] = {}
+    prefill: dict[int, float] = {}
     for context in contexts:
         caches[context] = GenerationCache(model)
         prompt = torch.randint(256, (1, context))
@@ -61,7 +62,7 @@ def measure(contexts: tuple[int, ...] = CONTEXTS, steps: int = STEPS) -> list[di
             start = time.process_time()
             model(text)
             forwards.append(time.process_time() - start)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "context": context,
             "method": "cache",

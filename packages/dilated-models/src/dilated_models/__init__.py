@@ -2,7 +2,7 @@
 
 `LongNetConfig` describes a model and `LongNetLM` is the model. The `dilated` command (extra `cli`)
 trains models, scores texts and generates; `load_model`, `evaluate` and `generate` do the same from
-Python.
+Python. `GenerationCache` lets a model continue texts of any length in bounded memory.
 
 Inside: `config`; above it `text` (bytes and tokens) and `layers` (the parts of a block); above them
 `longnet` (the model and its files), then `training`, then `cli`. Each stands on those below it.

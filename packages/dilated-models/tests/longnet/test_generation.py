@@ -1,13 +1,28 @@
 """Sampling: exact distributions, reproducible draws, several texts at once, refusals."""
 
 import collections
+import dataclasses
 
 import pytest
 import torch
-from dilated_models import GenerationCache, generate, generate_batch
+from dilated_models import GenerationCache, LongNetLM, generate, generate_batch
 
 
-def test_greedy_is_the_argmax_of_full_forwards(model):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"positions": "rotary"},
+        {"positions": "none", "key_conv": 4},
+        {"padding": "attended", "key_conv": 2},
+        {"head_offsets": "blocked", "segment_lengths": (16,), "dilation_rates": (3,)},
+    ],
+)
+def test_greedy_is_the_argmax_of_full_forwards(config, changes):
+    torch.manual_seed(0)
+    model = LongNetLM(dataclasses.replace(config, **changes), dtype=torch.float64)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # key_conv is drawn as zeros, the identity
     tokens = [3, 1, 4]
     for token in generate(model, [3, 1, 4], max_new_tokens=30, temperature=0):
         with torch.no_grad():

@@ -220,7 +220,7 @@ def _sample(
         for count in range(1, max_new_tokens + 1):
             drawn = tuple(
                 sampling.draw(row, generator)
-                for row, generator in zip(logits[:, 0].double().cpu(), generators, strict=True)
+                for row, generator in zip(logits[:, 0].cpu().double(), generators, strict=True)
             )
             yield drawn
             if count < max_new_tokens:

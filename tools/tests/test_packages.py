@@ -1,8 +1,19 @@
+import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tools.packages import find_packages, with_siblings
+from tools.packages import ROOT, find_packages, with_siblings
+
+
+def test_a_plain_uv_run_has_every_extra_of_the_command_line() -> None:
+    def project(folder: Path) -> dict:
+        return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+    asked = {r.name: r.extras for r in map(Requirement, project(ROOT)["dependencies"])}
+    extras = project(ROOT / "packages" / "dilated-models")["optional-dependencies"]
+    assert asked["dilated-models"] == set(extras)
 
 
 def test_members_are_found_with_what_they_ask_for(tmp_path: Path, make_package) -> None:

@@ -8,6 +8,8 @@ from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.backends import registry
 from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.sdpa import SdpaBackend
+from dilated_kernels.ranking import measure
+from dilated_kernels.ranking.file import Timing
 from dilated_kernels.ranking.measure import measure_backends
 from dilated_kernels.ranking.measured import (
     device_name,
@@ -140,6 +142,19 @@ def test_a_default_device_changes_nothing():
     with torch.device("meta"):
         (case,) = measure_backends("cpu", **SMALL).cases
     assert {t.backend: t.refused for t in case.timings}["sdpa"] is None
+
+
+def test_the_usual_lengths_reach_beyond_the_segments(monkeypatch):
+    trials = []
+    monkeypatch.setattr(measure, "_Trial", lambda inputs, *_: trials.append(inputs))
+    monkeypatch.setattr(measure, "_timing", lambda _, name, seconds: Timing(name, 1.0, 1.0, None))
+    measured = measure_backends("cpu")
+    assert {case.dtype for case in measured.cases} == {"float32", "bfloat16"}
+    lengths = {trial.seq_len for trial in trials}
+    assert min(lengths) <= min(measured.pattern.segment_lengths)
+    assert max(lengths) > max(measured.pattern.segment_lengths)
+    usual = measure._usual_sizes(torch.device("cuda"), torch.bfloat16)
+    assert max(usual.seq_lens) > max(measure._PATTERN.segment_lengths)
 
 
 def test_chosen_backends_are_measured_with_eager():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from dilated_core import AttentionOutput, explain_backends
+from dilated_core import AttentionOutput, DilatedPattern, explain_backends
 from dilated_core.backends.sdpa import SdpaBackend
 from dilated_models.cli.app import app
 from typer.testing import CliRunner
@@ -65,6 +65,16 @@ def test_info_measures_backends_and_keeps_what_it_found(tmp_path):
             assert row[8] == f"{timing.forward_backward_s * 1e3:.2f}"
             rate = flops / timing.forward_backward_s / 1e9
             assert float(row[10]) == pytest.approx(rate, rel=0.01)
+        (dense,) = (
+            row.split()
+            for row in rows
+            if row.split()[:4] == [case.dtype, "8", str(case.seq_len), "dense"]
+        )
+        every_key = DilatedPattern([case.seq_len], [1])
+        flops = every_key.flops(case.seq_len, 2, 8, is_causal=True)
+        # Both are rounded to about three digits.
+        assert float(dense[6]) == pytest.approx(flops / float(dense[4]) / 1e6, rel=0.3)
+        assert 0 < float(dense[4]) <= float(dense[8])
         size = f"{case.dtype}, heads of 8, {case.seq_len} positions"
         assert f"measured {size}" in result.stderr
         (choice,) = (row for row in choices if size in row)
@@ -87,6 +97,17 @@ def test_info_shows_what_is_refused(monkeypatch):
     assert "sdpa        refused: wrong results: out is off by 2.0e+00 of its norm" in output
     (choice,) = (r for r in output.splitlines() if "  float32, heads of 8, 64 positions" in r)
     assert choice.split()[-2:] == ["sdpa", "eager"]
+
+
+def test_dense_attention_that_fails_is_a_row(monkeypatch):
+    pytest.importorskip("dilated_kernels")
+
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("no memory\nfor it")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    output = info("--benchmark", *SMALL_BENCHMARK).output
+    assert output.count("dense       refused: failed with OutOfMemoryError: no memory\n") == 4
 
 
 @pytest.mark.parametrize(

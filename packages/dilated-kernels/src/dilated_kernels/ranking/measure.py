@@ -22,6 +22,8 @@ from dilated_kernels.ranking.file import Case, MeasuredChoice, Timing
 from dilated_kernels.ranking.measured import device_name, installed_versions
 
 _PATTERN = DilatedPattern([2048, 4096, 8192], [1, 2, 4])
+# Shorter segments, so that lengths that a CPU measures in seconds reach beyond them.
+_CPU_PATTERN = DilatedPattern([256, 1024, 4096], [1, 4, 16])
 
 # A fused kernel may round more often than eager, which computes in float32: it also rounds
 # probabilities and their gradients to the inputs' dtype. A wrong index is off by orders of
@@ -48,7 +50,7 @@ def measure_backends(
     seq_lens: Sequence[int] | None = None,
     num_heads: int | None = None,
     batch_size: int = 1,
-    pattern: DilatedPattern = _PATTERN,
+    pattern: DilatedPattern | None = None,
     is_causal: bool = True,
     backends: Sequence[str] | None = None,
     seconds: float = 0.3,
@@ -64,10 +66,11 @@ def measure_backends(
         device: Where to measure.
         dtypes: Of q, k and v; float32 and the half precisions that the device is good at if None.
         head_dims: D; 64, and 128 on accelerators, if None.
-        seq_lens: S; 256 and 1024 on a CPU, 2048 to 32 768 elsewhere, if None.
+        seq_lens: S; 256, 1024 and 8192 on a CPU, 2048 to 32 768 elsewhere, if None.
         num_heads: H; 4 on a CPU, 8 elsewhere, if None.
         batch_size: B.
-        pattern: Segments longer than S are clipped to it.
+        pattern: Segments longer than S are clipped to it. If None, segments of 256, 1024 and 4096
+            on a CPU and of 2048, 4096 and 8192 elsewhere, so that the longest S is beyond them.
         is_causal: Whether attention is causal.
         backends: Names; if None, those that `backend="auto"` may take.
         seconds: How long to repeat each of the two measurements, for three runs at least.
@@ -83,6 +86,8 @@ def measure_backends(
     preferred = recommended_dtype(device)  # refuses a device that is not there
     device = torch.device(device)
     usual = _usual_sizes(device, preferred)
+    if pattern is None:
+        pattern = _CPU_PATTERN if device.type == "cpu" else _PATTERN
     sizes = _Sizes(
         usual.dtypes if dtypes is None else tuple(dtypes),
         usual.head_dims if head_dims is None else tuple(head_dims),
@@ -118,7 +123,7 @@ def measure_backends(
 
 def _usual_sizes(device: torch.device, preferred: torch.dtype) -> _Sizes:
     if device.type == "cpu":
-        return _Sizes((torch.float32, torch.bfloat16), (64,), (256, 1024), 4)
+        return _Sizes((torch.float32, torch.bfloat16), (64,), (256, 1024, 8192), 4)
     half = (torch.bfloat16,) if preferred == torch.bfloat16 else ()
     return _Sizes((*half, torch.float16, torch.float32), (64, 128), (2048, 8192, 32768), 8)
 

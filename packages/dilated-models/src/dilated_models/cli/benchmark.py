@@ -1,9 +1,16 @@
-"""`dilated info --benchmark`: time each backend here, and show the choice of "auto" with that."""
+"""`dilated info --benchmark`: time each backend here, and show the choice of "auto" with that.
+
+Beside the backends stands PyTorch's attention of every query to every earlier key, at the same
+length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,7 +19,10 @@ from dilated_models.cli.errors import fail, user_errors
 
 if TYPE_CHECKING:
     import torch
-    from dilated_kernels.ranking.file import Case, MeasuredChoice
+    from dilated_kernels.ranking.file import Case, MeasuredChoice, Timing
+
+_DENSE = "dense"
+_SECONDS = 0.3
 
 
 def benchmark(
@@ -45,7 +55,11 @@ def benchmark(
         )
         if save is not None:
             measured.save(save)
-    typer.echo(_table(measured))
+    dense: list[Timing] = []
+    for case in measured.cases:
+        dense.append(_time_dense(device, case, measured))
+        typer.echo(f"measured dense attention: {_size(case)}", err=True)
+    typer.echo(_table(measured, dense))
     typer.echo()
     typer.echo("\n".join(_choices(measured, device)))
     if save is not None:
@@ -73,7 +87,52 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def _table(measured: MeasuredChoice) -> str:
+def _time_dense(device: torch.device, case: Case, measured: MeasuredChoice) -> Timing:
+    """PyTorch's attention of every query to every key that the mask allows, on the case's sizes."""
+    import torch
+    from dilated_kernels.ranking.file import Timing
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = (measured.batch_size, measured.num_heads, case.seq_len, case.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(shape, generator=generator).to(device, getattr(torch, case.dtype))
+        for _ in range(4)
+    )
+
+    def attend() -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=measured.is_causal)
+
+    try:
+        forward = _seconds(torch.no_grad()(attend), device)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        both = _seconds(lambda: torch.autograd.grad(attend(), leaves, dout), device)
+    except RuntimeError as error:  # out of memory, or a dtype that the device lacks
+        first_line = (str(error).splitlines() or [""])[0]
+        return Timing(_DENSE, None, None, f"failed with {type(error).__name__}: {first_line}")
+    return Timing(_DENSE, forward, both, None)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of at least three runs after one that warms up."""
+    import torch
+
+    def timed() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    first = timed()
+    return median(timed() for _ in range(min(100, max(3, int(_SECONDS / first)))))
+
+
+def _table(measured: MeasuredChoice, dense: Sequence[Timing]) -> str:
+    from dilated_core import DilatedPattern
+
     lengths = ",".join(map(str, measured.pattern.segment_lengths))
     rates = ",".join(map(str, measured.pattern.dilation_rates))
     lines = [
@@ -82,15 +141,22 @@ def _table(measured: MeasuredChoice) -> str:
         f"{'dtype':<9}{'head_dim':>9}{'positions':>10}  {'backend':<10}"
         f"{'forward':>27}{'forward and backward':>27}",
     ]
-    for case in measured.cases:
-        for timing in case.timings:
+    for case, beside in zip(measured.cases, dense, strict=True):
+        every_key = replace(measured, pattern=DilatedPattern([case.seq_len], [1]))
+        rows = [*((timing, measured) for timing in case.timings), (beside, every_key)]
+        for timing, counted in rows:
             size = f"{case.dtype:<9}{case.head_dim:>9}{case.seq_len:>10}  {timing.backend:<10}"
             if timing.forward_s is None or timing.forward_backward_s is None:
                 lines.append(f"{size}  refused: {timing.refused}")
                 continue
-            forward = _rate(timing.forward_s, measured.flops(case, by="forward"))
-            both = _rate(timing.forward_backward_s, measured.flops(case, by="forward_backward"))
+            forward = _rate(timing.forward_s, counted.flops(case, by="forward"))
+            both = _rate(timing.forward_backward_s, counted.flops(case, by="forward_backward"))
             lines.append(f"{size}{forward}{both}")
+    keys = "all earlier keys" if measured.is_causal else "all keys"
+    lines.append(
+        f"{_DENSE} is no backend but PyTorch's scaled_dot_product_attention, where each query sees "
+        f"{keys}."
+    )
     return "\n".join(lines)
 
 

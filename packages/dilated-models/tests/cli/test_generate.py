@@ -1,6 +1,7 @@
 """`dilated generate`: where the prompt comes from, what is written when, turns, terminals."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -153,14 +154,14 @@ def test_ctrl_c_ends_the_line(folder, monkeypatch, capfdbinary):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--prompt-file", "b"], "prompt and prompt_file are both given"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file are both given"),
         (["--prompt-file", "{folder}/nowhere"], "No such file or directory: '{folder}/nowhere'"),
         (["--prompt-file", "{folder}"], "Is a directory: '{folder}'"),
-        (["--prompt-file", "-", "--interactive"], "prompt_file is - and --interactive is given"),
-        ([], "prompt is empty; it must hold at least one token"),
-        (["--prompt", "a", "--top-p", "0"], "top_p is 0.0; it must be above 0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
-        (["--interactive", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
+        (["--prompt-file", "-", "--interactive"], "--prompt-file is - and --interactive is given"),
+        ([], "the prompt is empty; it must hold at least one token"),
+        (["--prompt", "a", "--top-p", "0"], "top.p is 0.0; it must be above 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max.new.tokens is 0; it must be at least 1"),
+        (["--interactive", "--max-new-tokens", "0"], "max.new.tokens is 0; it must be at least 1"),
         (["--interactive", "--seed", str(2**70)], "seed is 1180591620717411303424; it must be"),
     ],
 )
@@ -168,11 +169,7 @@ def test_mistakes_are_one_line(folder, arguments, message):
     words = [a.replace("{folder}", str(folder)) for a in arguments]
     result = CliRunner().invoke(app, ["generate", "--checkpoint", str(folder), *words])
     assert result.exit_code == 2
-    # The boundary of the command line writes the names of options.
-    plain = result.stderr.replace("--max-new-tokens", "max_new_tokens").replace("--top-p", "top_p")
-    plain = plain.replace("--prompt-file is -", "prompt_file is -").replace("--seed", "seed")
-    plain = plain.replace("--prompt and --prompt-file", "prompt and prompt_file")
-    assert message.replace("{folder}", str(folder)) in plain.replace("--prompt is", "prompt is")
+    assert re.search(message.replace("{folder}", str(folder)), result.stderr)
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 

@@ -69,7 +69,9 @@ def generate(
         model = load_model(checkpoint, device=choose_device(device))
         vocabulary = load_vocabulary(checkpoint)
         talk = _Conversation(model, vocabulary, max_new_tokens, sampling, seed, interactive)
-        if text or not interactive:
+        if not text and not interactive:
+            raise ValueError("the prompt is empty; it must hold at least one token.")
+        if text:
             talk.continue_with(text, is_line=False)
         if interactive:
             _read_lines(talk)
@@ -78,13 +80,15 @@ def generate(
 def _read_prompt(prompt: str | None, prompt_file: Path | None, interactive: bool) -> bytes:
     """The text to continue; empty if an interactive run begins without one."""
     if prompt is not None and prompt_file is not None:
-        raise ValueError("prompt and prompt_file are both given; give one of the two.")
+        raise ValueError("--prompt and --prompt-file are both given; give one of the two.")
     if prompt is not None:
         # Arguments that are no UTF-8 hold their bytes as surrogates.
         return prompt.encode("utf-8", "surrogateescape")
     reads_stdin = prompt_file is not None and str(prompt_file) == "-"
     if reads_stdin and interactive:
-        raise ValueError("prompt_file is - and --interactive is given; both read stdin.")
+        raise ValueError(
+            "--prompt-file is - and --interactive is given, and both read stdin; give one."
+        )
     if prompt_file is not None and not reads_stdin:
         return prompt_file.read_bytes()
     if interactive:

@@ -117,11 +117,12 @@ def wheels(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into site/; a link to nowhere is an error."""
+    """Build the documentation into site/; links to nowhere and foreign assets are errors."""
     sync(session, "--only-group", "docs")
     session.run("python", "-m", "tools.api_pages")
     # zensical is a console script, so this folder is not importable without PYTHONPATH.
     session.run("zensical", "build", "--strict", "--clean", env={"PYTHONPATH": str(ROOT)})
+    session.run("python", "-m", "tools.check_site")
 
 
 @nox.session

@@ -39,7 +39,7 @@ def constraints(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.fixture(scope="module", params=PACKAGES.values(), ids=PACKAGES)
+@pytest.fixture(scope="module", params=PACKAGES.values(), ids=list(PACKAGES))
 def package(request: pytest.FixtureRequest) -> Package:
     return request.param
 

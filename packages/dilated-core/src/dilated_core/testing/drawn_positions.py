@@ -111,7 +111,7 @@ def _count_keys(
 ) -> torch.Tensor:
     """How many branches let each of `positions` see each position, float64 `(positions, S)`.
 
-    The relation is symmetric without causality: it also says which queries see a key.
+    The relation is symmetric without causality: the same counts tell which queries see a key.
     """
     everywhere = torch.arange(seq_len, device=positions.device)
     counts = torch.zeros(len(positions), seq_len, dtype=torch.float64, device=positions.device)

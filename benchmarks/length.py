@@ -29,7 +29,7 @@ PATTERN = DilatedPattern([256, 1024, 4096], [1, 4, 16])
 NUM_HEADS, HEAD_DIM = 4, 64
 LENGTHS = [4**i for i in range(5, 11)]  # 1,024 to 1,048,576
 PARTS = ("forward", "forward_backward")
-LONGEST_DENSE_S, SECONDS, ROUNDS = 60.0, 12.0, 9
+LONGEST_DENSE_S, SECONDS, ROUNDS = 60.0, 8.0, 9
 
 
 def attention_call(contender: str, part: str, seq_len: int) -> Callable[[], object]:

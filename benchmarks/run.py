@@ -2,7 +2,8 @@
 
 Each writes its result to results/ and prints its progress. `--quick` measures the equal FLOPs at
 16,384 positions only, and all of it then takes less than ten minutes on two cores that nobody else
-uses. What takes longer runs by its own script: training_run.py, streaming.py, against_commit.py.
+uses. What takes longer runs by its own script: training_run.py, streaming.py, generation.py,
+against_commit.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-QUICK = {"equal_flops.py": ["--seq-len", "16384", "--seconds", "10"]}
+QUICK = {
+    "equal_flops_float32": ["--seq-len", "16384", "--seconds", "5"],
+    # Half precision takes several times as long on most CPUs.
+    "equal_flops_bfloat16": ["--seq-len", "16384", "--seconds", "5", "--w0", "128", "512"],
+}
 COMMANDS = {
     "length": ["length.py"],
     "equal_flops_float32": ["equal_flops.py", "--dtype", "float32"],
@@ -36,7 +41,7 @@ def main() -> None:
     for name in options.only:
         script, *arguments = COMMANDS[name]
         if options.quick:
-            arguments += QUICK.get(script, [])
+            arguments += QUICK.get(name, [])
         print(f"{name}: {script} {' '.join(arguments)}", flush=True)
         start = time.monotonic()
         subprocess.run(

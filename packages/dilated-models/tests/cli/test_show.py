@@ -70,12 +70,12 @@ def test_attention(tmp_path, capsys, checkpoint, name):
         ([*PATTERN, "--heads", 0], "heads is 0; it must be"),
         ([*PATTERN[:3], "--dilation-rates", "1,x"], "--dilation-rates is '1,x'; it must be"),
         ([*PATTERN, "--head-offsets", "odd"], "head_offsets is 'odd'"),
-        (["attention", "--checkpoint", "RUN"], "neither of --prompt and --prompt-file is given"),
         (
             ["attention", "--checkpoint", "RUN", "--prompt", "a", "--prompt-file", "b"],
-            "both of --prompt and --prompt-file are given; give one of them.",
+            "are both given; give one of the two.",
         ),
-        (["attention", "--checkpoint", "RUN", "--prompt", ""], "--prompt is empty; it must hold"),
+        (["attention", "--checkpoint", "RUN"], "--prompt-file or a pipe.\n"),
+        (["attention", "--checkpoint", "RUN", "--prompt", ""], "the prompt is empty; it must hold"),
         (["attention", "--checkpoint", "RUN", "--prompt-file", "no.txt"], "No such file"),
         (
             ["attention", "--checkpoint", "RUN", "--prompt", "a", "--rows", 0],
@@ -92,6 +92,7 @@ def test_user_errors_are_one_line_and_no_file(
     tmp_path, monkeypatch, capsys, checkpoint, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     arguments = [checkpoint if argument == "RUN" else argument for argument in arguments]
     printed = show(capsys, *arguments, code=2)
     assert message in printed.err

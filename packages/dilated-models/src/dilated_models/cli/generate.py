@@ -11,6 +11,7 @@ import typer
 
 from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import CheckpointOption, DeviceOption
+from dilated_models.cli.prompt import read_prompt
 from dilated_models.cli.text_output import TextOutput
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def generate(
         from dilated_models.longnet.saving import load_model, load_vocabulary
         from dilated_models.training.devices import choose_device
 
-        text = _read_prompt(prompt, prompt_file, interactive)
+        text = read_prompt(prompt, prompt_file, interactive)
         sampling = Sampling.of(temperature, top_k, top_p)
         check_integer("max_new_tokens", max_new_tokens, at_least=1)
         seeds_from(seed, 1)
@@ -75,30 +76,6 @@ def generate(
             talk.continue_with(text, is_line=False)
         if interactive:
             _read_lines(talk)
-
-
-def _read_prompt(prompt: str | None, prompt_file: Path | None, interactive: bool) -> bytes:
-    """The text to continue; empty if an interactive run begins without one."""
-    if prompt is not None and prompt_file is not None:
-        raise ValueError("--prompt and --prompt-file are both given; give one of the two.")
-    if prompt is not None:
-        # Arguments that are no UTF-8 hold their bytes as surrogates.
-        return prompt.encode("utf-8", "surrogateescape")
-    reads_stdin = prompt_file is not None and str(prompt_file) == "-"
-    if reads_stdin and interactive:
-        raise ValueError(
-            "--prompt-file is - and --interactive is given, and both read stdin; give one."
-        )
-    if prompt_file is not None and not reads_stdin:
-        return prompt_file.read_bytes()
-    if interactive:
-        return b""
-    if not reads_stdin and sys.stdin.isatty():
-        raise ValueError(
-            "there is no prompt; give one with --prompt, --prompt-file or a pipe, or type it with "
-            "--interactive."
-        )
-    return sys.stdin.buffer.read()
 
 
 def _read_lines(talk: _Conversation) -> None:

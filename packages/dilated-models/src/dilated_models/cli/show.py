@@ -9,6 +9,7 @@ import typer
 
 from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import CheckpointOption, DeviceOption, integers
+from dilated_models.cli.prompt import read_prompt
 
 show = typer.Typer(
     name="show", help="Draw a pattern, or what a trained model attended to.", no_args_is_help=True
@@ -64,9 +65,11 @@ def pattern(
 @show.command()
 def attention(
     checkpoint: CheckpointOption,
-    prompt: Annotated[str | None, typer.Option(help="Text to read.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to read. By default, what is piped to stdin.")
+    ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to read, from a file.")
+        Path | None, typer.Option(metavar="FILE", help="File with the text to read; - is stdin.")
     ] = None,
     rows: Annotated[
         int, typer.Option(metavar="N", help="Show the attention of the last N tokens.")
@@ -80,7 +83,9 @@ def attention(
     """Show which tokens a prompt's last tokens attended to, in each layer and head."""
     with user_errors():
         suffix = _checked_suffix(out)
-        text = _read_prompt(prompt, prompt_file)
+        text = read_prompt(prompt, prompt_file)
+        if not text:
+            raise ValueError("the prompt is empty; it must hold at least one token.")
         if rows < 1:
             raise ValueError(f"--rows is {rows}; it must be at least 1.")
         wanted = integers("--layers", layers)
@@ -99,27 +104,11 @@ def attention(
                     f"--layers holds {layer}; the model has the layers 0 to {num_layers - 1}."
                 )
         vocabulary = load_vocabulary(checkpoint)
-        tokens = vocabulary.encode(text)
+        tokens = vocabulary.encode(text.decode("utf-8", "surrogateescape"))
         seen = attend_to_prompt(model, tokens, num_rows=rows)
         draw = write_attention_page if suffix == ".html" else draw_attention_png
         draw(seen, cut_into_cells(tokens, vocabulary), wanted or range(num_layers), out)
     typer.echo(f"wrote {out}")
-
-
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
-        given = "neither" if prompt is None else "both"
-        raise ValueError(
-            f"{given} of --prompt and --prompt-file {'is' if prompt is None else 'are'} given; "
-            f"give one of them."
-        )
-    if prompt is None:
-        assert prompt_file is not None
-        prompt = prompt_file.read_bytes().decode("utf-8", "surrogateescape")
-    if not prompt:
-        option = "--prompt" if prompt_file is None else f"--prompt-file {str(prompt_file)!r}"
-        raise ValueError(f"{option} is empty; it must hold at least one token.")
-    return prompt
 
 
 def _checked_suffix(out: Path) -> str:

@@ -41,7 +41,7 @@ def main() -> None:
         "validation": [[v["step"], round(v["bits_per_byte"], 4)] for v in validations],
         "final_bits_per_byte": round(final["evaluation"]["bits_per_byte"], 4),
         "final_bytes": final["evaluation"]["num_bytes"],
-        "by_context": final["evaluation"]["by_context"],
+        "gain": final["gain"],
         "xz_bits_per_byte": round(final["xz_bits_per_byte"], 4),
         "model": config["model"],
         "training": config["training"],

@@ -93,6 +93,21 @@ TRAINING = """\
 """
 
 
+def _contexts(run: dict[str, Any]) -> list[str]:
+    """Bits per byte with growing context; in older results, by place in the window."""
+    if "gain" in run:
+        return [
+            f"| … of the same targets after {part['context']} tokens of context "
+            f"| {part['bits_per_byte']:.3f} bits per byte |"
+            for part in run["gain"]["contextwise"]["by_context"]
+        ]
+    return [
+        f"| … after {part['shortest']} to {part['longest']} tokens of context "
+        f"| {part['bits_per_byte']:.3f} bits per byte |"
+        for part in run["by_context"]
+    ]
+
+
 def page(results: Path) -> str:
     """The whole page."""
     tables = _length(results / "length.json")
@@ -131,11 +146,7 @@ def page(results: Path) -> str:
         f"| validation at the end | {run['final_bits_per_byte']:.3f} bits per byte |",
         f"| `xz -9` on the same {run['final_bytes']} bytes "
         f"| {run['xz_bits_per_byte']:.3f} bits per byte |",
-        *(
-            f"| … after {part['shortest']} to {part['longest']} tokens of context "
-            f"| {part['bits_per_byte']:.3f} bits per byte |"
-            for part in run["by_context"]
-        ),
+        *_contexts(run),
         "",
         _where(training["environment"]),
         "",

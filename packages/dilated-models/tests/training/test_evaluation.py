@@ -1,4 +1,4 @@
-"""Bits per byte against a direct computation, by context, with tokenizers, and bounded."""
+"""Bits per byte against a direct computation, inside documents, and bounded."""
 
 import itertools
 import math
@@ -41,10 +41,8 @@ def stream(request) -> Numbers:
     return Numbers(tokens, request.param)
 
 
-def bits_one_by_one(
-    model: LongNetLM, stream: Numbers, seq_len: int
-) -> list[tuple[int, float, int]]:
-    """(tokens of context, bits, bytes) of every target, each from its own forward."""
+def bits_one_by_one(model: LongNetLM, stream: Numbers, seq_len: int) -> list[tuple[float, int]]:
+    """(bits, bytes) of every target, each from its own forward."""
     tokens = torch.from_numpy(stream.tokens)
     scored = []
     for target in range(1, len(tokens)):
@@ -55,7 +53,7 @@ def bits_one_by_one(
         with torch.no_grad():
             logits = model(tokens[None, start:target])[0, -1]
         bits = -logits.log_softmax(-1)[tokens[target]].item() / math.log(2)
-        scored.append((target - start, bits, 1 + int(tokens[target]) % 3))
+        scored.append((bits, 1 + int(tokens[target]) % 3))
     return scored
 
 
@@ -64,16 +62,10 @@ def test_equals_one_forward_per_target(model, stream, batch_size):
     scored = bits_one_by_one(model, stream, 40)
     result = evaluate(model, stream, seq_len=40, batch_size=batch_size)
     assert result.num_tokens == len(scored) == 108 - len(stream.starts)
-    assert result.num_bytes == sum(n for _, _, n in scored)
-    total = sum(bits for _, bits, _ in scored)
+    assert result.num_bytes == sum(n for _, n in scored)
+    total = sum(bits for bits, _ in scored)
     assert result.bits_per_byte == pytest.approx(total / result.num_bytes, rel=1e-12)
     assert result.bits_per_token == pytest.approx(total / len(scored), rel=1e-12)
-    assert [(b.shortest, b.longest) for b in result.by_context] == [(1, 16), (17, 32), (33, 40)]
-    for bucket in result.by_context:
-        inside = [s for s in scored if bucket.shortest <= s[0] <= bucket.longest]
-        assert bucket.num_bytes == sum(n for _, _, n in inside)
-        mean = sum(bits for _, bits, _ in inside) / bucket.num_bytes
-        assert bucket.bits_per_byte == pytest.approx(mean, rel=1e-12)
 
 
 @pytest.mark.parametrize(

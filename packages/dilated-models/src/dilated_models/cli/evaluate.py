@@ -33,7 +33,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Bits per byte of a text, overall and by the length of the context."""
+    """Bits per byte of a text, overall and with growing context."""
     with user_errors(), tempfile.TemporaryDirectory(prefix="dilated-") as cache:
         paths = all_text(text, more_text)
         if paths is None:
@@ -47,7 +47,8 @@ def evaluate(
         from dilated_models.training.config import TrainingConfig
         from dilated_models.training.devices import choose_device, choose_dtype
         from dilated_models.training.evaluation import evaluate as score
-        from dilated_models.training.report import context_lines
+        from dilated_models.training.gain import measure_gain
+        from dilated_models.training.report import gain_lines
 
         where = choose_device(device)
         autocast = torch.bfloat16 if choose_dtype(dtype, where) == "bfloat16" else None
@@ -73,8 +74,11 @@ def evaluate(
             batch_size=batch_size,
             autocast=autocast,
         )
+        gain = measure_gain(
+            model, stream, seq_len=seq_len, max_tokens=max_tokens, autocast=autocast
+        )
     typer.echo(
         f"{result.bits_per_byte:.4f} bits per byte over {result.num_bytes} bytes "
         f"({result.num_tokens} tokens, {result.bits_per_token:.4f} bits each)"
     )
-    typer.echo("\n".join(context_lines(result)))
+    typer.echo("\n".join(gain_lines(gain)))

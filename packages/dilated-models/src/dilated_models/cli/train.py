@@ -209,6 +209,8 @@ def _newest_run() -> Path:
 
 
 def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> None:
+    from dilated_models.training.borders import border_note
+
     split, model, training = run.split, run.model, run.training
     source = "the Python standard library" if run.text is None else ", ".join(run.text)
     branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
@@ -224,11 +226,13 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
         + (f", continuing after step {step}" if step else "")
         + f"; writing to {run.folder}",
     ]
+    if (note := border_note(model.pattern, training.seq_len)) is not None:
+        lines.append(f"note: {note}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _conclude(console: Console, run: Run, report: Report, seconds: float) -> None:
-    from dilated_models.training.report import context_lines
+    from dilated_models.training.report import gain_lines
 
     result = report.evaluation
     lines = [
@@ -236,7 +240,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         f"validation: {result.bits_per_byte:.3f} bits per byte over {result.num_bytes} bytes; "
         f"xz -9 on the same text, {report.xz_bytes} bytes: {report.xz_bits_per_byte:.3f}",
         "",
-        *context_lines(result),
+        *gain_lines(report.gain),
         "",
         "sample: the beginning of the validation text, a bar, and text by the model:",
         _printable(f"{report.prompt}|{report.sample}"),

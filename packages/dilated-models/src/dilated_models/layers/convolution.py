@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from dilated_models.config import LongNetConfig
 
+_STD = 0.3
+
 
 def add_causal_convolution(
     x: Tensor, weight: Tensor, *, before: Tensor | None = None, positions: Tensor | None = None
@@ -54,7 +56,8 @@ class CausalConvolution(nn.Module):
     Not part of LongNet. A head that selects every r-th position does not see the token beside a key
     that it matches; the convolution puts neighbours into each key. Published evidence for it:
     convolved keys in block-sparse attention (FlashMoBA, arXiv 2511.11571) and Canon layers
-    (arXiv 2512.17351). The weights start at zero, so the layer starts as the identity.
+    (arXiv 2512.17351). The weights are drawn with a standard deviation of 0.3: large enough for
+    neighbours to count from the first step, small enough for a position to count most.
 
     It looks back only, also where attention is not causal.
 
@@ -77,8 +80,8 @@ class CausalConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to zero, which makes the layer the identity."""
-        nn.init.zeros_(self.weight)
+        """Draw the weight anew."""
+        nn.init.normal_(self.weight, std=_STD)
 
     def forward(
         self, x: Tensor, *, before: Tensor | None = None, positions: Tensor | None = None

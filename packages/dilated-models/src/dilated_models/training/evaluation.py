@@ -1,4 +1,4 @@
-"""Bits per byte of a model on a text, overall and by the length of the context."""
+"""Bits per byte of a model on a text."""
 
 from __future__ import annotations
 
@@ -12,30 +12,11 @@ from dilated_core.checks import check_integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dilated_models.layers.documents import Documents
 from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import PackedWindows, text_row
 
-_SHORTEST_BUCKET = 16
 _MOST_STRETCHES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextBucket:
-    """The loss at one range of context lengths.
-
-    Attributes:
-        shortest: Least number of tokens of context, at least 1.
-        longest: Largest number of tokens of context.
-        bits_per_byte: Mean over the targets that were predicted from such a context.
-        num_bytes: Bytes that these targets stand for.
-    """
-
-    shortest: int
-    longest: int
-    bits_per_byte: float
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +28,12 @@ class Evaluation:
         bits_per_token: The same, per target token.
         num_tokens: Targets scored.
         num_bytes: Bytes the targets stand for.
-        by_context: The loss by the number of tokens of context, shortest first.
     """
 
     bits_per_byte: float
     bits_per_token: float
     num_tokens: int
     num_bytes: int
-    by_context: tuple[ContextBucket, ...]
 
 
 def scored_ranges(
@@ -140,20 +119,16 @@ def evaluate(
     batch_size = check_integer("batch_size", batch_size, at_least=1)
     ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
     total = sum(stop - start for start, stop in ranges)
-    # On the CPU, as the stream is, whatever the default device.
-    nats = torch.zeros(seq_len, dtype=torch.float64, device="cpu")
-    num_bytes = torch.zeros(seq_len, dtype=torch.int64, device="cpu")
     was_training = model.training
     model.eval()
     try:
-        done = num_targets = 0
+        nats, done, num_targets, num_bytes = 0.0, 0, 0, 0
         for start, stop in _batches(ranges, seq_len * batch_size):
             if before_batch is not None:
                 before_batch(done, total)
             part = PackedWindows.of([text_row(stream, start, stop, window=seq_len)])
-            position = Documents.of(part.cu_seqlens, len(part.inputs)).positions
-            nats.index_add_(0, position, _losses(model, part, autocast))
-            num_bytes.index_add_(0, position, part.byte_lengths)
+            nats += float(_losses(model, part, autocast).sum())
+            num_bytes += part.num_bytes
             num_targets += part.num_targets
             done += stop - start
     finally:
@@ -165,11 +140,10 @@ def evaluate(
         )
     bits = nats / math.log(2)
     return Evaluation(
-        bits_per_byte=float(bits.sum() / num_bytes.sum()),
-        bits_per_token=float(bits.sum() / num_targets),
+        bits_per_byte=bits / num_bytes,
+        bits_per_token=bits / num_targets,
         num_tokens=num_targets,
-        num_bytes=int(num_bytes.sum()),
-        by_context=_buckets(bits, num_bytes, min(seq_len, total)),
+        num_bytes=num_bytes,
     )
 
 
@@ -193,23 +167,3 @@ def _losses(model: LongNetLM, part: PackedWindows, autocast: torch.dtype | None)
         logits = model(part.inputs.to(device), cu_seqlens=part.cu_seqlens)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(wide, part.targets.to(device), reduction="none").cpu().double()
-
-
-def _buckets(bits: Tensor, num_bytes: Tensor, longest: int) -> tuple[ContextBucket, ...]:
-    """Contexts of 1–16, 17–32, 33–64, … tokens."""
-    buckets: list[ContextBucket] = []
-    start, stop = 0, _SHORTEST_BUCKET
-    while start < longest:
-        stop = min(stop, longest)
-        in_bucket = int(num_bytes[start:stop].sum())
-        if in_bucket:
-            buckets.append(
-                ContextBucket(
-                    shortest=start + 1,
-                    longest=stop,
-                    bits_per_byte=float(bits[start:stop].sum() / in_bucket),
-                    num_bytes=in_bucket,
-                )
-            )
-        start, stop = stop, 2 * stop
-    return tuple(buckets)

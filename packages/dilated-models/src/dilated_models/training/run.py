@@ -24,6 +24,7 @@ from dilated_models.text.streams import ByteStream, TokenStream
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
+from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
 from dilated_models.training.metrics import MetricsFile, read_metrics
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
@@ -87,6 +88,7 @@ class Report:
         evaluation: Loss on the validation text.
         xz_bits_per_byte: Bits per byte of `xz -9` on the same bytes.
         xz_bytes: Number of these bytes.
+        gain: What the model gains from context; None if no document is long enough to tell.
         prompt: The beginning of the validation text.
         sample: Text that the model generated after the prompt.
     """
@@ -94,6 +96,7 @@ class Report:
     evaluation: Evaluation
     xz_bits_per_byte: float
     xz_bytes: int
+    gain: Gain | None
     prompt: str
     sample: str
 
@@ -205,7 +208,7 @@ def execute(
         def stop_after_signal() -> None:
             if signals.received is not None:
                 save()
-                plot_losses(folder, read_metrics(folder))
+                plot_losses(folder, read_metrics(folder), copied_steps=config.copied_steps)
                 raise Stopped(signals.received, state.step)
 
         def validate(max_tokens: int) -> Evaluation:
@@ -250,17 +253,20 @@ def execute(
         )
         scored = b"".join(validation.text_of(start + 1, stop + 1) for start, stop in ranges)
         xz, xz_bytes = xz_bits_per_byte(scored)
+        observer.busy("measuring the gain from context")
+        gain = _gain(run, state, text, stop_after_signal)
         observer.busy("sampling")
         prompt, sample = _sample(run, state.model, validation, stop_after_signal)
         report = Report(
             evaluation=evaluation,
             xz_bits_per_byte=xz,
             xz_bytes=xz_bytes,
+            gain=gain,
             prompt=prompt,
             sample=sample,
         )
         metrics.write("final", state.step, **dataclasses.asdict(report))
-    plot_losses(folder, read_metrics(folder), xz=xz)
+    plot_losses(folder, read_metrics(folder), copied_steps=config.copied_steps, xz=xz, gain=gain)
     return report
 
 
@@ -288,6 +294,23 @@ def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, To
     folder = run.folder / _CACHE_FOLDER
     train, validation = (token_cache(text, pieces, vocabulary, folder) for text, pieces in sides)
     return train, validation
+
+
+def _gain(run: Run, state: TrainingState, text: Text, check: Callable[[], None]) -> Gain | None:
+    """The contextwise loss, with a record of plain training beside it for the default text."""
+    gain = measure_gain(
+        state.model,
+        text.validation,
+        seq_len=run.training.seq_len,
+        max_tokens=run.training.final_validation_tokens,
+        training=text.train,
+        autocast=state.autocast,
+        before_batch=lambda done, total: check(),
+    )
+    is_default_text = run.text is None and not isinstance(run.vocabulary, TokenizerVocabulary)
+    if gain is None or not is_default_text:
+        return gain
+    return dataclasses.replace(gain, plain=recorded_plain_training(run.model, run.training))
 
 
 def _sample(

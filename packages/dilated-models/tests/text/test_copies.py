@@ -35,9 +35,13 @@ class Places:
 
 
 def period_of(tokens: np.ndarray) -> int:
-    """The shortest distance at which most tokens are equal; two edits in 100 break 4 matches."""
+    """The shortest distance at which most tokens are equal; 10 edits in 100 break 19 matches."""
     lags = range(1, len(tokens) // 2 + 1)
-    return next(lag for lag in lags if (tokens[lag:] == tokens[:-lag]).mean() > 0.7)
+    return next(lag for lag in lags if (tokens[lag:] == tokens[:-lag]).mean() > 0.6)
+
+
+def is_plain(tokens: np.ndarray) -> bool:
+    return bool((np.diff(tokens) == 1).all())
 
 
 @settings(max_examples=100, deadline=None)
@@ -57,31 +61,36 @@ def test_a_row_of_copies(seq_len, window, seed, sample):
         stop = min(start + window, seq_len)
         inputs, targets = row.inputs[start:stop], row.targets[start:stop]
         assert np.array_equal(inputs[1:], targets[:-1])
-        if stop - start >= 200:
-            tokens = np.append(inputs, targets[-1])
+        tokens = np.append(inputs, targets[-1])
+        if stop - start >= 200 and not is_plain(tokens):
             period = period_of(tokens)
             assert 16 <= period <= (stop - start) // 2
-            assert (np.diff(tokens) == 1).mean() > 0.7
+            assert (np.diff(tokens) == 1).mean() > 0.6
     again = copied_row(stream, seq_len=seq_len, window=window, seed=seed, sample=sample)
     assert all(np.array_equal(a, b) for a, b in zip(row, again, strict=True))
 
 
-def test_periods_are_log_uniform_and_two_percent_are_edited():
+def test_a_quarter_is_plain_and_periods_are_log_uniform_and_a_tenth_is_edited():
     stream = Places(1 << 40)
+    rows = [
+        copied_row(stream, seq_len=1024, window=1024, seed=7, sample=sample)
+        for sample in range(400)
+    ]
+    copied = [row for row in rows if not is_plain(row.inputs)]
+    assert abs(len(copied) - 300) < 4.5 * 9  # standard deviation 9
     periods, edited = [], 0
-    for sample in range(300):
-        row = copied_row(stream, seq_len=1024, window=1024, seed=7, sample=sample)
+    for row in copied:
         period = period_of(row.inputs)
         periods.append(period)
         copies = row.inputs[: 1024 // period * period].reshape(-1, period)
-        edited += (row.inputs != np.resize(np.median(copies, axis=0), 1024)).mean() / 300
+        edited += (row.inputs != np.resize(np.median(copies, axis=0), 1024)).mean() / len(copied)
     assert 16 <= min(periods) < 20
     assert 450 < max(periods) <= 512
-    # Of five octaves from 16 to 512, each has a fifth, 60 of 300: standard deviation 7.
+    # Of five octaves from 16 to 512, each has a fifth, about 60 of 300: standard deviation 7.
     for octave in range(5):
         count = sum(16 << octave <= period < 32 << octave for period in periods)
-        assert 60 - 4.5 * 7 < count < 60 + 4.5 * 7
-    assert 0.015 < edited < 0.035  # above 2 %: a median of two copies, one of them edited, is off
+        assert abs(count - len(copied) / 5) < 4.5 * 7
+    assert 0.09 < edited < 0.13  # above 10 %: a median of two copies, one of them edited, is off
 
 
 def test_edits_are_tokens_of_the_text_elsewhere_and_seeds_differ():
@@ -94,9 +103,11 @@ def test_edits_are_tokens_of_the_text_elsewhere_and_seeds_differ():
     firsts = {int(row.inputs[0]) for row in rows.values()}
     assert len(firsts) == 9
     for row in rows.values():
+        if is_plain(row.inputs):
+            continue
         period, middle = period_of(row.inputs), int(np.median(row.inputs))
         foreign = row.inputs[abs(row.inputs - middle) > period]
-        assert 0 < len(foreign) < 40
+        assert 20 < len(foreign) < 85  # of 512, a tenth: standard deviation 7
         assert 0 <= foreign.min() <= foreign.max() < 1 << 40
 
 

@@ -15,15 +15,19 @@ from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import Row
 
 _SHORTEST_PERIOD = 16
-_EDITED_SHARE = 0.02
+# Tried with the preset tiny, at equal tokens: with 10 % of edits and a quarter of plain windows, the
+# model learns when not to copy, and ends 0.02 bits per byte lower with long contexts and 0.25 with
+# 16 bytes of context than with 2 % and none.
+_EDITED_SHARE = 0.1
+_PLAIN_SHARE = 0.25
 
 
 def copied_row(stream: TokenStream, *, seq_len: int, window: int, seed: int, sample: int) -> Row:
-    """A row of windows, each of which repeats a passage of the text, with edits.
+    """A row of windows, most of which repeat a passage of the text, with edits.
 
-    The period is drawn log-uniformly from 16 … window / 2 tokens. 2 % of the tokens are replaced by
-    other tokens of the text. All draws follow from `seed` and `sample`, so a resumed run needs only
-    its step.
+    The period is drawn log-uniformly from 16 … window / 2 tokens. 10 % of the tokens are replaced
+    by other tokens of the text. A quarter of the windows is plain text. All draws follow from
+    `seed` and `sample`, so a resumed run needs only its step.
 
     Args:
         stream: The text, of at least `seq_len + 1` tokens.
@@ -45,6 +49,11 @@ def _copied_window(
     stream: TokenStream, length: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs, targets and byte lengths of the targets."""
+    if random.random() < _PLAIN_SHARE:
+        start = int(random.integers(len(stream) - length))
+        tokens = stream.read(start, start + length + 1)
+        byte_lengths = stream.byte_lengths(start, start + length + 1)
+        return tokens[:-1], tokens[1:], byte_lengths[1:]
     longest = max(1, length // 2)
     shortest = min(_SHORTEST_PERIOD, longest)
     period = round(math.exp(random.uniform(math.log(shortest), math.log(longest))))

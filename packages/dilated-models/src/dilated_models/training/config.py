@@ -173,7 +173,7 @@ PRESETS: dict[str, Preset] = {
             "nhead": 4,
             "num_decoder_layers": 3,
             "dim_feedforward": 384,
-            # A border of 512 is none of 768 before 1536, so no query is blind to the text before it.
+            # No border of 512 is one of 768 before 1536, so every query sees the text before it.
             "segment_lengths": (512, 768, 1024),
             "dilation_rates": (1, 1, 4),
             "tie_embeddings": True,

@@ -38,6 +38,34 @@ def test_every_command_names_a_script():
     assert set(QUICK) <= set(COMMANDS)
 
 
+def test_plain_training_records_the_median_of_plain_runs(monkeypatch, tmp_path):
+    import plain_training
+
+    monkeypatch.setattr(plain_training, "RECORD", tmp_path / "record.json")
+    numbers = {"steps": 5, "batch_size": 1, "seq_len": 32, "warmup_copies": 0.0, "seed": 0}
+    folders = [tmp_path / name for name in "abc"]
+    for folder, bits in zip(folders, (2.0, 9.0, 3.0), strict=True):
+        folder.mkdir()
+        config = {"model": {"d_model": 8}, "training": numbers, "text": {"paths": None}}
+        (folder / "config.json").write_text(json.dumps(config))
+        rows = [{"context": 16, "bits_per_byte": bits}, {"context": 32, "bits_per_byte": bits / 2}]
+        final = {"kind": "final", "gain": {"contextwise": {"by_context": rows}}}
+        (folder / "metrics.jsonl").write_text(f'{{"kind": "step"}}\n{json.dumps(final)}\n')
+    plain_training.main(folders)
+    (record,) = json.loads((tmp_path / "record.json").read_text())
+    assert record["by_context"] == [
+        {"context": 16, "bits_per_byte": 3.0},
+        {"context": 32, "bits_per_byte": 1.5},
+    ]
+    assert record["training"] == {"steps": 5, "batch_size": 1, "seq_len": 32}
+    numbers["warmup_copies"] = 0.3
+    (folders[0] / "config.json").write_text(
+        json.dumps({"model": {}, "training": numbers, "text": {"paths": None}})
+    )
+    with pytest.raises(SystemExit, match="is no run on plain text of the standard library alone"):
+        plain_training.main(folders)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_breakdown(monkeypatch, is_causal):
     import breakdown

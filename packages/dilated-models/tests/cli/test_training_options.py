@@ -53,3 +53,11 @@ def test_refusals(text: Path, tmp_path: Path, options: list[object], message: st
     assert error.startswith("dilated: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("segments", "is_blind"), [("8,32", True), ("32,64", False)])
+def test_queries_that_are_blind_behind_a_border_are_noted(text, tmp_path, segments, is_blind):
+    arguments = ["train", "--text", text, "--out", tmp_path / "run", *SMALL]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--segment-lengths", segments])
+    assert result.exit_code == 0, result.output
+    assert ("note: behind each border of the segments of 8 tokens" in result.output) == is_blind

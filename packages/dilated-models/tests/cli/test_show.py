@@ -69,7 +69,7 @@ def test_attention(tmp_path, capsys, checkpoint, name):
         ([*PATTERN, "--seq-len", 3000], "is 3000; a picture shows at most 2,048"),
         ([*PATTERN, "--heads", 0], "heads is 0; it must be"),
         ([*PATTERN[:3], "--dilation-rates", "1,x"], "--dilation-rates is '1,x'; it must be"),
-        ([*PATTERN, "--head-offsets", "odd"], "head_offsets is 'odd'"),
+        ([*PATTERN, "--head-offsets", "odd"], "is 'odd'; it must be one of"),
         (
             ["attention", "--checkpoint", "RUN", "--prompt", "a", "--prompt-file", "b"],
             "are both given; give one of the two.",

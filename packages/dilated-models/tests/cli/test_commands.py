@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from dilated_models.cli.app import app, run
-from dilated_models.cli.errors import fail
 from dilated_models.cli.progress import TrainingProgress
 from dilated_models.longnet.saving import load_model
 from dilated_models.training.metrics import read_metrics
@@ -24,9 +23,8 @@ SMALL = [
 
 def call(*arguments: object, code: int = 0) -> Any:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
+    if result.exit_code != code:
+        raise AssertionError(result.output) from result.exception
     return result
 
 
@@ -214,13 +212,8 @@ def test_a_text_too_short_once_tokenised_leaves_no_folder(text, tmp_path):
     result = call(
         "train", "--text", text, "--out", out, "--tokenizer", tmp_path / "one.json", *SMALL, code=2
     )
-    assert "tokens; it must have at least seq_len + 1 = 33" in result.stderr
+    assert "tokens; it must have at least --seq-len + 1 = 33" in result.stderr
     assert not out.exists()
-
-
-def test_a_message_of_several_lines_becomes_one(capsys):
-    assert fail("first\n  second").exit_code == 2
-    assert capsys.readouterr().err == "dilated: first second\n"
 
 
 def test_evaluate(trained, text):
@@ -248,29 +241,35 @@ def test_generate(trained):
 
 
 TRAIN_ERRORS = [
-    (["--text", "{dir}/nowhere"], "there is no file or folder '{dir}/nowhere'; correct the path."),
+    (["--text", "{dir}/nowhere"], "there is no file or folder '{dir}/nowhere'; correct the path"),
     (["--text", "{dir}/empty.txt"], "there is no text in '{dir}/empty.txt'"),
     (["--text", "{dir}/short.txt"], "it must have enough to hold out 0.05 of them"),
-    (["--text", "{dir}/few.txt"], "the training text has 95 tokens; it must have at least seq_len"),
-    (["stray"], "'stray' belongs to no option; text must be named with --text"),
-    (["--preset", "huge"], "preset is 'huge'; it must be one of 'tiny', 'small', 'base'."),
+    (
+        ["--text", "{dir}/few.txt"],
+        "the training text has 95 tokens; it must have at least --seq-len",
+    ),
+    (["stray"], "'stray' belongs to no option; a text must be named with --text"),
+    (["--preset", "huge"], "--preset is 'huge'; it must be one of 'tiny', 'small', 'base'"),
     (["--segment-lengths", "8,x"], "--segment-lengths is '8,x'; it must be integers with commas"),
-    (["--segment-lengths", "8,0"], "segment_lengths"),
-    (["--segment-lengths", "8"], "segment_lengths has 1 entries and dilation_rates 2"),
-    (["--dilation-rates", "1,-1"], "dilation_rates"),
-    (["--heads", "5"], "nhead is 5 and d_model 32; nhead must divide d_model"),
-    (["--dropout", "1.5"], "dropout is 1.5; it must be at least 0 and below 1."),
-    (["--steps", "0"], "steps is 0; it must be at least 1."),
-    (["--lr", "-1"], "learning_rate is -1.0; it must be above 0."),
-    (["--accumulation", "3"], "accumulation is 3 and batch_size 2; accumulation must divide"),
+    (["--segment-lengths", "8,0"], "--segment-lengths"),
+    (["--segment-lengths", "8"], "--segment-lengths has 1 entries and --dilation-rates 2"),
+    (["--dilation-rates", "1,-1"], "--dilation-rates"),
+    (["--heads", "5"], "--heads is 5 and --d-model 32; --heads must divide --d-model"),
+    (["--dropout", "1.5"], "--dropout is 1.5; it must be at least 0 and below 1."),
+    (["--steps", "0"], "--steps is 0; it must be at least 1."),
+    (["--lr", "-1"], "--lr is -1.0; it must be above 0"),
+    (
+        ["--accumulation", "3"],
+        "--accumulation is 3 and --batch-size 2; --accumulation must divide --batch-size",
+    ),
     (
         ["--device", "cuda:7"],
-        "device is 'cuda:7', which this machine does not have; use auto or cpu.",
+        "--device is 'cuda:7', which this machine does not have; use auto or cpu",
     ),
-    (["--device", "toaster"], "device is 'toaster'; it must be auto, cpu, cuda, cuda:0"),
+    (["--device", "toaster"], "--device is 'toaster'; it must be auto, cpu, cuda, cuda:0"),
     (
         ["--dtype", "float16"],
-        "dtype is 'float16'; it must be one of 'auto', 'float32', 'bfloat16'.",
+        "--dtype is 'float16'; it must be one of 'auto', 'float32', 'bfloat16'",
     ),
     (["--backend", "abacus"], "abacus"),
     (["--tokenizer", "{dir}/none.json"], "there is no tokenizer file '{dir}/none.json'; correct"),
@@ -310,20 +309,11 @@ def test_train_does_not_touch_a_folder_that_holds_a_run(own_run, text):
     result = call("train", "--text", text, "--out", own_run, *SMALL, code=2)
     assert "already holds a run; --out must be a new folder" in result.stderr
     result = call("train", "--resume", "--out", own_run, "--lr", 1, "--heads", 2, code=2)
-    assert "with its own options; leave out learning_rate, nhead." in result.stderr
+    assert "with its own options; leave out --lr, --heads" in result.stderr
     (text / "file1.py").write_text("other")
     result = call("train", "--resume", "--out", own_run, code=2)
     assert "the text has changed since" in result.stderr
     assert {path: path.read_bytes() for path in own_run.iterdir()} == before
-
-
-def test_a_loss_that_explodes_is_one_line(text, tmp_path):
-    result = call(
-        "train", "--text", text, "--out", tmp_path / "run", "--steps", 50, *SMALL,
-        "--lr", "1e30", "--warmup-steps", 0, code=1,
-    )  # fmt: skip
-    assert "is not finite in step" in result.stderr
-    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -335,7 +325,7 @@ def test_a_loss_that_explodes_is_one_line(text, tmp_path):
         ),
         (
             ["generate", "--checkpoint", "{run}", "--prompt", "a", "--top-k", "0"],
-            "top_k is 0; it must be",
+            "--top-k is 0; it must be",
         ),
         (
             ["generate", "--checkpoint", "{run}/x", "--prompt", "a"],
@@ -343,7 +333,7 @@ def test_a_loss_that_explodes_is_one_line(text, tmp_path):
         ),
         (
             ["generate", "--checkpoint", "{run}", "--prompt", "a", "--device", "x"],
-            "device is 'x'; it must",
+            "--device is 'x'; it must",
         ),
         (
             ["evaluate", "--checkpoint", "{run}"],
@@ -352,9 +342,12 @@ def test_a_loss_that_explodes_is_one_line(text, tmp_path):
         (["evaluate", "--checkpoint", "{run}", "--text", "{run}/x"], "there is no file or folder"),
         (
             ["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--seq-len", "0"],
-            "seq_len is 0; it must be at least 1",
+            "--seq-len is 0; it must be at least 1",
         ),
-        (["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--dtype", "x"], "dtype is 'x'"),
+        (
+            ["evaluate", "--checkpoint", "{run}", "--text", "{run}", "--dtype", "x"],
+            "--dtype is 'x'",
+        ),
     ],
 )
 def test_generate_and_evaluate_refuse_in_one_line(trained, arguments, message):

@@ -121,7 +121,7 @@ def test_dense_attention_that_fails_is_a_row(monkeypatch):
             ["--benchmark", "--seq-lens", "8,x"],
             "--seq-lens is '8,x'; it must be integers with commas",
         ),
-        (["--benchmark", "--device", "cpu", "--heads", "0"], "num_heads is (0,); sizes must be"),
+        (["--benchmark", "--device", "cpu", "--heads", "0"], "--heads is (0,); sizes must be"),
         (["--device", "cuda:9"], "device is 'cuda:9', which this machine does not have"),
         (
             ["--benchmark", "--save", "{dir}"],

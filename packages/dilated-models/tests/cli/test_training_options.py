@@ -42,9 +42,12 @@ def test_the_preset_and_its_options(text: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--warm-up-copies", 2], "warmup_copies is 2.0; it must be at least 0 and at most 1."),
-        (["--first-seq-len", 64], "first_seq_len is 64 and seq_len 32; first_seq_len must be"),
-        (["--key-conv", -1], "key_conv is -1; it must be at least 0."),
+        (["--warm-up-copies", 2], "--warm-up-copies is 2.0; it must be at least 0 and at most 1."),
+        (
+            ["--first-seq-len", 64],
+            "--first-seq-len is 64 and --seq-len 32; --first-seq-len must be",
+        ),
+        (["--key-conv", -1], "--key-conv is -1; it must be at least 0."),
     ],
 )
 def test_refusals(text: Path, tmp_path: Path, options: list[object], message: str):

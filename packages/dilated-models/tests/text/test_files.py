@@ -1,5 +1,6 @@
 """Which files are the text, and the split: the same every time, on every machine."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -87,13 +88,37 @@ def test_few_files_are_cut_in_two(text: Path):
         assert tail.num_bytes == whole.num_bytes // 10
 
 
-def test_the_fingerprint_sees_renames_and_sizes(text: Path):
+def test_the_fingerprint_sees_names_and_every_byte(text: Path):
     def fingerprint() -> str:
-        return split_files(*text_files([text]), validation_share=0.1).fingerprint
+        return split_files(*text_files([text]), validation_share=0.1).fingerprint()
 
     before = fingerprint()
     assert fingerprint() == before
     (text / "file1.py").rename(text / "renamed.py")
     renamed = fingerprint()
+    content = (text / "renamed.py").read_bytes()
+    (text / "renamed.py").write_bytes(content[:-1] + b"x")
+    edited = fingerprint()  # of equal size
     (text / "renamed.py").write_text("x")
-    assert len({before, renamed, fingerprint()}) == 3
+    assert len({before, renamed, edited, fingerprint()}) == 4
+
+
+def test_names_that_are_not_utf8(tmp_path: Path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text " * 100)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    assert len(split_files(*text_files([tmp_path]), validation_share=0.1).fingerprint()) == 16
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(text: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("nested"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="nested"):
+        text_files([text])

@@ -9,13 +9,22 @@ import sys
 def main() -> None:
     """Run the command line; the `dilated` script calls this.
 
-    Exit codes: 0 done; 1 the run failed, and a line gives the reason; 2 an option or a file is
-    wrong, and nothing was written; 130 after Ctrl-C and 143 after SIGTERM, with the state saved.
+    Exit codes: 0 done; 1 the run failed, or nobody reads its output; 2 an option, a file, the disk
+    or the memory does not do; 130 after Ctrl-C and 143 after SIGTERM. After an error one line on
+    stderr gives the reason.
     """
     # OpenMP's threads spin while they wait for one another. If another process is busy, a spinning
     # thread keeps the core that its partner needs, and steps take several times as long. OpenMP
     # reads this variable once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         from dilated_models.cli.app import run
     except ModuleNotFoundError as error:
@@ -26,5 +35,5 @@ def main() -> None:
             f"pip install 'dilated-models[cli]'",
             file=sys.stderr,
         )
-        sys.exit(2)
-    sys.exit(run(sys.argv[1:]))
+        return 2
+    return run(arguments)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import (
     CheckpointOption,
     DeviceOption,
@@ -34,12 +33,13 @@ def evaluate(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Bits per byte of a text, overall and with growing context."""
-    with user_errors(), tempfile.TemporaryDirectory(prefix="dilated-") as cache:
+    with tempfile.TemporaryDirectory(prefix="dilated-") as cache:
         paths = all_text(text, more_text)
         if paths is None:
             raise ValueError("there is no text; it must be named, so add --text PATH.")
         import torch
 
+        from dilated_models.cli.progress import ScoringProgress, plain_console
         from dilated_models.longnet.saving import load_model, load_vocabulary, read_config
         from dilated_models.text.files import text_files
         from dilated_models.text.streams import ByteStream
@@ -66,17 +66,25 @@ def evaluate(
                     f"must be given, so add --seq-len."
                 )
             seq_len = TrainingConfig.from_dict(training).seq_len
-        result = score(
-            model,
-            stream,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            autocast=autocast,
-        )
-        gain = measure_gain(
-            model, stream, seq_len=seq_len, max_tokens=max_tokens, autocast=autocast
-        )
+        with ScoringProgress(plain_console(stderr=True)) as progress:
+            result = score(
+                model,
+                stream,
+                seq_len=seq_len,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                autocast=autocast,
+                before_batch=progress.scored,
+            )
+        with ScoringProgress(plain_console(stderr=True)) as progress:
+            gain = measure_gain(
+                model,
+                stream,
+                seq_len=seq_len,
+                max_tokens=max_tokens,
+                autocast=autocast,
+                before_batch=progress.scored,
+            )
     typer.echo(
         f"{result.bits_per_byte:.4f} bits per byte over {result.num_bytes} bytes "
         f"({result.num_tokens} tokens, {result.bits_per_token:.4f} bits each)"

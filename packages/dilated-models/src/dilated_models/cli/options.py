@@ -34,7 +34,7 @@ def all_text(text: Sequence[Path] | None, more: Sequence[Path] | None) -> list[P
     """
     if more and not text:
         raise ValueError(
-            f"{str(more[0])!r} belongs to no option; text must be named with --text, so add that."
+            f"{str(more[0])!r} belongs to no option; a text must be named with --text, so add that."
         )
     return [*text, *(more or [])] if text else None
 

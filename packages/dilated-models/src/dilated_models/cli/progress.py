@@ -16,6 +16,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.1  # weight of the newest step in the shown loss and rate
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: a path may hold `[b]` or `:smile:`, which rich reads."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """Shows the progress of a run: step, bits per byte, tokens/s, peak memory, time left.
 
@@ -24,22 +29,31 @@ class TrainingProgress:
         steps: Number of all steps.
         done: Number of steps that an earlier part of the run did.
         peak_memory_bytes: Returns the most memory used so far.
+        available_bytes: Returns how much memory is left, or None where nobody knows.
     """
 
     def __init__(
-        self, console: Console, *, steps: int, done: int, peak_memory_bytes: Callable[[], int]
+        self,
+        console: Console,
+        *,
+        steps: int,
+        done: int,
+        peak_memory_bytes: Callable[[], int],
+        available_bytes: Callable[[], int | None],
     ) -> None:
         self._console = console
         self._steps = steps
         self._peak_memory_bytes = peak_memory_bytes
+        self._available_bytes = available_bytes
         self._bits_per_byte: float | None = None
         self._seconds_per_token: float | None = None
         self._last_line = time.monotonic()
+        self._records = 0
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("step {task.completed}/{task.total}", markup=False),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[what]}", style="dim"),
             console=console,
@@ -62,7 +76,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def stepped(self, record: StepRecord) -> None:
-        """Show one more step."""
+        """Show one more step; after the second one, print what the whole run takes."""
         self._bits_per_byte = _blend(self._bits_per_byte, record.bits_per_byte)
         self._seconds_per_token = _blend(
             self._seconds_per_token, record.seconds / record.num_tokens
@@ -81,6 +95,21 @@ class TrainingProgress:
             left = (self._steps - record.step) * record.num_tokens * self._seconds_per_token
             self._print(f"step {record.step}/{self._steps} · {numbers} · {_clock(left)} left")
 
+        self._records += 1
+        # The first step compiles and allocates, so the second one tells how long the others take.
+        if self._records == min(2, self._steps):
+            peak, available = self._peak_memory_bytes(), self._available_bytes()
+            line = (
+                f"about {record.seconds:.2g} s per step, {_clock(self._steps * record.seconds)} in "
+                f"all, and {peak / 2**30:.1f} GiB of memory"
+            )
+            if available is not None and peak > available:
+                line += (
+                    f", which leaves {available / 2**30:.1f} GiB; it takes less with "
+                    f"--accumulation, --checkpoint-activations or a smaller --seq-len"
+                )
+            self._print(line)
+
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Print the loss on the validation text."""
         self._print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
@@ -90,7 +119,50 @@ class TrainingProgress:
         self._bar.update(self._task, what=what)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line)
+
+
+class ScoringProgress:
+    """Shows how much of a text is scored: a bar on a terminal; elsewhere, a line every ten seconds.
+
+    Args:
+        console: Prints the lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("scored {task.completed}/{task.total} tokens", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("evaluate", total=None)
+
+    def __enter__(self) -> ScoringProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def scored(self, done: int, total: int) -> None:
+        """Show the number of tokens scored so far."""
+        self._bar.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if self._bar.disable and done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._began) * (total - done) / done
+            self._console.print(f"scored {done}/{total} tokens · {_clock(left)} left")
 
 
 def _blend(mean: float | None, newest: float) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dilated_models.cli.errors import fail, user_errors
+from dilated_models.cli.errors import fail, option_of
 from dilated_models.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -17,6 +17,7 @@ from dilated_models.cli.options import (
     all_text,
     integers,
 )
+from dilated_models.cli.shell import command, quoted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dilated_models.training.run import Report, Run
 
 _RUNS = Path("runs")
-_CHOSEN_BY_RESUME = "--resume continues a run with its own options; leave out {}."
 
 
 def train(
@@ -103,89 +103,101 @@ def train(
     Ctrl-C or SIGTERM saves the run and exits with code 130 or 143; --resume continues it.
     """
     began = time.monotonic()
-    with user_errors():
-        from rich.console import Console
+    from dilated_models.cli.progress import plain_console
+    from dilated_models.training.devices import choose_device, choose_dtype
+    from dilated_models.training.folder import hold
+    from dilated_models.training.setup import new_run, resumed_run
 
-        from dilated_models.cli.progress import TrainingProgress
-        from dilated_models.training.devices import choose_device, choose_dtype
-        from dilated_models.training.run import build, execute, open_text, peak_memory_bytes
-        from dilated_models.training.setup import new_run, resumed_run
-        from dilated_models.training.stopping import Stopped, StopSignals
+    where = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, where)
+    paths = all_text(text, more_text)
+    model = _given(
+        d_model=d_model,
+        nhead=heads,
+        num_decoder_layers=layers,
+        dim_feedforward=feed_forward,
+        segment_lengths=integers("--segment-lengths", segment_lengths),
+        dilation_rates=integers("--dilation-rates", dilation_rates),
+        key_conv=key_conv,
+        dropout=dropout,
+        activation_checkpointing=checkpoint_activations,
+        backend=backend,
+    )
+    training = _given(
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seq_len=seq_len,
+        first_seq_len=first_seq_len,
+        warmup_copies=warm_up_copies,
+        learning_rate=lr,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        seed=seed,
+        validate_every=validate_every,
+        validation_tokens=validation_tokens,
+        final_validation_tokens=final_validation_tokens,
+    )
+    movable = _given(steps=steps, checkpoint_every=checkpoint_every)
+    if resume:
+        fixed = model | training | _given(preset=preset, tokenizer=tokenizer, text=paths)
+        if dtype != "auto":
+            fixed["dtype"] = dtype
+        if fixed:
+            names = ", ".join(option_of(name) for name in sorted(fixed))
+            raise ValueError(f"--resume continues a run with its own options; leave out {names}.")
+        run = resumed_run(out or _newest_run(), device=where, training=movable)
+    else:
+        run = new_run(
+            folder=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
+            preset=preset or "tiny",
+            text=paths,
+            tokenizer=tokenizer or "bytes",
+            device=where,
+            model=model,
+            training=training | movable | {"dtype": chosen_dtype},
+        )
+    console = plain_console()
+    with hold(run.folder, is_new=not resume):
+        report = _run(console, run, resume=resume)
+    _conclude(console, run, report, time.monotonic() - began)
 
-        where = choose_device(device)
-        chosen_dtype = choose_dtype(dtype, where)
-        paths = all_text(text, more_text)
-        model = _given(
-            d_model=d_model,
-            nhead=heads,
-            num_decoder_layers=layers,
-            dim_feedforward=feed_forward,
-            segment_lengths=integers("--segment-lengths", segment_lengths),
-            dilation_rates=integers("--dilation-rates", dilation_rates),
-            key_conv=key_conv,
-            dropout=dropout,
-            activation_checkpointing=checkpoint_activations,
-            backend=backend,
-        )
-        training = _given(
-            batch_size=batch_size,
-            accumulation=accumulation,
-            seq_len=seq_len,
-            first_seq_len=first_seq_len,
-            warmup_copies=warm_up_copies,
-            learning_rate=lr,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            seed=seed,
-            validate_every=validate_every,
-            validation_tokens=validation_tokens,
-            final_validation_tokens=final_validation_tokens,
-        )
-        movable = _given(steps=steps, checkpoint_every=checkpoint_every)
-        if resume:
-            fixed = model | training | _given(preset=preset, tokenizer=tokenizer, text=paths)
-            if dtype != "auto":
-                fixed["dtype"] = dtype
-            if fixed:
-                raise ValueError(_CHOSEN_BY_RESUME.format(", ".join(sorted(fixed))))
-            run = resumed_run(out or _newest_run(), device=where, training=movable)
-        else:
-            run = new_run(
-                folder=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
-                preset=preset or "tiny",
-                text=paths,
-                tokenizer=tokenizer or "bytes",
-                device=where,
-                model=model,
-                training=training | movable | {"dtype": chosen_dtype},
-            )
-        state = build(run)
-        if resume:
-            state.restore(run.folder)
-        console = Console()
-        opened = open_text(run, console.print)
+
+def _run(console: Console, run: Run, *, resume: bool) -> Report:
+    """Build the model, train it and show the progress; every end names the way to go on."""
+    from dilated_models.cli.progress import TrainingProgress
+    from dilated_models.longnet.size import available_bytes
+    from dilated_models.training.loop import CHECKPOINT_FILE
+    from dilated_models.training.run import build, execute, open_text, peak_memory_bytes
+    from dilated_models.training.stopping import Stopped, StoppedAtOnce, StopSignals
+
+    state = build(run)
+    if resume:
+        state.restore(run.folder, run_id=run.run_id)
+    text = open_text(run, console.print)
     _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
     progress = TrainingProgress(
         console,
         steps=run.training.steps,
         done=state.step,
-        peak_memory_bytes=lambda: peak_memory_bytes(where),
+        peak_memory_bytes=lambda: peak_memory_bytes(run.device),
+        available_bytes=lambda: available_bytes(run.device),
     )
+    go_on = f"continue with: {command('train', '--resume', '--out', run.folder)}"
     with StopSignals() as signals:
         try:
             with progress:
-                report = execute(run, opened, state, progress, signals)
+                return execute(run, text, state, progress, signals)
         except Stopped as stopped:
-            console.print(
-                f"{stopped}; everything is saved. Continue with: dilated train --resume "
-                f"--out {run.folder}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            console.print(f"{stopped}; everything is saved; {go_on}")
             raise typer.Exit(stopped.exit_code) from None
-        except FloatingPointError as error:
-            raise fail(f"{error} Checkpoints so far are in {run.folder}.", code=1) from None
-    _conclude(console, run, report, time.monotonic() - began)
+        except StoppedAtOnce as stopped:
+            raise fail(
+                f"{stopped}; the last checkpoint is whole; {go_on}", code=stopped.exit_code
+            ) from None
+        except Exception as error:
+            if (run.folder / CHECKPOINT_FILE).exists():
+                error.add_note(f"the last checkpoint is whole; {go_on}")
+            raise
 
 
 def _printable(text: str) -> str:
@@ -212,7 +224,7 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
     from dilated_models.training.borders import border_note
 
     split, model, training = run.split, run.model, run.training
-    source = "the Python standard library" if run.text is None else ", ".join(run.text)
+    source = "the Python standard library" if run.text is None else " ".join(map(quoted, run.text))
     branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
     megabytes = [
         sum(piece.num_bytes for piece in side) / 1e6 for side in (split.train, split.validation)
@@ -224,11 +236,11 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
         + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
         f"{training.steps} steps of {training.batch_size} rows of {training.seq_len} tokens"
         + (f", continuing after step {step}" if step else "")
-        + f"; writing to {run.folder}",
+        + f"; writing to {quoted(run.folder)}",
     ]
     if (note := border_note(model.pattern, training.seq_len)) is not None:
         lines.append(f"note: {note}")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines))
 
 
 def _conclude(console: Console, run: Run, report: Report, seconds: float) -> None:
@@ -245,8 +257,8 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         "sample: the beginning of the validation text, a bar, and text by the model:",
         _printable(f"{report.prompt}|{report.sample}"),
         "",
-        f"{run.folder}: model.safetensors, config.json, metrics.jsonl, loss.png, checkpoint.pt; "
-        f"{seconds:.0f} s in all",
-        f"more: dilated generate --checkpoint {run.folder} --prompt 'def '",
+        f"{quoted(run.folder)}: model.safetensors, config.json, metrics.jsonl, loss.png, "
+        f"checkpoint.pt; {seconds:.0f} s in all",
+        f"more: {command('generate', '--checkpoint', run.folder, '--prompt', 'def ')}",
     ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines))

@@ -50,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         content: Any = json.loads(path.read_text("utf-8"))
         version = content["format_version"]
         model, tokenizer = content["model"], content["tokenizer"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} was not written by dilated train ({type(error).__name__}: {error})."
         ) from error

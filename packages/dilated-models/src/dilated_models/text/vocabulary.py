@@ -137,7 +137,8 @@ def token_cache(
     digest = hashlib.sha256(vocabulary.json_bytes)
     for piece in pieces:
         stat = piece.path.stat()
-        digest.update(f"{piece.name}\0{piece.start}\0{piece.stop}\0{stat.st_mtime_ns}\n".encode())
+        numbers = f"\0{piece.start}\0{piece.stop}\0{stat.st_mtime_ns}\n"
+        digest.update((piece.name + numbers).encode("utf-8", "surrogateescape"))
     token_dtype = np.dtype(np.uint16 if vocabulary.num_tokens <= 1 << 16 else np.uint32)
     stem = folder / digest.hexdigest()[:16]
     tokens_path = stem.with_suffix(f".tokens.u{8 * token_dtype.itemsize}")

@@ -37,7 +37,8 @@ class MetricsFile:
             self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
             with write_atomically(path) as part:
                 part.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -51,9 +52,20 @@ class MetricsFile:
         self._file.close()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record, and flush it to the file."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Append one record; if the disk is full, none of it.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        line = (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
+        whole = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+        except OSError as error:
+            self._file.truncate(whole)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if kind == "validation":
             self.validated.add(step)
 
@@ -63,10 +75,28 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run; a last line that a crash cut short is skipped."""
+    """All whole records of a run; a last line that a crash cut short is skipped.
+
+    Raises:
+        ValueError: If another line is no record.
+    """
+    path = folder / METRICS_FILE
     records: list[dict[str, Any]] = []
-    with (folder / METRICS_FILE).open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(_record(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"line {number} of {str(path)!r} is no record of a run: {error}; remove the "
+                    f"line (it serves the loss curve only), and try again."
+                ) from error
     return records
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record: Any = json.loads(line)
+    float(record["step"])
+    if record["kind"] in ("step", "validation"):
+        float(record["bits_per_byte"])
+    return record

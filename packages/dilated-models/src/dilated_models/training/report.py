@@ -64,7 +64,9 @@ def plot_losses(
     figure = Figure(figsize=(8 if gain is None else 13, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 1 if gain is None else 2, squeeze=False)[0]
-    figure.suptitle(f"{folder.name}: bits per byte")
+    # A name may hold bytes that are no UTF-8, and dollar signs, which matplotlib reads as formulas.
+    name = folder.name.encode("utf-8", "replace").decode()
+    figure.suptitle(f"{name}: bits per byte", parse_math=False)
     _plot_steps(axes[0], records, copied_steps, xz)
     if gain is not None:
         _plot_contexts(axes[1], gain)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,16 +16,18 @@ from dilated_core.atomic_write import write_atomically
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.longnet.saving import TOKENIZER_FILE, save_model, write_config
+from dilated_models.longnet.saving import CONFIG_FILE, TOKENIZER_FILE, save_model, write_config
+from dilated_models.longnet.size import check_memory
 from dilated_models.text.files import Split
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream, TokenStream
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 from dilated_models.training.config import TrainingConfig
+from dilated_models.training.cost import training_bytes
 from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
 from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
-from dilated_models.training.metrics import MetricsFile, read_metrics
+from dilated_models.training.metrics import METRICS_FILE, MetricsFile, read_metrics
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
 from dilated_models.training.stopping import Stopped, StopSignals
 
@@ -45,6 +46,8 @@ class Run:
         model: Configuration of the model.
         training: The numbers of the run.
         split: Training and validation text.
+        run_id: Identity of the run, which its checkpoints carry.
+        fingerprint: Of the text, from `Split.fingerprint`.
         text: The `--text` paths of the split; None for the standard library.
         vocabulary: Converts the text to tokens.
         device: Device to train on.
@@ -54,6 +57,8 @@ class Run:
     model: LongNetConfig
     training: TrainingConfig
     split: Split
+    run_id: str
+    fingerprint: str
     text: Sequence[str] | None
     vocabulary: Vocabulary
     device: torch.device
@@ -62,12 +67,13 @@ class Run:
         """Content of `config.json`."""
         is_file = isinstance(self.vocabulary, TokenizerVocabulary)
         return {
+            "run_id": self.run_id,
             "model": self.model.to_dict(),
             "tokenizer": TOKENIZER_FILE if is_file else "bytes",
             "training": self.training.to_dict(),
             "text": {
                 "paths": None if self.text is None else list(self.text),
-                "fingerprint": self.split.fingerprint,
+                "fingerprint": self.fingerprint,
                 "train_bytes": sum(piece.num_bytes for piece in self.split.train),
                 "validation_bytes": sum(piece.num_bytes for piece in self.split.validation),
             },
@@ -121,8 +127,16 @@ def build(run: Run) -> TrainingState:
     """Model and optimiser of a run, drawn from its seed; writes no file.
 
     Raises:
-        ValueError: If no backend can run the model, or a window does not fit the model.
+        ValueError: If no backend can run the model, a window does not fit the model, or the memory
+            does not suffice.
     """
+    check_memory(
+        training_bytes(run.model, run.training),
+        f"training with batch_size {run.training.batch_size}, seq_len {run.training.seq_len} and "
+        f"{run.model.num_decoder_layers} layers",
+        run.device,
+        "use a smaller seq_len or model, more accumulation, or activation_checkpointing",
+    )
     torch.manual_seed(run.training.seed)
     state = TrainingState(LongNetLM(run.model, device=run.device), run.training)
     # Run one window now: an error of the model or its backend must come before a file is written.
@@ -149,8 +163,6 @@ class Text(NamedTuple):
 def open_text(run: Run, announce: Callable[[str], None]) -> Text:
     """Open the text of a run; with a tokenizer, tokenise it into the run's folder, once.
 
-    After an error, a folder that this function made is gone.
-
     Args:
         run: The run.
         announce: Called with one line before tokenising, which can take long.
@@ -158,17 +170,9 @@ def open_text(run: Run, announce: Callable[[str], None]) -> Text:
     Raises:
         ValueError: If either side of the text is too short.
     """
-    existed = run.folder.exists()
-    try:
-        train, validation = _streams(run, announce)
-        order = RowOrder(
-            num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed
-        )
-        scored_ranges(len(validation), seq_len=run.training.seq_len)
-    except BaseException:
-        if not existed:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        raise
+    train, validation = _streams(run, announce)
+    order = RowOrder(num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed)
+    scored_ranges(len(validation), seq_len=run.training.seq_len)
     return Text(train, validation, order)
 
 
@@ -178,7 +182,8 @@ def execute(
     """Train from the state's step to the last one, then validate and sample.
 
     Writes `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors` and `loss.png` into
-    the run's folder.
+    the run's folder, which the caller holds. A new run is saved before its first step, so that
+    whatever happens it can be resumed.
 
     Args:
         run: The run.
@@ -190,20 +195,17 @@ def execute(
     Raises:
         Stopped: After a signal, when the state is saved.
         FloatingPointError: If the loss is no longer finite. The last checkpoint stays.
+        OSError: If a file cannot be read or written. The last checkpoint stays.
     """
     config, folder, validation = run.training, run.folder, text.validation
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, run.to_config())
-    if isinstance(run.vocabulary, TokenizerVocabulary):
-        with write_atomically(folder / TOKENIZER_FILE) as part:
-            part.write_bytes(run.vocabulary.json_bytes)
+    _begin(run, state)
     with MetricsFile(folder, after_step=state.step) as metrics:
 
         def save() -> None:
             observer.busy("saving")
             metrics.sync()
-            save_model(folder, state.model)
-            state.save(folder)
+            save_model(folder, state.model, run_id=run.run_id)
+            state.save(folder, run_id=run.run_id)
 
         def stop_after_signal() -> None:
             if signals.received is not None:
@@ -268,6 +270,18 @@ def execute(
         metrics.write("final", state.step, **dataclasses.asdict(report))
     plot_losses(folder, read_metrics(folder), copied_steps=config.copied_steps, xz=xz, gain=gain)
     return report
+
+
+def _begin(run: Run, state: TrainingState) -> None:
+    """Write all that a resumed run needs; last `config.json`, which makes the folder a run's."""
+    if not (run.folder / CONFIG_FILE).exists():
+        (run.folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that failed in here
+        save_model(run.folder, state.model, run_id=run.run_id)
+        state.save(run.folder, run_id=run.run_id)
+        if isinstance(run.vocabulary, TokenizerVocabulary):
+            with write_atomically(run.folder / TOKENIZER_FILE) as part:
+                part.write_bytes(run.vocabulary.json_bytes)
+    write_config(run.folder, run.to_config())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

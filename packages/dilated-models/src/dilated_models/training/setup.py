@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from dilated_models.longnet.saving import CONFIG_FILE, load_vocabulary, read_con
 from dilated_models.text.files import Split, split_files, standard_library_files, text_files
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary
 from dilated_models.training.config import PRESETS, TrainingConfig
+from dilated_models.training.cost import most_validation_tokens
+from dilated_models.training.folder import check_free
 from dilated_models.training.run import Run
 
 
@@ -32,7 +36,8 @@ def new_run(
     If `seq_len` is given without segment lengths, the preset's segment lengths are scaled by the
     same factor, and so is its first length of windows unless that is given. If `steps` is given,
     the preset's warm-up and its interval between validations are scaled by the same factor, unless
-    they are given.
+    they are given. A short run validates less often and on less text than the preset, so that
+    validation takes about half as long as training at most.
 
     Args:
         folder: Folder of the run; must not hold another run.
@@ -60,7 +65,7 @@ def new_run(
         first = base.training.get("first_seq_len")
         scaled = None if first is None else max(1, first * seq_len // base.training["seq_len"])
         numbers["first_seq_len"] = training.get("first_seq_len", scaled)
-    config = TrainingConfig.from_dict(numbers)
+    config = _without_long_validation(TrainingConfig.from_dict(numbers), given=set(training))
     fields = base.model | dict(model)
     if "segment_lengths" not in model and config.seq_len != base.training["seq_len"]:
         fields["segment_lengths"] = [
@@ -69,12 +74,15 @@ def new_run(
         ]
     vocabulary = ByteVocabulary() if tokenizer == "bytes" else TokenizerVocabulary(Path(tokenizer))
     longnet = LongNetConfig.from_dict(fields | {"num_tokens": vocabulary.num_tokens})
-    _check_free(folder)
+    check_free(folder)
+    split = _split(text, config)
     return Run(
         folder=folder,
         model=longnet,
         training=config,
-        split=_split(text, config),
+        split=split,
+        run_id=secrets.token_hex(8),
+        fingerprint=split.fingerprint(),
         text=None if text is None else [str(path.resolve()) for path in text],
         vocabulary=vocabulary,
         device=device,
@@ -104,20 +112,38 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
         ) from error
     text = None if paths is None else [Path(path) for path in paths]
     split = _split(text, config)
-    if split.fingerprint != fingerprint:
+    if split.fingerprint() != fingerprint:
         raise ValueError(
             f"the text has changed since {str(folder)!r} was started (a file was added, removed, "
-            f"renamed or resized); it must be the same to continue, so start a new run."
+            f"renamed or edited); it must be the same to continue, so start a new run."
         )
     return Run(
         folder=folder,
         model=model,
         training=config,
         split=split,
+        run_id=content.get("run_id", ""),
+        fingerprint=fingerprint,
         text=paths,
         vocabulary=load_vocabulary(folder),
         device=device,
     )
+
+
+def _without_long_validation(config: TrainingConfig, *, given: Set[str]) -> TrainingConfig:
+    """Lower what the user has not given: tokens of a validation, and how often there is one."""
+    most = most_validation_tokens(
+        config.steps, batch_size=config.batch_size, seq_len=config.seq_len
+    )
+    fields: dict[str, int] = {}
+    for name in ("validation_tokens", "final_validation_tokens"):
+        if name not in given:
+            fields[name] = min(getattr(config, name), most)
+    if "validate_every" not in given:
+        scored = fields.get("validation_tokens", config.validation_tokens)
+        fewest = -(-config.steps * scored // most)
+        fields["validate_every"] = max(config.validate_every, fewest)
+    return dataclasses.replace(config, **fields)
 
 
 def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:
@@ -130,18 +156,3 @@ def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:
             f"to hold out {config.validation_share:g} of them for validation, so use more text."
         )
     return split
-
-
-def _check_free(folder: Path) -> None:
-    if (folder / CONFIG_FILE).exists():
-        raise FileExistsError(
-            f"{str(folder)!r} already holds a run; --out must be a new folder, so choose another, "
-            f"or continue the run with --resume."
-        )
-    for parent in (folder, *folder.parents):
-        if parent.exists():
-            if not parent.is_dir():
-                raise FileExistsError(
-                    f"{str(parent)!r} is a file; --out must be a folder, so choose another."
-                )
-            return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -22,8 +24,20 @@ class Stopped(Exception):  # noqa: N818 - no error: the run did what the signal 
         self.step = step
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """Raised inside whatever runs when a second signal arrives; no more is saved.
+
+    Attributes:
+        exit_code: As of `Stopped`.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped at once by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
 class StopSignals:
-    """In its `with` block, the first Ctrl-C or SIGTERM is recorded; the second acts as usual.
+    """In its `with` block, the first Ctrl-C or SIGTERM is recorded; the second stops at once.
 
     Outside the main thread, where Python allows no signal handlers, no signal is recorded.
 
@@ -47,13 +61,16 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            for each in self._previous:  # a third signal must not disturb the removal of half files
+                signal.signal(each, signal.SIG_IGN)
+            raise StoppedAtOnce(number)
+        self.received = number
+        # print could meet a print that the signal has interrupted, which Python refuses.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ndilated: stopping after this step; again to stop now\n")

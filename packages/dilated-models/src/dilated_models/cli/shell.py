@@ -1,0 +1,63 @@
+"""Command lines that a message offers: how this process was started, and names a shell reads."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def command(*words: str | Path) -> str:
+    """A line to copy into a shell; it starts `dilated` as this process was started.
+
+    Example:
+        >>> command("train", "--resume", "--out", Path("my run"))
+        "dilated train --resume --out 'my run'"
+    """
+    return " ".join([*_program(), *map(quoted, words)])
+
+
+def quoted(word: str | Path) -> str:
+    r"""A word or path as a shell reads it, in characters that every output can show.
+
+    Example:
+        >>> quoted(Path("two words"))
+        "'two words'"
+        >>> quoted(os.fsdecode(b"no utf-8: \xff"))
+        "$'no utf-8: \\xff'"
+    """
+    text = str(word)
+    if os.name == "nt":
+        return subprocess.list2cmdline([text])
+    if text.isprintable() and _is_encodable(text):
+        return shlex.quote(text)
+    # bash, zsh, ksh and newer versions of sh read $'...' with the numbers of bytes in it.
+    parts = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in os.fsencode(text)
+    )
+    return f"$'{''.join(parts)}'"
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _program() -> list[str]:
+    script = Path(sys.argv[0])
+    by_uv = "UV_RUN_RECURSION_DEPTH" in os.environ  # `uv run` sets it in its children
+    if script.parts[-2:] == ("dilated_models", "__main__.py"):
+        python = ["uv", "run", "python"] if by_uv else [quoted(sys.orig_argv[0])]
+        return [*python, "-m", "dilated_models"]
+    if by_uv:
+        return ["uv", "run", "dilated"]
+    found = shutil.which("dilated")
+    is_elsewhere = script.stem == "dilated" and (found is None or not script.samefile(found))
+    return [quoted(script)] if is_elsewhere else ["dilated"]

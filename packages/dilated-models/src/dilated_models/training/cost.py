@@ -1,0 +1,42 @@
+"""How much memory a run takes and how many validations it can bear, before it begins."""
+
+from __future__ import annotations
+
+from dilated_models.config import LongNetConfig
+from dilated_models.longnet.size import least_parameters, model_bytes
+from dilated_models.training.config import TrainingConfig
+
+_ADAM_BYTES = 8  # two float32 per parameter
+_FORWARD_SHARE = 3  # a forward takes a third of the time of a training step
+_VALIDATION_SHARE = 4  # validations may take a quarter of the time of the training
+
+
+def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
+    """The least memory that a run takes: weights, Adam's means, gradients or activations.
+
+    The activations are those that autograd keeps for the backward pass of one part of a batch.
+    Their number per token was counted with `saved_tensors_hooks`.
+    """
+    tokens = training.batch_size // training.accumulation * training.seq_len
+    width, hidden = model.d_model, model.dim_feedforward
+    block = 9 * width + 2 * hidden + model.nhead
+    if model.activation != "relu":
+        block += hidden
+    if model.dropout:
+        block += 2 * width + 2 * hidden
+    layers = model.num_decoder_layers
+    kept = layers * width + block if model.activation_checkpointing else layers * block
+    values = tokens * (kept + 2 * width + 2 * model.num_tokens)
+    activations = values * (2 if training.dtype == "bfloat16" else 4)
+    parameters = least_parameters(model)
+    return model_bytes(model) + _ADAM_BYTES * parameters + max(4 * parameters, activations)
+
+
+def most_validation_tokens(steps: int, *, batch_size: int, seq_len: int) -> int:
+    """Tokens that a run of so many steps may score, so that validation does not dominate it.
+
+    Example:
+        >>> most_validation_tokens(100, batch_size=2, seq_len=1000)
+        150000
+    """
+    return max(seq_len, steps * batch_size * seq_len * _FORWARD_SHARE // _VALIDATION_SHARE)

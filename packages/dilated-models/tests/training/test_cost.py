@@ -1,0 +1,61 @@
+"""The memory of a run is estimated from below, and closely."""
+
+import dataclasses
+
+import pytest
+import torch
+from dilated_models import LongNetConfig, LongNetLM
+from dilated_models.longnet.size import least_parameters, model_bytes
+from dilated_models.training.config import TrainingConfig
+from dilated_models.training.cost import training_bytes
+from torch.nn.functional import cross_entropy
+
+TRAINING = TrainingConfig(
+    steps=10, batch_size=4, accumulation=2, seq_len=256, learning_rate=1e-3, warmup_steps=1,
+    validate_every=1, checkpoint_every=1,
+)  # fmt: skip
+
+
+def kept_bytes(config: LongNetConfig) -> int:
+    """Memory of all that autograd keeps for one part of a batch."""
+    model = LongNetLM(config).train()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[torch.Tensor] = []  # alive, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    tokens = torch.randint(config.num_tokens, (2, 256))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"activation": "gelu"}, {"dropout": 0.1}, {"activation_checkpointing": True}],
+    ids=str,
+)
+def test_activations_are_estimated_within_a_fifth(config, change):
+    config = dataclasses.replace(
+        config, num_tokens=256, d_model=64, dim_feedforward=128, num_decoder_layers=4, **change
+    )
+    parameters = least_parameters(config)
+    estimate = training_bytes(config, TRAINING) - model_bytes(config) - 8 * parameters
+    assert estimate > 4 * parameters  # the activations, not the gradients
+    logits = 2 * 256 * config.num_tokens * 4  # their gradient is not kept, but is in memory too
+    inside = 0
+    if change == {"activation_checkpointing": True}:  # one block is kept while it is differentiated
+        inside = (9 * 64 + 2 * 128 + config.nhead) * 2 * 256 * 4
+    assert estimate == pytest.approx(kept_bytes(config) + logits + inside, rel=0.2)
+
+
+def test_accumulation_and_bfloat16_take_less(config):
+    whole = training_bytes(config, dataclasses.replace(TRAINING, accumulation=1))
+    assert training_bytes(config, TRAINING) < whole
+    assert training_bytes(config, dataclasses.replace(TRAINING, dtype="bfloat16")) < whole

@@ -1,0 +1,45 @@
+"""Signals: the first is answered at once and recorded, the second stops at once."""
+
+import signal
+import threading
+
+import pytest
+from dilated_models.training.stopping import StoppedAtOnce, StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_is_answered_and_the_second_raises(capfd, number):
+    before = signal.getsignal(number)
+
+    def body() -> None:
+        with StopSignals() as signals:
+            signal.raise_signal(number)
+            assert signals.received == number
+            assert capfd.readouterr().err.splitlines()[-1] == (
+                "dilated: stopping after this step; again to stop now"
+            )
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)  # a third one does not disturb the clean-up
+
+    with pytest.raises(StoppedAtOnce, match=number.name) as stopped:
+        body()
+    assert stopped.value.exit_code == 128 + number
+    assert isinstance(stopped.value, KeyboardInterrupt)  # `except Exception` does not hold it up
+    assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_nothing_is_recorded():
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def body() -> None:
+        with StopSignals() as signals:
+            seen.append(signals.received)
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [None, before]

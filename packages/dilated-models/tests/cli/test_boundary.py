@@ -164,6 +164,11 @@ def test_commands_start_as_this_process_was_started(monkeypatch, tmp_path):
     assert command("train") == "dilated train"
 
 
+def test_without_a_command_the_help_is_printed(capsys):
+    assert run([]) == 2
+    assert "\n  train " in capsys.readouterr().err
+
+
 def test_the_version_needs_no_torch(capsys):
     assert run(["--version"]) == 0
     assert re.match(r"dilated-models \d+\.\d+", capsys.readouterr().out)

@@ -1,6 +1,8 @@
 """The loop and its state: learning, schedule, accumulation, checkpoints, exact continuation."""
 
 import dataclasses
+import errno
+import io
 import itertools
 import math
 import os
@@ -135,6 +137,26 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
     again = start()
     again.restore(folder)
     assert again.step == 2
+
+
+def test_a_full_disk_is_an_os_error(start, tmp_path, monkeypatch):
+    """PyTorch raises a RuntimeError about a position in the file instead."""
+    real = Path.open
+
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(path: Path, mode: str = "r") -> object:
+        return Full() if mode == "wb" else real(path, mode)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint\.pt'"):
+        start().save(tmp_path)
+    assert os.listdir(tmp_path) == ["text"]
 
 
 def test_restore_refuses(start, stream, tmp_path):

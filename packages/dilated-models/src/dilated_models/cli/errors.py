@@ -51,7 +51,10 @@ class Boundary(TyperGroup):
             _discard(sys.stdout)
             raise SystemExit(FAILED) from None
         except Exception as error:
-            fail(_describe(error, self.options_of(arguments)))
+            if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help, of many lines
+                typer.echo(str(error), err=True)
+            else:
+                fail(_describe(error, self.options_of(arguments)))
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
             _discard(sys.stdout)

@@ -176,8 +176,14 @@ class TrainingState:
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        with write_atomically(folder / CHECKPOINT_FILE) as part:
-            torch.save(content | {"checksum": checksum(content)}, part)
+        content["checksum"] = checksum(content)
+        with write_atomically(folder / CHECKPOINT_FILE) as part, part.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # of a full disk, which PyTorch hides
+                    raise error.__context__ from None
+                raise
 
     def restore(self, folder: Path, *, run_id: str = "") -> None:
         """Continue from `checkpoint.pt`: weights, optimiser, random states and step.

@@ -141,7 +141,8 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 
 def test_a_full_disk_is_an_os_error(start, tmp_path, monkeypatch):
     """PyTorch raises a RuntimeError about a position in the file instead."""
-    real = Path.open
+    real, state, folder = Path.open, start(), tmp_path / "run"
+    folder.mkdir()
 
     class Full(io.RawIOBase):
         def writable(self) -> bool:
@@ -155,8 +156,8 @@ def test_a_full_disk_is_an_os_error(start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint\.pt'"):
-        start().save(tmp_path)
-    assert os.listdir(tmp_path) == ["text"]
+        state.save(folder)
+    assert os.listdir(folder) == []
 
 
 def test_restore_refuses(start, stream, tmp_path):

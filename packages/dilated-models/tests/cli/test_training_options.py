@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from dilated_models.cli.app import app
+from dilated_models.training.config import PRESETS
 from typer.testing import CliRunner
 
 SMALL = [
@@ -30,13 +31,16 @@ def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_preset_and_its_options(text: Path, tmp_path: Path):
     preset = train(text, tmp_path / "preset")
-    assert preset["training"]["warmup_copies"] == 0.3
-    assert preset["training"]["first_seq_len"] == 16  # half of --seq-len, as in the preset
-    assert preset["model"]["key_conv"] == 4
-    off = ["--warm-up-copies", 0, "--first-seq-len", 8, "--key-conv", 0]
+    numbers, model = PRESETS["tiny"].training, PRESETS["tiny"].model
+    assert preset["training"]["warmup_copies"] == numbers["warmup_copies"] > 0
+    share = numbers["first_seq_len"] / numbers["seq_len"]
+    assert preset["training"]["first_seq_len"] == share * 32  # --seq-len is 32
+    assert preset["model"]["key_conv"] == model["key_conv"] > 0
+    off = ["--warm-up-copies", 0, "--first-seq-len", 8, "--key-conv", 0, "--growth", 0.2]
     own = train(text, tmp_path / "own", *off)
     assert own["training"]["warmup_copies"] == own["model"]["key_conv"] == 0
     assert own["training"]["first_seq_len"] == 8
+    assert own["training"]["growth"] == 0.2
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def train(
     first_seq_len: Annotated[
         int | None, typer.Option(help="Longest window of the first steps, which then doubles.")
     ] = None,
+    growth: Annotated[
+        float | None, typer.Option(help="Share of the steps after which windows have --seq-len.")
+    ] = None,
     warm_up_copies: Annotated[
         float | None,
         typer.Option(help="Share of the steps that first train on edited copies; 0 for none."),
@@ -128,6 +131,7 @@ def train(
         accumulation=accumulation,
         seq_len=seq_len,
         first_seq_len=first_seq_len,
+        growth=growth,
         warmup_copies=warm_up_copies,
         learning_rate=lr,
         warmup_steps=warmup_steps,

@@ -164,7 +164,7 @@ def gain_lines(gain: Gain | None) -> list[str]:
         lines.append(
             f"(the row of {LOCAL_CONTEXT} is this model with a local window of {LOCAL_CONTEXT})"
         )
-    if measured.by_border:
+    if len(measured.by_border) > 1:  # one row has nothing to be compared with
         lines += [
             "",
             "bits per byte by distance from the last border that cuts off all tokens before it:",

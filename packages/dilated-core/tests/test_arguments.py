@@ -101,3 +101,30 @@ def test_huge_lengths_and_rates(call, padding, backend):
             results.append((out, *torch.autograd.grad(total, tensors)))
         for a, e in zip(*results, strict=True):
             assert relative_error(a, e) < 1e-10
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_layouts_and_dtypes_without_arithmetic_are_refused(function):
+    x = torch.zeros(1, 5, 2, 4)
+    with pytest.raises(TypeError, match=r"q has layout torch.sparse_coo; it must be a dense"):
+        function(x.to_sparse(), x, x, PATTERN)
+    x = x.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="float8_e4m3fn; it must be a floating-point dtype of 16"):
+        function(x, x, x, PATTERN)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_bounds_of_documents_have_values(function):
+    x = torch.zeros(5, 2, 4)
+    with pytest.raises(ValueError, match="cu_seqlens is on meta and holds no values"):
+        function(x, x, x, PATTERN, cu_seqlens=torch.tensor([0, 5], device="meta"))
+
+
+@pytest.mark.parametrize("dropout_p", [np.float32(0.5), np.float64(0.5)])
+def test_dropout_is_any_number(dropout_p):
+    x = torch.ones(1, 5, 2, 4)
+    results = []
+    for p in (0.5, dropout_p):
+        torch.manual_seed(0)
+        results.append(dilated_attention(x, x, x, PATTERN, dropout_p=p))
+    assert torch.equal(*results)

@@ -238,3 +238,19 @@ def test_folding_into_nothing_is_the_partial_and_order_does_not_matter(dtype):
     rounding = 8 * torch.finfo(into.out.dtype).eps
     torch.testing.assert_close(into.out.double(), whole.out, rtol=0, atol=4 * rounding)
     torch.testing.assert_close(into.lse.double(), whole.lse, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("partials", [torch.ones(2, 3), [(torch.ones(3), torch.ones(()))], ["ab"]])
+def test_partials_are_attention_outputs(partials):
+    with pytest.raises(TypeError, match=r"partials holds a \w+; each must be an AttentionOutput"):
+        merge_partials(partials)
+
+
+def test_partials_are_on_one_device():
+    a = AttentionOutput(torch.ones(3), torch.ones(()))
+    for b in (
+        AttentionOutput(a.out.to("meta"), a.lse.to("meta")),
+        a._replace(lse=a.lse.to("meta")),
+    ):
+        with pytest.raises(ValueError, match="partials are on cpu and meta; they must be on one"):
+            merge_partials([a, b])

@@ -135,3 +135,15 @@ def test_golden_data_tells_the_options_apart():
         pattern = DilatedPattern(case["segment_lengths"], case["dilation_rates"], **options)
         out = reference_dilated_attention(q, k, v, pattern)
         assert (out - expected).abs().max().item() > 1e-2
+
+
+def test_the_oracle_refuses_what_attention_refuses():
+    q = k = v = torch.ones(1, 3, 2, 4)
+    pattern = DilatedPattern([2], [2])
+    with pytest.raises(TypeError, match="is_causal is 'False'; it must be True or False"):
+        reference_dilated_attention(q, k, v, pattern, is_causal="False")
+    with pytest.raises(ValueError, match="scale is nan; it must be finite"):
+        reference_dilated_attention(q, k, v, pattern, scale=float("nan"))
+    with pytest.raises(TypeError, match=r"key_padding_mask has dtype .*32; it must be"):
+        reference_dilated_attention(q, k, v, pattern, key_padding_mask=torch.zeros(1, 3))
+    assert reference_dilated_attention(*(x[:, :, :0] for x in (q, k, v)), pattern).shape[2] == 0

@@ -219,3 +219,49 @@ def test_dropout_is_refused():
     torch.autograd.grad(out.sum(), leaf, retain_graph=True)
     with pytest.raises(ValueError, match=message):
         torch.autograd.grad(out.sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5, 4, 2), (1, 0, 4, 2)])
+def test_derivatives_of_empty_tensors(shape, backend):
+    q, k, v = _tensors(*shape)
+    k, v = k[:, :, :2], v[:, :, :2]
+
+    def f(*x):
+        return dilated_attention(*x, PATTERN, backend=backend)
+
+    assert torch.func.jvp(f, (q, k, v), (q, k, v))[1].shape == shape
+    assert torch.func.jacrev(f)(q, k, v).shape == (*shape, *shape)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(f(q, k, v).sum(), q, create_graph=True)
+    assert torch.autograd.grad(dq.sum(), q)[0].shape == shape
+
+
+def test_jacobian_of_an_empty_packed_sequence():
+    q, k, v = _tensors(0, 2, 4)
+    cu_seqlens = torch.tensor([0, 0, 0])
+    jacobian = torch.func.jacrev(
+        lambda x: dilated_attention_with_lse(x, k, v, PATTERN, cu_seqlens=cu_seqlens)
+    )(q)
+    assert [tuple(x.shape) for x in jacobian] == [(0, 2, 4, 0, 2, 4), (0, 2, 0, 2, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_gradients_at_once(backend, is_packed, create_graph):
+    shape = (9, 2, 4) if is_packed else (2, 9, 2, 4)
+    q, k, v = (x.requires_grad_() for x in _tensors(*shape))
+    cu_seqlens = torch.tensor([0, 3, 3, 9]) if is_packed else None
+    results = dilated_attention_with_lse(q, k, v, PATTERN, cu_seqlens=cu_seqlens, backend=backend)
+    grads = [torch.randn(3, *x.shape, dtype=x.dtype) for x in results]
+    for chosen in ([0], [1], [0, 1]):
+        outputs, upstream = [results[i] for i in chosen], [grads[i] for i in chosen]
+        options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+        got = torch.autograd.grad(outputs, (q, k), upstream, is_grads_batched=True, **options)
+        for n in range(3):
+            one = [x[n] for x in upstream]
+            want = torch.autograd.grad(outputs, (q, k), one, **options)
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g[n], w, rtol=0, atol=1e-12)

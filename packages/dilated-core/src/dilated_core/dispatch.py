@@ -22,7 +22,7 @@ from dilated_core.ops import (
     make_call,
 )
 from dilated_core.strips.call import Call, backward, forward
-from dilated_core.transforms import TransformedAttention, differentiable_backward
+from dilated_core.transforms import TransformedAttention, differentiable_backward, is_batched
 
 # The dispatcher's state has no public name.
 _C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
@@ -135,7 +135,7 @@ class _PlainAttention(torch.autograd.Function):
         tensors = (dout, dlse, q, k, v, out, lse)
         if torch.is_grad_enabled():
             return (*differentiable_backward(call, *tensors, cu_seqlens), None, None)
-        if is_plain(dout, q, k, v):
+        if is_plain(dout, q, k, v) and not is_batched(dout, dlse):
             return (*backward(call, *tensors, cu_seqlens), None, None)
         register_formulas()
         grads = attention_backward(*tensors, *encode_call(call), mask, cu_seqlens)

@@ -30,6 +30,11 @@ def check_inputs(
     tensors = (q, k) if v is None else (q, k, v)
     for name, x in zip("qkv", tensors, strict=False):
         check_tensor(name, x)
+        if x.layout != torch.strided:
+            raise TypeError(
+                f"{name} has layout {x.layout}; it must be a dense tensor, with padding and "
+                f"key_padding_mask or packed with cu_seqlens."
+            )
         if x.dim() != (3 if is_packed else 4):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; with cu_seqlens it must have the three "
@@ -58,8 +63,11 @@ def check_inputs(
             f"{names} have dtypes {_listed(x.dtype for x in tensors)}; they must be equal, so "
             f"convert them with .to(...) first."
         )
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"{names} have dtype {q.dtype}; it must be a floating-point dtype.")
+    # Of one byte, PyTorch has no arithmetic.
+    if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
+        raise TypeError(
+            f"{names} have dtype {q.dtype}; it must be a floating-point dtype of 16 bits or more."
+        )
     if not q.device == k.device == last.device:
         raise ValueError(
             f"{names} are on {_listed(x.device for x in tensors)}; they must be on one device."
@@ -81,11 +89,7 @@ def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
         TypeError: If it is not a number.
         ValueError: If it is out of range.
     """
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{name} is {dropout_p!r}; it must be a number.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name} is {dropout_p}; it must be at least 0 and below 1.")
-    return float(dropout_p)
+    return check_number(name, dropout_p, at_least=0, below=1)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -150,6 +154,8 @@ def read_document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> torch.
     Raises:
         ValueError: If they do not go from 0 to `num_positions` without ever decreasing.
     """
+    if cu_seqlens.is_meta:
+        raise ValueError("cu_seqlens is on meta and holds no values; give it on the CPU.")
     bounds = cu_seqlens.detach().to("cpu", torch.int64)
     first, last = int(bounds[0]), int(bounds[-1])
     if first != 0:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from dilated_core.checks import check_tensor
+
 
 class AttentionOutput(NamedTuple):
     """An attention result and the log of its softmax denominators.
@@ -38,8 +40,9 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
         is NaN where a partial has a NaN or an lse of +inf; other rows are not affected.
 
     Raises:
-        TypeError: If the dtypes of `out` differ, or a dtype is not floating.
-        ValueError: If there is no partial, or their shapes differ.
+        TypeError: If one is no AttentionOutput of tensors, the dtypes of `out` differ, or a dtype
+            is not floating.
+        ValueError: If there is no partial, or their shapes or devices differ.
 
     Example:
         >>> a = AttentionOutput(torch.tensor([1.0]), torch.tensor(0.0))
@@ -47,6 +50,13 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
         >>> merge_partials([a, b]).out
         tensor([3.])
     """
+    for p in partials:
+        if not isinstance(p, AttentionOutput):
+            raise TypeError(
+                f"partials holds a {type(p).__name__}; each must be an AttentionOutput(out, lse)."
+            )
+        check_tensor("out of a partial", p.out)
+        check_tensor("lse of a partial", p.lse)
     if not partials:
         raise ValueError("partials is empty; merging needs at least one attention result.")
     shapes = {(tuple(p.out.shape), tuple(p.lse.shape)) for p in partials}
@@ -54,6 +64,11 @@ def merge_partials(partials: Sequence[AttentionOutput]) -> AttentionOutput:
         raise ValueError(
             f"partials have (out, lse) shapes {sorted(shapes)}; they must be equal, and lse must "
             f"have the shape of out without its last dimension."
+        )
+    devices = {str(x.device) for p in partials for x in p}
+    if len(devices) > 1:
+        raise ValueError(
+            f"partials are on {' and '.join(sorted(devices))}; they must be on one device."
         )
     dtype = partials[0].out.dtype
     if any(p.out.dtype != dtype for p in partials):

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from dilated_core.checks import check_bool, check_number
 from dilated_core.merge import AttentionOutput
 from dilated_core.pattern.branches import DilatedPattern
 
@@ -58,14 +59,20 @@ def reference_dilated_attention_with_lse(
             torch.cat([document.out[0] for document in documents]),
             torch.cat([document.lse[0] for document in documents]),
         )
+    check_bool("is_causal", is_causal)
     B, S, H, D = q.shape
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be bool, True for keys "
+            f"to ignore."
+        )
     q, k, v = q.double(), k.double(), v.double()
     if key_padding_mask is not None:
         # A probability of 0 does not hide a NaN: 0 · NaN is NaN.
         k, v = (x.masked_fill(key_padding_mask[:, :, None, None], 0) for x in (k, v))
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = 1 / math.sqrt(D) if scale is None else check_number("scale", scale)
     # Grouped queries: consecutive heads of q share a head of k and v.
-    kv_head = torch.arange(H, device=q.device) // (H // k.shape[2])
+    kv_head = torch.arange(H, device=q.device) // max(1, H // max(1, k.shape[2]))
     k, v = k[:, :, kv_head], v[:, :, kv_head]
     counts_HSS, zero_keys = _counts(pattern, S, H, q.device, is_causal)
     counts = counts_HSS.expand(B, -1, -1, -1)

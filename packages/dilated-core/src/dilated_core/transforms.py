@@ -85,7 +85,7 @@ class _TransformedGradients(torch.autograd.Function):
         """The gradients, by the backend."""
         *tensors, mask, cu_seqlens, call = inputs
         dout, dlse, q, k, v, out, lse = tensors
-        if _is_traced():
+        if _is_traced() or is_batched(dout, dlse):
             return attention_backward(*tensors, *encode_call(call), mask, cu_seqlens)
         return backward(call.masked(mask), dout, dlse, q, k, v, out, lse, cu_seqlens)
 
@@ -173,7 +173,13 @@ def _mapped(
         for x, dim in zip(tensors, in_dims, strict=True)
     ]
     if cu_seqlens is not None:
-        # A packed sequence has no batch to become part of.
+        # A packed sequence has no batch to become part of. Of a mapped dimension of size 0, one
+        # sequence of zeros gives the shapes.
+        if size == 0:
+            moved = [
+                x if x is None or dim is None else x.new_zeros(1, *x.shape[1:])
+                for x, dim in zip(moved, in_dims, strict=True)
+            ]
         runs = [
             function(
                 *(
@@ -182,16 +188,32 @@ def _mapped(
                 ),
                 call,
             )
-            for i in range(size)
+            for i in range(max(1, size))
         ]
-        results = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+        results = tuple(torch.stack(parts)[:size] for parts in zip(*runs, strict=True))
         return results, (0,) * len(results)
     folded = [
         None if x is None else (x.expand(size, *x.shape) if dim is None else x).flatten(0, 1)
         for x, dim in zip(moved, in_dims, strict=True)
     ]
-    results = tuple(x.unflatten(0, (size, -1)) for x in function(*folded, call))
+    # Both sizes are given: PyTorch cannot infer one in an empty tensor.
+    batch = next(
+        x.shape[0 if dim is None else 1]
+        for x, dim in zip(moved, in_dims, strict=True)
+        if x is not None
+    )
+    results = tuple(x.unflatten(0, (size, batch)) for x in function(*folded, call))
     return results, (0,) * len(results)
+
+
+def is_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd runs one backward for many gradients, as with `is_grads_batched=True`.
+
+    PyTorch then passes tensors with a hidden dimension, which cannot be copied to where a backend
+    writes. An operator runs once for each gradient.
+    """
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    return any(x is not None and functorch.is_legacy_batchedtensor(x) is True for x in tensors)
 
 
 def _is_traced() -> bool:

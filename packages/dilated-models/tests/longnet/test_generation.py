@@ -70,13 +70,53 @@ def test_a_very_low_temperature_is_greedy(model):
     assert len(list(generate(model, [5], max_new_tokens=2, top_k=1000))) == 2
 
 
-def test_the_mode_is_restored(model):
+def test_each_module_keeps_its_mode(model):
     model.train()
-    tokens = generate(model, [5], max_new_tokens=3)
-    next(tokens)
-    assert not model.training
-    tokens.close()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    for _ in generate(model, [5], max_new_tokens=3):
+        assert [module.training for module in model.modules()] == modes
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]), cache=GenerationCache(model))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_is_off_while_another_text_ends(config):
+    model = LongNetLM(dataclasses.replace(config, dropout=0.5)).train()
+    expected = list(generate(model, [5], max_new_tokens=8, temperature=0))
+    long = generate(model, [5], max_new_tokens=8, temperature=0)
+    short = generate(model, [5], max_new_tokens=2, temperature=0)
+    tokens = [next(long)]
+    list(short)
+    model.train()
+    assert [*tokens, *long] == expected
     assert model.training
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_logits_without_a_largest_are_refused(model, options):
+    for value in (float("nan"), float("inf")):
+        torch.nn.init.constant_(model.output.weight, value)
+        with pytest.raises(ValueError, match=r"the largest logit is (nan|inf); it must be finite"):
+            list(generate(model, [5], max_new_tokens=1, **options))
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_a_prompt_is_a_list(model, prompt):
+    with pytest.raises(TypeError, match=f"prompt is {prompt}; it must be a list of token ids"):
+        generate(model, prompt, max_new_tokens=1)
+
+
+def test_a_prompt_has_values(model):
+    with pytest.raises(ValueError, match="prompt is on meta and holds no values"):
+        generate(model, torch.tensor([5], device="meta"), max_new_tokens=1)
+
+
+def test_a_model_is_a_language_model():
+    with pytest.raises(TypeError, match="model is a Linear; it must be a LongNetLM"):
+        generate(torch.nn.Linear(1, 1), [5], max_new_tokens=1)
+    with pytest.raises(TypeError, match="model is a NoneType; it must be a LongNetLM"):
+        GenerationCache(None)
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,17 @@ def test_arguments_of_a_cache(config):
     with pytest.raises(TypeError, match=r"max_seq_len is 2\.5"):
         GenerationCache(model, max_seq_len=2.5)
     assert math.isclose(GenerationCache(model).nbytes * 3, GenerationCache(model, 3).nbytes)
+
+
+@pytest.mark.parametrize("indices", [[True], [0.7], [True, 1], ["0"], None, torch.tensor([True])])
+def test_only_integers_reorder(config, indices):
+    cache = GenerationCache(LongNetLM(config), 2)
+    with pytest.raises(TypeError, match=r"batch_indices.*(integer|list of integers)"):
+        cache.reorder(indices)
+    assert cache.batch_size == 2
+
+
+def test_is_causal_is_a_bool(config):
+    model = LongNetLM(config)
+    with pytest.raises(TypeError, match="is_causal is 1; it must be True or False"):
+        model(torch.tensor([[1]]), is_causal=1, cache=GenerationCache(model))

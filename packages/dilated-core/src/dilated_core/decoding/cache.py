@@ -13,9 +13,9 @@ Heads that share an offset and a head of k and v share the rows of a branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -190,28 +190,9 @@ class DecodingCache:
             ValueError: If it does not have one dimension, an index is out of range, or it is on
                 the meta device and holds no values.
         """
-        indices = (
-            batch_indices
-            if isinstance(batch_indices, torch.Tensor)
-            else torch.as_tensor(batch_indices, device="cpu")
-        )
-        if indices.is_meta:
-            raise ValueError("batch_indices is on meta and holds no values; give it on the CPU.")
-        if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
-            raise TypeError(f"batch_indices has dtype {indices.dtype}; it must hold integers.")
-        if indices.dim() != 1:
-            raise ValueError(
-                f"batch_indices has shape {tuple(indices.shape)}; it must have one dimension."
-            )
-        chosen = cast(list[int], indices.tolist())
-        for index in chosen:
-            if not 0 <= index < self.batch_size:
-                raise ValueError(
-                    f"batch_indices holds {index}; each must be in [0, B), here B = "
-                    f"{self.batch_size}."
-                )
+        chosen = check_batch_indices(batch_indices, self.batch_size)
         with torch.inference_mode(False), torch.no_grad():
-            indices = indices.to(self.keys.device, torch.int64, copy=True)
+            indices = torch.tensor(chosen, dtype=torch.int64, device=self.keys.device)
             # Both first: an error such as too little memory must not leave one of them changed.
             keys = self.keys.index_select(0, indices)
             self.values = self.values.index_select(0, indices)
@@ -330,3 +311,37 @@ class DecodingCache:
                     f"the cache has seen {position} tokens and {n} more are given; max_seq_len is "
                     f"{self.max_seq_len}, so make it with a larger one."
                 )
+
+
+def check_batch_indices(batch_indices: torch.Tensor | Sequence[int], batch_size: int) -> list[int]:
+    """`batch_indices` as a list of integers in [0, B).
+
+    Raises:
+        TypeError: If it holds anything but integers.
+        ValueError: If it does not have one dimension, an index is out of range, or it is on the
+            meta device and holds no values.
+    """
+    given: Any = batch_indices
+    if isinstance(given, torch.Tensor):
+        if given.is_meta:
+            raise ValueError("batch_indices is on meta and holds no values; give it on the CPU.")
+        if given.numel() and (given.dtype == torch.bool or given.is_floating_point()):
+            raise TypeError(f"batch_indices has dtype {given.dtype}; it must hold integers.")
+        if given.dim() != 1:
+            raise ValueError(
+                f"batch_indices has shape {tuple(given.shape)}; it must have one dimension."
+            )
+        given = cast(Any, given.tolist())
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"batch_indices is a {type(given).__name__}; it must be a tensor or a list of integers."
+        )
+    chosen = [
+        check_integer("an entry of batch_indices", index) for index in cast(Iterable[Any], given)
+    ]
+    for index in chosen:
+        if not 0 <= index < batch_size:
+            raise ValueError(
+                f"batch_indices holds {index}; each must be in [0, B), here B = {batch_size}."
+            )
+    return chosen

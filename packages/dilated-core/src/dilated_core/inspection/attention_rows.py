@@ -217,6 +217,8 @@ def _checked_rows(rows: torch.Tensor | Sequence[int], seq_len: int) -> list[int]
             raise ValueError(
                 f"rows has shape {tuple(rows.shape)}; it must have one dimension, an entry per row."
             )
+        if rows.is_meta:
+            raise ValueError("rows is on meta and holds no values; give it on the CPU.")
         chosen = cast(list[int], rows.tolist())
     elif isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
         chosen = [check_integer("an entry of rows", row) for row in rows]

@@ -225,21 +225,23 @@ def _probabilities(
 def _scores(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a·bᵀ `(B, H, M, N)` of a `(B, M, H, D)` and b `(B, N, H_kv, D)`."""
     B, M, H, D = a.shape
-    K = b.shape[2]
-    rows = a.reshape(B, M, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-    return (rows @ b.permute(0, 2, 3, 1)).reshape(B, H, M, -1)
+    N, K = b.shape[1:3]
+    # Every size is given: PyTorch cannot infer one in an empty tensor.
+    rows = a.reshape(B, M, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * M, D)
+    return (rows @ b.permute(0, 2, 3, 1)).reshape(B, H, M, N)
 
 
 def _weighted(weights: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Σ over keys of weights `(B, H, M, N)` times b `(B, N, H_kv, D)`: `(B, M, H, D)`."""
     B, H, M, N = weights.shape
-    K = b.shape[2]
-    rows = weights.reshape(B, K, -1, N) @ b.transpose(1, 2)
-    return rows.reshape(B, H, M, -1).transpose(1, 2)
+    K, D = b.shape[2:]
+    rows = weights.reshape(B, K, H // K * M, N) @ b.transpose(1, 2)
+    return rows.reshape(B, H, M, D).transpose(1, 2)
 
 
 def _summed(weights: torch.Tensor, a: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Σ over queries of weights `(B, H, M, N)` times a `(B, M, H, D)`: `(B, N, H_kv, D)`."""
-    B, N, K = weights.shape[0], weights.shape[3], like.shape[2]
-    rows = a.transpose(1, 2).reshape(B, K, -1, a.shape[-1])
-    return (weights.reshape(B, K, -1, N).mT @ rows).transpose(1, 2)
+    B, H, M, N = weights.shape
+    K = like.shape[2]
+    rows = a.transpose(1, 2).reshape(B, K, H // K * M, a.shape[-1])
+    return (weights.reshape(B, K, H // K * M, N).mT @ rows).transpose(1, 2)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from dilated_core.checks import check_integer, check_number
 from torch import Tensor
 
 from dilated_models.longnet.generation_cache import GenerationCache
-from dilated_models.longnet.language_model import LongNetLM, check_weights
+from dilated_models.longnet.language_model import LongNetLM, check_weights, evaluating
 
 
 class Sampling(NamedTuple):
@@ -44,6 +44,12 @@ class Sampling(NamedTuple):
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """Draw one token from logits `(num_tokens,)`, in float64 on the CPU."""
+        largest = logits.max()
+        if not -torch.inf < largest < torch.inf:
+            raise ValueError(
+                f"the largest logit is {largest.item()}; it must be finite to draw a token, so the "
+                f"weights hold NaN or infinity, or their dtype has too small a range."
+            )
         if self.temperature == 0:
             return int(logits.argmax())
         if self.top_k is not None and self.top_k < len(logits):
@@ -51,7 +57,7 @@ class Sampling(NamedTuple):
             logits = torch.full_like(logits, -torch.inf)
             logits[best.indices] = best.values
         # Subtracting the largest first keeps a very low temperature from overflowing.
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
+        probabilities = ((logits - largest) / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered = probabilities.sort(descending=True, stable=True)
             before = ordered.values.cumsum(-1) - ordered.values  # of the more likely tokens
@@ -77,8 +83,7 @@ def generate(
     devices with equal logits give equal texts for one seed.
 
     Args:
-        model: The model. It is in evaluation mode until the last token is drawn or the iterator is
-            closed.
+        model: The model. It runs in evaluation mode, and has its own mode between tokens.
         prompt: Token ids, at least one.
         max_new_tokens: Number of tokens to yield, at least 1.
         temperature: Divides the logits; 0 takes the most likely token.
@@ -165,7 +170,7 @@ def generate_batch(
 
 def _only(steps: Generator[tuple[int, ...]]) -> Iterator[int]:
     """The tokens of the only text."""
-    with closing(steps):  # restores the mode of the model, also if the caller stops early
+    with closing(steps):
         for (token,) in steps:
             yield token
 
@@ -178,9 +183,14 @@ def _restore(steps: Generator[tuple[int, ...]], order: list[int]) -> Iterator[tu
             yield tuple(step[place] for place in places)
 
 
-def _check_prompt(name: str, prompt: Sequence[int], model: LongNetLM) -> list[int]:
+def _check_prompt(name: str, prompt: object, model: LongNetLM) -> list[int]:
+    if not isinstance(prompt, Iterable):
+        raise TypeError(f"{name} is {prompt!r}; it must be a list of token ids.")
+    if isinstance(prompt, Tensor) and prompt.is_meta:
+        raise ValueError(f"{name} is on meta and holds no values; give it on the CPU.")
     last = model.config.num_tokens - 1
-    tokens = [check_integer(f"a token of {name}", x, at_least=0, at_most=last) for x in prompt]
+    values = cast(Iterable[object], prompt)
+    tokens = [check_integer(f"a token of {name}", x, at_least=0, at_most=last) for x in values]
     if not tokens:
         raise ValueError(f"{name} is empty; it must hold at least one token to continue from.")
     return tokens
@@ -209,21 +219,17 @@ def _sample(
     device = model.embedding.weight.device
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    was_training = model.training
-    model.eval()
-    try:
-        if cache is None:
-            most = max(lengths) + max_new_tokens
-            cache = GenerationCache(model, len(prompts), max_seq_len=most)
-        tokens = torch.tensor(padded, device=device)
-        logits = model(tokens, cache=cache, lengths=lengths)
-        for count in range(1, max_new_tokens + 1):
-            drawn = tuple(
-                sampling.draw(row, generator)
-                for row, generator in zip(logits[:, 0].cpu().double(), generators, strict=True)
-            )
-            yield drawn
-            if count < max_new_tokens:
+    if cache is None:
+        most = max(lengths) + max_new_tokens
+        cache = GenerationCache(model, len(prompts), max_seq_len=most)
+    with evaluating(model):
+        logits = model(torch.tensor(padded, device=device), cache=cache, lengths=lengths)
+    for count in range(1, max_new_tokens + 1):
+        drawn = tuple(
+            sampling.draw(row, generator)
+            for row, generator in zip(logits[:, 0].cpu().double(), generators, strict=True)
+        )
+        yield drawn
+        if count < max_new_tokens:
+            with evaluating(model):
                 logits = model(torch.tensor(drawn, device=device)[:, None], cache=cache)
-    finally:
-        model.train(was_training)

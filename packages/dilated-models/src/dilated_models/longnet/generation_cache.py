@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from dilated_core.checks import check_integers
+from dilated_core.decoding.cache import check_batch_indices
 from dilated_core.positions.rotary import Rotation, check_decay_range, decay_reach, rotation_at
 from torch import Tensor
 
+from dilated_models.config import LongNetConfig
 from dilated_models.layers.block_cache import BlockCache
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class GenerationCache:
         blocks: What each block of the model keeps.
 
     Raises:
-        TypeError: If a size is no integer.
+        TypeError: If `model` is no LongNetLM, or a size is no integer.
         ValueError: If a size is out of range.
 
     Example:
@@ -57,6 +59,8 @@ class GenerationCache:
     def __init__(
         self, model: LongNetLM, batch_size: int = 1, *, max_seq_len: int | None = None
     ) -> None:
+        if not isinstance(getattr(model, "config", None), LongNetConfig):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
         self.config = model.config
         self.blocks = [
             BlockCache(
@@ -105,11 +109,11 @@ class GenerationCache:
             TypeError: If it holds anything but integers.
             ValueError: If it does not have one dimension, or an index is out of range.
         """
-        if not isinstance(batch_indices, Tensor):
-            batch_indices = torch.tensor(batch_indices, dtype=torch.int64, device="cpu")
+        chosen = check_batch_indices(batch_indices, self.batch_size)
+        indices = torch.tensor(chosen, dtype=torch.int64, device="cpu")
         for block in self.blocks:
-            block.reorder(batch_indices)
-        self._centers = [self._centers[int(index)] for index in batch_indices]
+            block.reorder(indices)
+        self._centers = [self._centers[index] for index in chosen]
 
     def __copy__(self) -> GenerationCache:
         # Two caches must not write to the same memory.

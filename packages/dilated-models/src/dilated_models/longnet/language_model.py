@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Never, Self, cast
 
 import torch
-from dilated_core.checks import check_float_dtype, check_tensor
+from dilated_core.checks import check_bool, check_float_dtype, check_tensor
 from dilated_core.inputs import check_cu_seqlens
 from dilated_core.modules.options import check_forward_names, from_options
 from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
@@ -206,7 +207,7 @@ class LongNetLM(nn.Module):
     ) -> None:
         if not isinstance(cache, GenerationCache):
             raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
-        if not is_causal:
+        if not check_bool("is_causal", is_causal):
             raise ValueError("is_causal is False; it must be True with a cache.")
         for name, given in (("positions", positions), ("cu_seqlens", cu_seqlens)):
             if given is not None:
@@ -283,13 +284,33 @@ def check_weights(model: LongNetLM) -> None:
     """Refuse a model on the meta device, whose weights have no values.
 
     Raises:
+        TypeError: If it is no LongNetLM.
         ValueError: If it is one.
     """
+    # Not the class, which torch.compile hides.
+    if not isinstance(getattr(model, "config", None), LongNetConfig):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
     if model.embedding.weight.is_meta:
         raise ValueError(
             "model is on the meta device; it must have weights, so use "
             "load_state_dict(..., assign=True), or to_empty(device=...) and reset_parameters()."
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Run in evaluation mode, then give each module the mode that it had.
+
+    A part may have another mode than the whole. While a text is generated, the caller may train the
+    model between two tokens, or continue another text with it.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _complete_shared_weight(

@@ -12,7 +12,7 @@ from dilated_core.checks import check_integer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dilated_models.longnet.language_model import LongNetLM, check_weights
+from dilated_models.longnet.language_model import LongNetLM, check_weights, evaluating
 from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import PackedWindows, text_row
 
@@ -119,9 +119,7 @@ def evaluate(
     batch_size = check_integer("batch_size", batch_size, at_least=1)
     ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
     total = sum(stop - start for start, stop in ranges)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         nats, done, num_targets, num_bytes = 0.0, 0, 0, 0
         for start, stop in _batches(ranges, seq_len * batch_size):
             if before_batch is not None:
@@ -131,8 +129,6 @@ def evaluate(
             num_bytes += part.num_bytes
             num_targets += part.num_targets
             done += stop - start
-    finally:
-        model.train(was_training)
     if not num_targets:
         raise ValueError(
             "no document of the text has 2 tokens; one must, a token to see and one to predict, so "

@@ -164,3 +164,38 @@ def test_arguments_of_the_replacement():
         build(dense_attention(), **DENSE, causal=True)
     with pytest.raises(ValueError, match="layer_norm is True"):
         build(dense_attention(), **DENSE, layer_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "convert"),
+    [
+        (
+            TypeError,
+            "dtype torch.complex64; it must be a floating",
+            lambda x: x.to(torch.complex64),
+        ),
+        (TypeError, "dtype torch.int64; it must be a floating", torch.Tensor.long),
+        (ValueError, "is on meta and holds no values", lambda x: x.to("meta")),
+    ],
+)
+def test_weights_are_real_numbers(error, message, convert):
+    state = torch.nn.MultiheadAttention(16, 4).state_dict()
+    module = MultiheadDilatedAttention(
+        16, 4, segment_lengths=[4], dilation_rates=[1], layer_norm=False
+    )
+    with pytest.raises(error, match=message):
+        module.load_multihead_attention({name: convert(x) for name, x in state.items()})
+    for other in (None, [1]):
+        with pytest.raises(TypeError, match=r"state_dict is a \w+; it must be a dict"):
+            module.load_multihead_attention(other)
+
+
+@pytest.mark.parametrize("value", ["x", 1, [[0.0] * 16]])
+def test_inputs_and_masks_are_tensors(value):
+    module = MultiheadDilatedAttention(16, 4, segment_lengths=[4], dilation_rates=[1])
+    x = torch.zeros(1, 1, 16)
+    with pytest.raises(TypeError, match=r"query is a \w+; it must be a tensor"):
+        module(value, x, x)
+    for name in ("attn_mask", "key_padding_mask"):
+        with pytest.raises(TypeError, match=name + r" is a \w+; it must be a tensor"):
+            module(x, x, x, **{name: value})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,6 +64,8 @@ def convert_multihead_attention(
     _check_counterparts(config, module)
     E = config.embed_dim
     shapes = {"in_proj_weight": (3 * E, E)}
+    if not isinstance(cast(object, state_dict), Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must be a dict.")
     if "in_proj_weight" not in state_dict:
         shapes = {f"{part}_proj_weight": (E, E) for part in _PARTS}
     shapes["out_proj.weight"] = (E, E)
@@ -107,7 +109,7 @@ def _check_entries(
     shapes: dict[str, tuple[int, ...]],
     config: MultiheadConfig,
 ) -> None:
-    """Refuse keys and shapes other than `shapes`."""
+    """Refuse keys and shapes other than `shapes`, and entries without real numbers."""
     for key in state_dict:
         if key in ("bias_k", "bias_v"):
             raise ValueError(
@@ -131,6 +133,14 @@ def _check_entries(
         )
     for key, shape in shapes.items():
         check_tensor(key, state_dict[key])
+        if not state_dict[key].is_floating_point():
+            raise TypeError(
+                f"{key} has dtype {state_dict[key].dtype}; it must be a floating-point dtype."
+            )
+        if state_dict[key].is_meta:
+            raise ValueError(
+                f"{key} is on meta and holds no values; load the file with another map_location."
+            )
         if tuple(state_dict[key].shape) != shape:
             raise ValueError(
                 f"{key} has shape {tuple(state_dict[key].shape)}; it must be {shape} for embed_dim "

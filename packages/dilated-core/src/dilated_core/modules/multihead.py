@@ -10,7 +10,7 @@ from typing import Any, Self, overload
 import torch
 from torch import nn
 
-from dilated_core.checks import check_bool
+from dilated_core.checks import check_bool, check_tensor
 from dilated_core.modules.config import (
     FORWARD_ARGUMENTS,
     MULTIHEAD_ARGUMENTS,
@@ -165,7 +165,7 @@ class MultiheadDilatedAttention(nn.Module):
                 shapes must be exactly those expected.
 
         Raises:
-            TypeError: If an entry is no tensor.
+            TypeError: If `state_dict` is no dict, or an entry no floating-point tensor.
             ValueError: If a key or shape does not fit, or this module has a part without
                 counterpart there: LayerNorm, or fewer heads of k and v.
         """
@@ -267,7 +267,7 @@ class MultiheadDilatedAttention(nn.Module):
             for a batch of two.
 
         Raises:
-            TypeError: If an unknown keyword is given.
+            TypeError: If an unknown keyword is given, or an input or mask is no tensor.
             ValueError: If a shape does not fit, or a mask is given that cannot be honoured.
         """
         wants_pair = "need_weights" in need_weights
@@ -278,13 +278,16 @@ class MultiheadDilatedAttention(nn.Module):
         check_forward_names(self, unknown, known, self.config, self.attention.config)
         dims, rows = (3, "batch, sequence") if cu_seqlens is None else (2, "positions")
         for name, x in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, x)
             if x.dim() != dims or x.shape[-1] != self.embed_dim:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}; it must be ({rows}, {self.embed_dim})."
                 )
         if attn_mask is not None:
+            check_tensor("attn_mask", attn_mask)
             check_mask_is_causal(attn_mask, query, is_causal)
         if key_padding_mask is not None:
+            check_tensor("key_padding_mask", key_padding_mask)
             key_padding_mask = as_bool_mask(key_padding_mask, query)
         q, k, v = self.project(query, key, value)
         out = self.attend(

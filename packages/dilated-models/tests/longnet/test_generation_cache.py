@@ -252,3 +252,15 @@ def test_is_causal_is_a_bool(config):
     model = LongNetLM(config)
     with pytest.raises(TypeError, match="is_causal is 1; it must be True or False"):
         model(torch.tensor([[1]]), is_causal=1, cache=GenerationCache(model))
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_an_unknown_token_changes_nothing(config, monkeypatch, token):
+    monkeypatch.setattr(generation_cache, "_TOKENS_PER_PART", 4)
+    model = LongNetLM(config)
+    cache = GenerationCache(model)
+    tokens = torch.zeros(1, 10, dtype=torch.int64)
+    tokens[0, 9] = token
+    with pytest.raises(ValueError, match=rf"tokens holds {token}; each must be at least 0 and"):
+        model(tokens, cache=cache)
+    assert cache.positions == (0,)

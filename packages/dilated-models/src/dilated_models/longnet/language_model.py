@@ -222,6 +222,14 @@ class LongNetLM(nn.Module):
         self, tokens: Tensor, cache: GenerationCache, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:
         """Logits `(B, 1, num_tokens)` of the last token of each sequence."""
+        # Before the first part changes the cache, which would keep a part of the prompt.
+        if tokens.device.type == "cpu" and tokens.numel() and not isinstance(tokens, FakeTensor):
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.num_tokens:
+                raise ValueError(
+                    f"tokens holds {low if low < 0 else high}; each must be at least 0 and below "
+                    f"num_tokens, here {self.config.num_tokens}."
+                )
         last = self.embedding.weight.new_full((len(tokens), self.config.d_model), math.nan)
         for part, counts, rotation in cache.parts(tokens, lengths):
             x = self._embed(part)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.context_gain_table import context_gain
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 
@@ -133,6 +135,8 @@ def page(results: Path) -> str:
     tables += _short(results / "short_sequences.json")
     tables += _streaming(results / "streaming.json")
     tables += _generation(results / "generation.json")
+    gained = json.loads((results / "context_gain.json").read_text())
+    tables += [*context_gain(gained["rows"]), "", _where(gained["environment"]), ""]
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
     report = [

@@ -19,6 +19,7 @@ def test_a_changed_result_is_noticed(tmp_path):
         ("training_run.json", lambda row: row.update(seconds=12345)),
         ("breakdown.json", lambda row: row["share_of_call"].update(merge=0.4321)),
         ("short_sequences.json", lambda row: row["forward"].update(extra_us=98765)),
+        ("context_gain.json", lambda row: row.update(num_targets=1234567)),
         ("generation.json", lambda row: row["token"].update(median_cpu_s=0.0123)),
     ):
         result = json.loads((results / name).read_text())
@@ -30,6 +31,7 @@ def test_a_changed_result_is_noticed(tmp_path):
     assert "| 12345 s |" in page(results)
     assert "| 43.2% |" in page(results)
     assert "| cache | 12 ms |" in page(results)
+    assert "1,234,567 targets" in page(results)
     assert "(+98765 µs)" in page(results)
 
 

@@ -30,6 +30,7 @@ from harness import write_result
 
 RESULT = Path(__file__).parent / "results" / "context_gain.json"
 RECORD = Path(gain_module.__file__).with_name("plain_training.json")
+COMPARED = ("steps", "batch_size", "seq_len")
 
 
 def score(folder: Path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def plain_record(scored: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     return {
         "model": plain[0]["model"],
-        "training": plain[0]["training"],
+        "training": {name: plain[0]["training"][name] for name in COMPARED},
         "by_context": by_context,
     }
 

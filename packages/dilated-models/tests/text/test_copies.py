@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dilated_models.text.copies import copied_row
+from dilated_models.text.copies import PLAIN_SHARE, copied_row
 from dilated_models.text.files import text_files
 from dilated_models.text.streams import ByteStream
+from dilated_models.text.windows import NO_TARGET
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+DOCUMENT = 90  # tokens
 
 
 class Places:
@@ -28,7 +31,7 @@ class Places:
         return 1 + np.arange(start, stop) % 3
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        raise AssertionError("copies do not depend on documents")
+        return np.arange(start, stop)[np.arange(start, stop) % DOCUMENT == 0]
 
     def text_of(self, start: int, stop: int) -> bytes:
         raise NotImplementedError
@@ -40,8 +43,28 @@ def period_of(tokens: np.ndarray) -> int:
     return next(lag for lag in lags if (tokens[lag:] == tokens[:-lag]).mean() > 0.6)
 
 
-def is_plain(tokens: np.ndarray) -> bool:
-    return bool((np.diff(tokens) == 1).all())
+def test_a_quarter_of_the_windows_of_a_warm_up_is_plain_text_cut_between_documents():
+    stream = Places(1 << 40)
+    plain = 0
+    for sample in range(100):
+        row = copied_row(
+            stream, seq_len=800, window=200, seed=7, sample=sample, plain_share=PLAIN_SHARE
+        )
+        assert {0, 200, 400, 600} <= set(row.starts.tolist())
+        for start in (0, 200, 400, 600):
+            inputs, targets = row.inputs[start:][:200], row.targets[start:][:200]
+            starts = row.starts[(row.starts >= start) & (row.starts < start + 200)] - start
+            if (np.diff(inputs) != 1).any():
+                assert starts.tolist() == [0]
+                assert (targets != NO_TARGET).all()
+                continue
+            plain += 1
+            heads = (inputs + 1) % DOCUMENT == 0
+            assert np.array_equal(targets, np.where(heads, NO_TARGET, inputs + 1))
+            assert set(starts.tolist()) == {0} | set(
+                np.flatnonzero(inputs % DOCUMENT == 0).tolist()
+            )
+    assert abs(plain - 100) < 4.5 * 9  # standard deviation 9
 
 
 @settings(max_examples=100, deadline=None)
@@ -61,8 +84,8 @@ def test_a_row_of_copies(seq_len, window, seed, sample):
         stop = min(start + window, seq_len)
         inputs, targets = row.inputs[start:stop], row.targets[start:stop]
         assert np.array_equal(inputs[1:], targets[:-1])
-        tokens = np.append(inputs, targets[-1])
-        if stop - start >= 200 and not is_plain(tokens):
+        if stop - start >= 200:
+            tokens = np.append(inputs, targets[-1])
             period = period_of(tokens)
             assert 16 <= period <= (stop - start) // 2
             assert (np.diff(tokens) == 1).mean() > 0.6
@@ -70,14 +93,12 @@ def test_a_row_of_copies(seq_len, window, seed, sample):
     assert all(np.array_equal(a, b) for a, b in zip(row, again, strict=True))
 
 
-def test_a_quarter_is_plain_and_periods_are_log_uniform_and_a_tenth_is_edited():
+def test_periods_are_log_uniform_and_a_tenth_is_edited():
     stream = Places(1 << 40)
-    rows = [
+    copied = [
         copied_row(stream, seq_len=1024, window=1024, seed=7, sample=sample)
-        for sample in range(400)
+        for sample in range(300)
     ]
-    copied = [row for row in rows if not is_plain(row.inputs)]
-    assert abs(len(copied) - 300) < 4.5 * 9  # standard deviation 9
     periods, edited = [], 0
     for row in copied:
         period = period_of(row.inputs)
@@ -86,7 +107,7 @@ def test_a_quarter_is_plain_and_periods_are_log_uniform_and_a_tenth_is_edited():
         edited += (row.inputs != np.resize(np.median(copies, axis=0), 1024)).mean() / len(copied)
     assert 16 <= min(periods) < 20
     assert 450 < max(periods) <= 512
-    # Of five octaves from 16 to 512, each has a fifth, about 60 of 300: standard deviation 7.
+    # Of five octaves from 16 to 512, each has a fifth, 60 of 300: standard deviation 7.
     for octave in range(5):
         count = sum(16 << octave <= period < 32 << octave for period in periods)
         assert abs(count - len(copied) / 5) < 4.5 * 7
@@ -103,8 +124,6 @@ def test_edits_are_tokens_of_the_text_elsewhere_and_seeds_differ():
     firsts = {int(row.inputs[0]) for row in rows.values()}
     assert len(firsts) == 9
     for row in rows.values():
-        if is_plain(row.inputs):
-            continue
         period, middle = period_of(row.inputs), int(np.median(row.inputs))
         foreign = row.inputs[abs(row.inputs - middle) > period]
         assert 20 < len(foreign) < 85  # of 512, a tenth: standard deviation 7

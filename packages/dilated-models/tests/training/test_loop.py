@@ -262,7 +262,9 @@ def test_what_each_step_trains_on(start, stream, monkeypatch):
         assert set(range(0, 97, window)) <= set(bounds)
         if step < 3:
             rows = [
-                copied_row(stream, seq_len=24, window=window, seed=0, sample=sample).inputs
+                copied_row(
+                    stream, seq_len=24, window=window, seed=0, sample=sample, plain_share=0.25
+                ).inputs
                 for sample in range(4 * step, 4 * step + 4)
             ]
         else:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import checksum
-from dilated_models.text.copies import copied_row
+from dilated_models.text.copies import PLAIN_SHARE, copied_row
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import PackedWindows, text_row
@@ -135,7 +135,12 @@ class TrainingState:
             first = step * config.batch_size
             rows = [
                 copied_row(
-                    stream, seq_len=config.seq_len, window=window, seed=config.seed, sample=sample
+                    stream,
+                    seq_len=config.seq_len,
+                    window=window,
+                    seed=config.seed,
+                    sample=sample,
+                    plain_share=PLAIN_SHARE,
                 )
                 for sample in range(first, first + config.batch_size)
             ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dilated_models.cli.errors import fail, user_errors
+from dilated_models.cli.errors import fail
 
 if TYPE_CHECKING:
     import torch
@@ -43,18 +43,17 @@ def benchmark(
             "dilated-kernels is not installed; --benchmark needs it: "
             "pip install 'dilated-models[kernels]'"
         ) from error
-    with user_errors():
-        if save is not None:
-            _check_writable(save)
-        measured = measure_backends(
-            device,
-            head_dims=head_dims,
-            seq_lens=seq_lens,
-            num_heads=num_heads,
-            on_case=lambda case: typer.echo(f"measured {_size(case)}", err=True),
-        )
-        if save is not None:
-            measured.save(save)
+    if save is not None:
+        _check_writable(save)
+    measured = measure_backends(
+        device,
+        head_dims=head_dims,
+        seq_lens=seq_lens,
+        num_heads=num_heads,
+        on_case=lambda case: typer.echo(f"measured {_size(case)}", err=True),
+    )
+    if save is not None:
+        measured.save(save)
     dense: list[Timing] = []
     for case in measured.cases:
         dense.append(_time_dense(device, case, measured))

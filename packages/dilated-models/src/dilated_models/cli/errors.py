@@ -9,8 +9,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -108,12 +107,6 @@ def option_of(name: str) -> str:
         ('--heads', '--batch-size')
     """
     return "--" + _PARAMETER_OF.get(name, name).replace("_", "-")
-
-
-@contextmanager
-def user_errors() -> Generator[None]:
-    """Does nothing: `Boundary` handles the errors of a whole command."""
-    yield
 
 
 def _exit_code(error: Exception) -> int:

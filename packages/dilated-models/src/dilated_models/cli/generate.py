@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import CheckpointOption, DeviceOption
 from dilated_models.cli.prompt import read_prompt
 from dilated_models.cli.text_output import TextOutput
@@ -56,26 +55,25 @@ def generate(
     On a terminal unprintable characters are escaped. A file or a pipe gets the exact bytes of the
     prompt and its continuation.
     """
-    with user_errors():
-        from dilated_core.checks import check_integer
+    from dilated_core.checks import check_integer
 
-        from dilated_models.longnet.generation import Sampling, seeds_from
-        from dilated_models.longnet.saving import load_model, load_vocabulary
-        from dilated_models.training.devices import choose_device
+    from dilated_models.longnet.generation import Sampling, seeds_from
+    from dilated_models.longnet.saving import load_model, load_vocabulary
+    from dilated_models.training.devices import choose_device
 
-        text = read_prompt(prompt, prompt_file, interactive)
-        sampling = Sampling.of(temperature, top_k, top_p)
-        check_integer("max_new_tokens", max_new_tokens, at_least=1)
-        seeds_from(seed, 1)
-        model = load_model(checkpoint, device=choose_device(device))
-        vocabulary = load_vocabulary(checkpoint)
-        talk = _Conversation(model, vocabulary, max_new_tokens, sampling, seed, interactive)
-        if not text and not interactive:
-            raise ValueError("the prompt is empty; it must hold at least one token.")
-        if text:
-            talk.continue_with(text, is_line=False)
-        if interactive:
-            _read_lines(talk)
+    text = read_prompt(prompt, prompt_file, interactive)
+    sampling = Sampling.of(temperature, top_k, top_p)
+    check_integer("max_new_tokens", max_new_tokens, at_least=1)
+    seeds_from(seed, 1)
+    model = load_model(checkpoint, device=choose_device(device))
+    vocabulary = load_vocabulary(checkpoint)
+    talk = _Conversation(model, vocabulary, max_new_tokens, sampling, seed, interactive)
+    if not text and not interactive:
+        raise ValueError("the prompt is empty; it must hold at least one token.")
+    if text:
+        talk.continue_with(text, is_line=False)
+    if interactive:
+        _read_lines(talk)
 
 
 def _read_lines(talk: _Conversation) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import integers
 
 if TYPE_CHECKING:
@@ -60,19 +59,18 @@ def info(
     ] = None,
 ) -> None:
     """Versions, devices, attention backends that run here, and reasons why others do not."""
-    with user_errors():
-        given = {"--save": save, "--seq-lens": seq_lens, "--head-dims": head_dims, "--heads": heads}
-        for option, value in given.items():
-            if value is not None and not benchmark:
-                raise ValueError(
-                    f"{option} is {str(value)!r} without --benchmark; it must go with --benchmark, "
-                    f"so add that."
-                )
-        lengths = integers("--seq-lens", seq_lens)
-        dims = integers("--head-dims", head_dims)
-        from dilated_models.training.devices import choose_device
+    given = {"--save": save, "--seq-lens": seq_lens, "--head-dims": head_dims, "--heads": heads}
+    for option, value in given.items():
+        if value is not None and not benchmark:
+            raise ValueError(
+                f"{option} is {str(value)!r} without --benchmark; it must go with --benchmark, "
+                f"so add that."
+            )
+    lengths = integers("--seq-lens", seq_lens)
+    dims = integers("--head-dims", head_dims)
+    from dilated_models.training.devices import choose_device
 
-        chosen = choose_device("auto" if device is None else device)
+    chosen = choose_device("auto" if device is None else device)
     present = _describe_machine()
     typer.echo()
     if benchmark:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from dilated_models.cli.errors import user_errors
 from dilated_models.cli.options import CheckpointOption, DeviceOption, integers
 from dilated_models.cli.prompt import read_prompt
 
@@ -39,26 +38,25 @@ def pattern(
     out: _OutOption = Path("pattern.png"),
 ) -> None:
     """Draw which keys each query sees, in each head."""
-    with user_errors():
-        suffix = _checked_suffix(out)
-        lengths = integers("--segment-lengths", segment_lengths)
-        rates = integers("--dilation-rates", dilation_rates)
-        from dilated_core import DilatedPattern
+    suffix = _checked_suffix(out)
+    lengths = integers("--segment-lengths", segment_lengths)
+    rates = integers("--dilation-rates", dilation_rates)
+    from dilated_core import DilatedPattern
 
-        from dilated_models.drawing.pattern_keys import PatternPicture
-        from dilated_models.drawing.pattern_page import write_pattern_page
-        from dilated_models.drawing.pattern_png import draw_pattern_png
+    from dilated_models.drawing.pattern_keys import PatternPicture
+    from dilated_models.drawing.pattern_page import write_pattern_page
+    from dilated_models.drawing.pattern_png import draw_pattern_png
 
-        assert lengths is not None
-        assert rates is not None
-        picture = PatternPicture(
-            pattern=DilatedPattern(lengths, rates, head_offsets=cast(Any, head_offsets)),
-            num_heads=heads,
-            seq_len=seq_len,
-            is_causal=causal,
-        )
-        draw = write_pattern_page if suffix == ".html" else draw_pattern_png
-        draw(picture, out)
+    assert lengths is not None
+    assert rates is not None
+    picture = PatternPicture(
+        pattern=DilatedPattern(lengths, rates, head_offsets=cast(Any, head_offsets)),
+        num_heads=heads,
+        seq_len=seq_len,
+        is_causal=causal,
+    )
+    draw = write_pattern_page if suffix == ".html" else draw_pattern_png
+    draw(picture, out)
     typer.echo(f"wrote {out}")
 
 
@@ -81,33 +79,32 @@ def attention(
     out: _OutOption = Path("attention.html"),
 ) -> None:
     """Show which tokens a prompt's last tokens attended to, in each layer and head."""
-    with user_errors():
-        suffix = _checked_suffix(out)
-        text = read_prompt(prompt, prompt_file)
-        if not text:
-            raise ValueError("the prompt is empty; it must hold at least one token.")
-        if rows < 1:
-            raise ValueError(f"--rows is {rows}; it must be at least 1.")
-        wanted = integers("--layers", layers)
-        from dilated_models.drawing.attention_page import write_attention_page
-        from dilated_models.drawing.attention_png import draw_attention_png
-        from dilated_models.drawing.cells import cut_into_cells
-        from dilated_models.drawing.prompt_attention import attend_to_prompt
-        from dilated_models.longnet.saving import load_model, load_vocabulary
-        from dilated_models.training.devices import choose_device
+    suffix = _checked_suffix(out)
+    text = read_prompt(prompt, prompt_file)
+    if not text:
+        raise ValueError("the prompt is empty; it must hold at least one token.")
+    if rows < 1:
+        raise ValueError(f"--rows is {rows}; it must be at least 1.")
+    wanted = integers("--layers", layers)
+    from dilated_models.drawing.attention_page import write_attention_page
+    from dilated_models.drawing.attention_png import draw_attention_png
+    from dilated_models.drawing.cells import cut_into_cells
+    from dilated_models.drawing.prompt_attention import attend_to_prompt
+    from dilated_models.longnet.saving import load_model, load_vocabulary
+    from dilated_models.training.devices import choose_device
 
-        model = load_model(checkpoint, device=choose_device(device))
-        num_layers = model.config.num_decoder_layers
-        for layer in wanted or []:
-            if not 0 <= layer < num_layers:
-                raise ValueError(
-                    f"--layers holds {layer}; the model has the layers 0 to {num_layers - 1}."
-                )
-        vocabulary = load_vocabulary(checkpoint)
-        tokens = vocabulary.encode(text.decode("utf-8", "surrogateescape"))
-        seen = attend_to_prompt(model, tokens, num_rows=rows)
-        draw = write_attention_page if suffix == ".html" else draw_attention_png
-        draw(seen, cut_into_cells(tokens, vocabulary), wanted or range(num_layers), out)
+    model = load_model(checkpoint, device=choose_device(device))
+    num_layers = model.config.num_decoder_layers
+    for layer in wanted or []:
+        if not 0 <= layer < num_layers:
+            raise ValueError(
+                f"--layers holds {layer}; the model has the layers 0 to {num_layers - 1}."
+            )
+    vocabulary = load_vocabulary(checkpoint)
+    tokens = vocabulary.encode(text.decode("utf-8", "surrogateescape"))
+    seen = attend_to_prompt(model, tokens, num_rows=rows)
+    draw = write_attention_page if suffix == ".html" else draw_attention_png
+    draw(seen, cut_into_cells(tokens, vocabulary), wanted or range(num_layers), out)
     typer.echo(f"wrote {out}")
 
 

@@ -191,7 +191,7 @@ PRESETS: dict[str, Preset] = {
             "warmup_copies": 0.15,
             "learning_rate": 4e-3,
             "warmup_steps": 100,
-            "validate_every": 400,
+            "validate_every": 800,
             "checkpoint_every": 400,
         },
         summary="minutes on two CPU cores",

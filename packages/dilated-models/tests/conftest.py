@@ -6,6 +6,12 @@ import torch
 from dilated_models import LongNetConfig, LongNetLM
 
 
+@pytest.fixture(autouse=True)
+def not_by_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints name the command as it was started, and the tests may themselves run under `uv run`."""
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+
+
 @pytest.fixture
 def config() -> LongNetConfig:
     """Two blocks, four heads, and branches that divide neither each other nor the lengths used."""

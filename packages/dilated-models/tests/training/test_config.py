@@ -45,7 +45,7 @@ def test_the_share_of_copies():
         config = TrainingConfig(**TRAINING | {"steps": 100, "warmup_copies": share})
         assert config.copied_steps == steps
     assert TrainingConfig(**TRAINING).copied_steps == 0
-    assert PRESETS["tiny"].training["warmup_copies"] == 0.15
+    assert PRESETS["tiny"].training["warmup_copies"] == 0.2
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -38,32 +38,30 @@ def test_every_command_names_a_script():
     assert set(QUICK) <= set(COMMANDS)
 
 
-def test_plain_training_records_the_median_of_plain_runs(monkeypatch, tmp_path):
-    import plain_training
+def test_the_record_of_plain_training_is_the_median_of_the_runs_without_copies():
+    import context_gain
 
-    monkeypatch.setattr(plain_training, "RECORD", tmp_path / "record.json")
-    numbers = {"steps": 5, "batch_size": 1, "seq_len": 32, "warmup_copies": 0.0, "seed": 0}
-    folders = [tmp_path / name for name in "abc"]
-    for folder, bits in zip(folders, (2.0, 9.0, 3.0), strict=True):
-        folder.mkdir()
-        config = {"model": {"d_model": 8}, "training": numbers, "text": {"paths": None}}
-        (folder / "config.json").write_text(json.dumps(config))
-        rows = [{"context": 16, "bits_per_byte": bits}, {"context": 32, "bits_per_byte": bits / 2}]
-        final = {"kind": "final", "gain": {"contextwise": {"by_context": rows}}}
-        (folder / "metrics.jsonl").write_text(f'{{"kind": "step"}}\n{json.dumps(final)}\n')
-    plain_training.main(folders)
-    (record,) = json.loads((tmp_path / "record.json").read_text())
-    assert record["by_context"] == [
-        {"context": 16, "bits_per_byte": 3.0},
-        {"context": 32, "bits_per_byte": 1.5},
+    training = {"steps": 5, "batch_size": 1, "seq_len": 32, "warmup_copies": 0.0, "seed": 0}
+    runs = [
+        {
+            "copied_steps": copied_steps,
+            "model": {"d_model": 8},
+            "training": training,
+            "by_context": [
+                {"context": 16, "bits_per_byte": bits},
+                {"context": 32, "bits_per_byte": bits / 2},
+            ],
+        }
+        for copied_steps, bits in ((0, 2.0), (3, 1.0), (0, 9.0), (0, 3.0))
     ]
-    assert record["training"] == {"steps": 5, "batch_size": 1, "seq_len": 32}
-    numbers["warmup_copies"] = 0.3
-    (folders[0] / "config.json").write_text(
-        json.dumps({"model": {}, "training": numbers, "text": {"paths": None}})
-    )
-    with pytest.raises(SystemExit, match="is no run on plain text of the standard library alone"):
-        plain_training.main(folders)
+    assert context_gain.plain_record(runs) == {
+        "model": {"d_model": 8},
+        "training": {"steps": 5, "batch_size": 1, "seq_len": 32},
+        "by_context": [
+            {"context": 16, "bits_per_byte": 3.0},
+            {"context": 32, "bits_per_byte": 1.5},
+        ],
+    }
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

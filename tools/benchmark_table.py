@@ -96,17 +96,11 @@ TRAINING = """\
 
 
 def _contexts(run: dict[str, Any]) -> list[str]:
-    """Bits per byte with growing context; in older results, by place in the window."""
-    if "gain" in run:
-        return [
-            f"| … of the same targets after {part['context']} tokens of context "
-            f"| {part['bits_per_byte']:.3f} bits per byte |"
-            for part in run["gain"]["contextwise"]["by_context"]
-        ]
+    """Bits per byte with growing context."""
     return [
-        f"| … after {part['shortest']} to {part['longest']} tokens of context "
+        f"| … of the same targets after {part['context']} tokens of context "
         f"| {part['bits_per_byte']:.3f} bits per byte |"
-        for part in run["by_context"]
+        for part in run["gain"]["contextwise"]["by_context"]
     ]
 
 

@@ -7,10 +7,10 @@ CONTEXT = """\
 ## What context gives
 
 Bits per byte of the same {num_targets:,} targets in unseen source files, with growing context,
-after training on {tokens:.2f} million tokens. The first two columns are medians over {seeds} seeds:
-the preset `tiny`, and the same training without edited copies. The third is one seed with
-segments of {segments} and rates {rates}, whose borders coincide. The counting predictor is no
-neural network.
+after {steps:,} steps of {tokens_per_step:,} tokens. The first two columns are medians over {seeds}
+seeds of the model of the preset `tiny`, trained with and without the warm-up on edited copies. The
+third is one seed with segments of {segments} and rates {rates}, whose borders coincide. The
+counting predictor is no neural network.
 
 """
 
@@ -37,12 +37,13 @@ def context_gain(rows: list[dict[str, Any]]) -> list[str]:
     return [
         CONTEXT.format(
             num_targets=rows[0]["num_targets"],
-            tokens=rows[0]["tokens"] / 1e6,
+            steps=rows[0]["training"]["steps"],
+            tokens_per_step=rows[0]["tokens"] // rows[0]["training"]["steps"],
             seeds=len(copies),
             segments=" and ".join(map(str, model["segment_lengths"])),
             rates=" and ".join(map(str, model["dilation_rates"])),
         )
-        + "| tokens of context | `tiny` | without copies | segments with common borders "
+        + "| tokens of context | with copies | without copies | segments with common borders "
         "| counting predictor |",
         "| --- | --- | --- | --- | --- |",
         *(

@@ -25,12 +25,11 @@ from dilated_models.text.files import split_files, standard_library_files
 from dilated_models.text.streams import ByteStream
 from dilated_models.training import gain as gain_module
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.gain import measure_gain
+from dilated_models.training.gain import COMPARED, measure_gain
 from harness import write_result
 
 RESULT = Path(__file__).parent / "results" / "context_gain.json"
 RECORD = Path(gain_module.__file__).with_name("plain_training.json")
-COMPARED = ("steps", "batch_size", "seq_len")
 
 
 def score(folder: Path) -> dict[str, Any]:

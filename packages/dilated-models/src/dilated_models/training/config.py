@@ -180,8 +180,7 @@ PRESETS: dict[str, Preset] = {
             "positions": "rotary",
             "key_conv": 4,
         },
-        # Tried on this budget: width 96 beats 128, 4 heads beat 2 and 8, copying forms three times
-        # as early in windows of 128 as in windows of 512, and is learnt through segments of rate 1.
+        # Copying is learnt first in short windows, and through segments of rate 1.
         training={
             "steps": 1800,
             "batch_size": 1,

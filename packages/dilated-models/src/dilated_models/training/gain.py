@@ -24,7 +24,7 @@ from dilated_models.training.predictor import predictor_losses
 
 LOCAL_CONTEXT = 64
 _RECORDED = Path(__file__).with_name("plain_training.json")
-_COMPARED = ("steps", "batch_size", "seq_len")  # together: the number of training tokens
+COMPARED = ("steps", "batch_size", "seq_len")  # together: the number of training tokens
 _MOST_TARGETS = 1 << 15
 
 
@@ -96,7 +96,7 @@ def recorded_plain_training(
     records: list[dict[str, Any]] = json.loads(_RECORDED.read_text("utf-8"))
     for record in records:
         if record["model"] == model.to_dict() and all(
-            record["training"][name] == numbers[name] for name in _COMPARED
+            record["training"][name] == numbers[name] for name in COMPARED
         ):
             return tuple(ContextLoss(**row) for row in record["by_context"])
     return ()

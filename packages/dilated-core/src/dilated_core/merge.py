@@ -117,8 +117,12 @@ def fold_(into: AttentionOutput, partial: AttentionOutput) -> None:
         >>> a.out
         tensor([3.])
     """
-    weight = fold_lse_(into.lse, partial.lse.to(into.lse.dtype)).unsqueeze(-1)
-    into.out.lerp_(partial.out.to(into.out.dtype), weight)
+    out, lse = partial
+    if lse.dtype != into.lse.dtype:
+        lse = lse.to(into.lse.dtype)
+    if out.dtype != into.out.dtype:
+        out = out.to(into.out.dtype)
+    into.out.lerp_(out, fold_lse_(into.lse, lse).unsqueeze(-1))
 
 
 def fold_lse_(lse: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
@@ -177,4 +181,4 @@ def zero_key_partial(count: int, like: AttentionOutput) -> AttentionOutput:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which results are merged and lse is kept: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -322,8 +322,9 @@ def check_gradients(backend: Any, grads: Gradients, tensors: Sequence[torch.Tens
             f"backend {backend.name!r} returned {len(grads)} gradients; it must return dq, dk and "
             f"dv."
         )
-    for name, grad, x in zip(("dq", "dk", "dv"), grads, tensors, strict=True):
+    for i, (grad, x) in enumerate(zip(grads, tensors, strict=True)):
         if grad.shape != x.shape or grad.dtype != x.dtype:
+            name = ("dq", "dk", "dv")[i]
             raise ValueError(
                 f"backend {backend.name!r} returned {name} of shape {tuple(grad.shape)} in "
                 f"{grad.dtype}; it must have the shape of {name[1]}, {tuple(x.shape)}, and its "

@@ -190,8 +190,7 @@ def differentiate(
         if into is None:
             if _covers(queries, q) and _covers(keys, k):
                 dq, dk, dv = (
-                    grad.to(wide).reshape(x.shape).contiguous()
-                    for grad, x in zip(grads, (q, k, v), strict=True)
+                    _all_rows(grad, x, wide) for grad, x in zip(grads, (q, k, v), strict=True)
                 )
                 into = dq, dk, dv
                 continue
@@ -216,6 +215,13 @@ def differentiate(
 def _covers(rows: Rows, x: torch.Tensor) -> bool:
     """Whether the rows are all of x `(B, L, H, …)`."""
     return rows.num_elements == x.shape[0] * x.shape[1] * x.shape[2]
+
+
+def _all_rows(rows: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that are all of `x`, contiguous, in its shape and this dtype."""
+    # Calls of PyTorch that change nothing cost a microsecond each.
+    rows = rows if rows.dtype == dtype else rows.to(dtype)
+    return (rows if rows.shape == x.shape else rows.reshape(x.shape)).contiguous()
 
 
 def _zeros_like(x: torch.Tensor) -> torch.Tensor:

@@ -203,6 +203,8 @@ def _backward_over_strips(
             grads = differentiate(
                 pieces[0].problems, *tensors, call.options, backend=backend, dlse=dlse
             )
+            if grads[0].dtype == q.dtype:
+                return grads
             dq, dk, dv = (grad.to(q.dtype) for grad in grads)
             return dq, dk, dv
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

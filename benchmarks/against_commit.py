@@ -1,8 +1,10 @@
 """dilated_core here against dilated_core in another checkout, such as the commit before.
 
-Two processes, one for each checkout, time the same calls in turn: `python
-benchmarks/against_commit.py --base FOLDER --out benchmarks/results/against_commit.json`, where
-FOLDER is a worktree of the other commit. A ratio above 1 says that this checkout is faster.
+Three processes time the same calls in turn, one for this checkout and two for the other:
+`OMP_NUM_THREADS=1 python benchmarks/against_commit.py --base FOLDER --out
+benchmarks/results/against_commit.json`, where FOLDER is a worktree of the other commit. `ratio`
+above 1 says that this checkout is faster. `control_ratio` compares the two processes of the other
+commit: what differs from 1 there is the machine. One thread gives the steadiest times.
 """
 
 from __future__ import annotations
@@ -83,28 +85,33 @@ class Worker:
         return line
 
 
-def compare(here: Worker, base: Worker, case: int, part: str, rounds: int) -> dict[str, Any]:
-    """Median times and the median ratio of pairs."""
+def compare(workers: dict[str, Worker], case: int, part: str, rounds: int) -> dict[str, Any]:
+    """Median times, and medians and quartiles of the ratios within each round."""
     seq_len, dtype, is_causal = CASES[case]
     calls = 100 if seq_len < 1000 else 1
-    pairs: list[tuple[float, float]] = []
+    times: dict[str, list[float]] = {name: [] for name in workers}
     for i in range(rounds + 1):
-        order = (base, here) if i % 2 else (here, base)
-        times = {worker: worker.seconds(case, part, calls) for worker in order}
-        if i:  # the first one warms up
-            pairs.append((times[base], times[here]))
-    ratios = sorted(b / h for b, h in pairs)
-    return {
+        names = list(workers)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds = workers[name].seconds(case, part, calls)
+            if i:  # the first round warms up
+                times[name].append(seconds)
+    row: dict[str, Any] = {
         "seq_len": seq_len,
         "dtype": dtype,
         "is_causal": is_causal,
         "part": part,
-        "base_s": statistics.median(b for b, _ in pairs),
-        "here_s": statistics.median(h for _, h in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "fastest_ratio": min(b for b, _ in pairs) / min(h for _, h in pairs),
+        "rounds": rounds,
     }
+    row |= {f"{name}_s": statistics.median(values) for name, values in times.items()}
+    for name, prefix in (("here", ""), ("control", "control_")):
+        ratios = sorted(b / x for b, x in zip(times["base"], times[name], strict=True))
+        row |= {
+            f"{prefix}ratio": statistics.median(ratios),
+            f"{prefix}ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+            f"{prefix}fastest_ratio": min(times["base"]) / min(times[name]),
+        }
+    return row
 
 
 def main() -> None:
@@ -123,11 +130,12 @@ def main() -> None:
         parser.error("--base is missing")
     from harness import write_result
 
-    here, base = Worker(ROOT), Worker(options.base)
+    folders = {"base": options.base, "here": ROOT, "control": options.base}
+    workers = {name: Worker(folder) for name, folder in folders.items()}
     rows: list[dict[str, Any]] = []
     for case in options.cases:
         for part in PARTS:
-            rows.append(compare(here, base, case, part, options.rounds))
+            rows.append(compare(workers, case, part, options.rounds))
             print(rows[-1], flush=True)
     if options.out is not None:
         commit = ["git", "rev-parse", "--short", "HEAD"]

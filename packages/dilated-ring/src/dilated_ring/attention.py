@@ -1,0 +1,1 @@
+"""Attention of local queries over the keys of all ranks."""

@@ -1,0 +1,1 @@
+"""Run a plan: exchange rows and attend to them, forward and backward."""

@@ -1,0 +1,1 @@
+"""Attention modules on shards, and the factory that builds them by name."""

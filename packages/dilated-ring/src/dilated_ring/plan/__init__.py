@@ -1,0 +1,1 @@
+"""Which rows which rank sends to which: pure Python, without a tensor."""

@@ -1,0 +1,1 @@
+"""Losses and checks for training with sharded sequences."""

@@ -1,5 +1,7 @@
 """Spans of ranks: each position at exactly one rank, for any length and any number of ranks."""
 
+from itertools import pairwise
+
 import pytest
 from dilated_core import Span
 from dilated_ring.layout import Layout, num_positions, spans_of_ranks
@@ -17,7 +19,7 @@ def test_each_position_is_held_once(layout: Layout, size: int, seq_len: int) -> 
     assert max(lengths) - min(lengths) <= (1 if layout == "contiguous" else 2)
     for spans in ranks:
         assert all(span.length for span in spans)
-        assert all(a.stop < b.start for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.stop < b.start for a, b in pairwise(spans))
 
 
 def test_zigzag_pairs_the_front_with_the_back() -> None:

@@ -10,7 +10,12 @@ definition, with which every test compares.
 from importlib.metadata import version as _version
 
 from dilated_core.attention import dilated_attention, dilated_attention_with_lse
-from dilated_core.backends.contract import AttentionBackend, AttentionInputs, AttentionOptions
+from dilated_core.backends.contract import (
+    AttentionBackend,
+    AttentionInputs,
+    AttentionOptions,
+    Gradients,
+)
 from dilated_core.backends.dtype import recommended_dtype
 from dilated_core.backends.registry import (
     available_backends,
@@ -39,7 +44,7 @@ from dilated_core.modules.factory import (
     create_multihead_dilated_attention,
 )
 from dilated_core.modules.multihead import MultiheadDilatedAttention
-from dilated_core.pattern.branches import Branch, DilatedPattern
+from dilated_core.pattern.branches import Branch, DilatedPattern, head_offset, kept_rows
 from dilated_core.pattern.ladder import Segments, select_segments
 from dilated_core.pattern.visible import VisibleKeys, visible_keys
 from dilated_core.positions.alibi import AlibiInputs, alibi_bias, alibi_slopes, with_alibi
@@ -91,6 +96,7 @@ __all__ = [
     "rotation_at",
     "with_alibi",
     # parts of attention, for packages that spread it over devices or blocks
+    "Gradients",
     "Problem",
     "Rows",
     "Span",
@@ -98,6 +104,8 @@ __all__ = [
     "differentiate_",
     "empty_partial",
     "fold_",
+    "head_offset",
+    "kept_rows",
     "plan_problems",
     # modules
     "AttentionVariant",

@@ -1,1 +1,353 @@
-"""Attention of local queries over the keys of all ranks."""
+"""Attention of local queries over the keys of all ranks: the public functions."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import NamedTuple, get_args
+
+import torch
+from dilated_core import AttentionOutput, DilatedPattern, Span
+from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
+from dilated_core.inputs import (
+    check_backend_name,
+    check_cu_seqlens,
+    check_dropout,
+    check_inputs,
+    check_key_padding_mask,
+    check_scale,
+    read_document_bounds,
+)
+
+from dilated_ring.execution.call import Call, ExchangeKind, run_call
+from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
+from dilated_ring.plan.parcels import Heads
+from dilated_ring.plan.sequences import Spans
+from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.transport.contract import Transport
+from dilated_ring.transport.distributed import DistributedTransport
+from dilated_ring.transport.in_process import InProcessTransport
+
+EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
+
+
+class _Options(NamedTuple):
+    """What a caller may choose, checked; the same on all ranks."""
+
+    pattern: DilatedPattern
+    is_causal: bool
+    layout: Layout
+    exchange: ExchangeKind
+    scale: float
+    dropout_p: float
+    head_range: tuple[int, int]
+    backend: str
+
+
+def ring_dilated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    group: Group = None,
+    is_causal: bool = False,
+    layout: Layout = "contiguous",
+    exchange: ExchangeKind = "auto",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
+    seq_len: int | None = None,
+    backend: str = "auto",
+    timeout_s: float | None = None,
+) -> torch.Tensor:
+    """Dilated attention over a sequence that is cut over the ranks of a group.
+
+    Equal to `dilated_core.dilated_attention` of the whole sequence, forward and backward, up to
+    rounding. A rank sends the rows that a branch keeps of segments that reach into other ranks, to
+    these ranks only; a branch whose segments end where shards end sends nothing. Every rank of the
+    group makes the same calls in the same order, backward too.
+
+    Example:
+        On each rank, with tensors `(B, S, H, D)` that all ranks have::
+
+            q, k, v = (shard_sequence(x, dim=1) for x in (q, k, v))
+            out = ring_dilated_attention(q, k, v, pattern, is_causal=True)
+            whole = unshard_sequence(out, dim=1)
+
+    Args:
+        q: `(B, L, H, D)`, the L positions that this rank holds; `(L, H, D)` with `cu_seqlens`. L
+            may differ between ranks and may be 0.
+        k, v: `(B, L, H_kv, D)`, as for `dilated_core.dilated_attention`.
+        pattern: Of the whole sequence.
+        group: The ranks that share the sequence: a ProcessGroup, a DeviceMesh with a dimension
+            "cp" or of one dimension, or None for all ranks. Without torch.distributed, or in a
+            group of one, this is `dilated_attention`.
+        is_causal: Query i sees only the keys j ≤ i of the whole sequence.
+        layout: `"contiguous"`: rank i holds the i-th part; parts may have any lengths.
+            `"zigzag"`: as `shard_sequence` cuts, which balances causal attention.
+        exchange: `"ring"`: rows travel from rank to rank while each computes. `"all_gather"`: each
+            rank sends its rows to all that need them at once. `"all_to_all"`: each rank gets all
+            positions of some heads. `"auto"`: what sends the fewest bytes; small rows go directly,
+            large ones around the ring.
+        scale, dropout_p: As for `dilated_attention`. Which probabilities are dropped is drawn on
+            each rank for its own queries.
+        key_padding_mask: `(B, L)` bool, True for local keys that nobody sees.
+        cu_seqlens: `(N + 1,)`, the bounds of the documents of the *whole* sequence, the same on all
+            ranks. Only documents that cross a border are exchanged.
+        head_range: (first, total), if the tensors hold the heads from `first` on of `total`.
+        seq_len: S, if `shard_sequence` cut the sequence. Then ranks neither exchange their lengths
+            nor compare their arguments: a mistake in one rank's arguments may hang. None: they do,
+            by one small message for each pair of ranks.
+        backend: As for `dilated_attention`.
+        timeout_s: Seconds that a rank waits for another one; see `DistributedTransport`.
+
+    Returns:
+        `(B, L, H, D)` in the dtype of q. It can be differentiated once.
+
+    Raises:
+        TypeError, ValueError: As for `dilated_attention`; if ranks disagree in an argument; if the
+            lengths do not fit the layout; if `"all_to_all"` has fewer heads of k and v than ranks.
+        RankFailure: If another rank failed or did not answer, with its number and the cause.
+
+    Source: arXiv 2307.02486, section 3.1, gathers kept rows; rings and layouts are this library's.
+    """
+    return ring_dilated_attention_with_lse(
+        q, k, v, pattern, group=group, is_causal=is_causal, layout=layout, exchange=exchange,
+        scale=scale, dropout_p=dropout_p, key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens, head_range=head_range, seq_len=seq_len, backend=backend,
+        timeout_s=timeout_s,
+    ).out  # fmt: skip
+
+
+def ring_dilated_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    group: Group = None,
+    is_causal: bool = False,
+    layout: Layout = "contiguous",
+    exchange: ExchangeKind = "auto",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
+    seq_len: int | None = None,
+    backend: str = "auto",
+    timeout_s: float | None = None,
+) -> AttentionOutput:
+    """`ring_dilated_attention` that also returns the log of the softmax denominators.
+
+    Args, errors: As for `ring_dilated_attention`.
+
+    Returns:
+        `out` and `lse` `(B, L, H)`, as of `dilated_core.dilated_attention_with_lse`.
+    """
+    ranks = resolve_group(group)
+    q, k, v = _autocast(q, k, v)
+    options = _check(
+        q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
+        cu_seqlens, head_range, backend,
+    )  # fmt: skip
+    if seq_len is not None:
+        check_integer("seq_len", seq_len, at_least=0)
+    lengths: list[int] | None = None
+    if ranks.process_group is None:
+        transport: Transport = InProcessTransport(1)
+        lengths = [q.shape[-3]]
+    else:
+        transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
+        if seq_len is None:
+            length = torch.tensor([q.shape[-3]], device="cpu")
+            lengths = [int(x) for x in transport.all_gather(ranks.rank, length)]
+    spans = _spans(options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len)
+    masks = None if key_padding_mask is None else [key_padding_mask]
+    (result,) = _run(options, transport, spans, [q], [k], [v], masks, cu_seqlens)
+    return result
+
+
+def simulated_ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    *,
+    ring_size: int,
+    is_causal: bool = False,
+    layout: Layout = "contiguous",
+    exchange: ExchangeKind = "auto",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_range: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """What `ring_size` ranks compute, one after another in this process, without a process group.
+
+    For tests and for trying a layout: all steps and messages are those of real ranks, and the
+    result is that of `dilated_core.dilated_attention` up to rounding. It saves no memory.
+
+    Args:
+        q, k, v, pattern: The whole sequence, as for `dilated_attention`.
+        ring_size: How many ranks.
+        is_causal, layout, exchange, scale, dropout_p, key_padding_mask, cu_seqlens, head_range,
+            backend: As for `ring_dilated_attention`, but the mask is that of the whole sequence.
+
+    Returns:
+        `(B, S, H, D)`, or `(T, H, D)` with `cu_seqlens`.
+
+    Raises:
+        TypeError, ValueError: As for `ring_dilated_attention`.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 16).unbind()
+        >>> pattern = DilatedPattern([16, 64], [1, 4])
+        >>> simulated_ring_attention(q, k, v, pattern, ring_size=3).shape
+        torch.Size([1, 100, 4, 16])
+    """
+    check_integer("ring_size", ring_size, at_least=1)
+    q, k, v = _autocast(q, k, v)
+    options = _check(
+        q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
+        cu_seqlens, head_range, backend,
+    )  # fmt: skip
+    dim = q.dim() - 3
+    spans = spans_of_ranks(options.layout, q.shape[dim], ring_size)
+    order = torch.tensor([i for held in spans for span in held for i in range(*span)])
+    order = order.to(q.device, torch.int64)
+    lengths = [num_positions(held) for held in spans]
+
+    def cut(x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        return list(torch.split(x.index_select(dim, order), lengths, dim))
+
+    masks = None if key_padding_mask is None else cut(key_padding_mask, 1)
+    shards = cut(q, dim), cut(k, dim), cut(v, dim)
+    results = _run(options, InProcessTransport(ring_size), spans, *shards, masks, cu_seqlens)
+    out = torch.cat([result.out for result in results], dim)
+    return out.index_select(dim, order.argsort())
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    is_causal: bool,
+    layout: Layout,
+    exchange: ExchangeKind,
+    scale: float | None,
+    dropout_p: float,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    head_range: tuple[int, int] | None,
+    backend: str,
+) -> _Options:
+    check_bool("is_causal", is_causal)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("exchange", exchange, EXCHANGES)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
+                "so give one of the two."
+            )
+    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
+    check_backend_name(backend)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, q)
+    return _Options(
+        pattern,
+        is_causal,
+        layout,
+        exchange,
+        check_scale(scale, q.shape[-1]),
+        check_dropout(dropout_p),
+        check_head_range(head_range, q.shape[-2]),
+        backend,
+    )
+
+
+def _run(
+    options: _Options,
+    transport: Transport,
+    spans: Spans,
+    q: list[torch.Tensor],
+    k: list[torch.Tensor],
+    v: list[torch.Tensor],
+    masks: list[torch.Tensor] | None,
+    cu_seqlens: torch.Tensor | None,
+) -> list[AttentionOutput]:
+    seq_len = sum(num_positions(held) for held in spans)
+    bounds = None
+    if cu_seqlens is not None:
+        bounds = read_document_bounds(cu_seqlens, seq_len)
+        q, k, v = ([x.unsqueeze(0) for x in shards] for shards in (q, k, v))
+    call = Call(
+        options.pattern,
+        options.is_causal,
+        options.scale,
+        options.dropout_p,
+        options.backend,
+        int(torch.randint(2**62, (), device="cpu")) if options.dropout_p else 0,
+        Heads(q[0].shape[2], k[0].shape[2], options.head_range),
+        options.exchange,
+        spans,
+        seq_len,
+        bounds,
+    )
+    results = run_call(call, transport, q, k, v, masks)
+    if cu_seqlens is not None:
+        return [AttentionOutput(out[0], lse[0]) for out, lse in results]
+    return results
+
+
+def _spans(
+    layout: Layout,
+    size: int,
+    rank: int,
+    local_len: int,
+    lengths: list[int] | None,
+    seq_len: int | None,
+) -> Spans:
+    """The spans of all ranks.
+
+    Raises:
+        ValueError: If the lengths are not those of the layout.
+    """
+    if lengths is not None and seq_len is not None and sum(lengths) != seq_len:
+        raise ValueError(f"seq_len is {seq_len} and the ranks hold {sum(lengths)} positions.")
+    if layout == "contiguous" and lengths is not None:
+        bounds = accumulate(lengths, initial=0)
+        return tuple(joined([Span(a, b)]) for a, b in pairwise(bounds))
+    if seq_len is None:
+        assert lengths is not None
+        seq_len = sum(lengths)
+    spans = spans_of_ranks(layout, seq_len, size)
+    for i, held in enumerate(spans):
+        length = local_len if i == rank else lengths[i] if lengths is not None else None
+        if length is not None and length != num_positions(held):
+            raise ValueError(
+                f"rank {i} holds {length} positions; of {seq_len} in the layout {layout!r} over "
+                f"{size} ranks it holds {num_positions(held)}, so cut them with shard_sequence."
+            )
+    return spans
+
+
+def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as `dilated_attention` casts them under autocast: float64 stays."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor):
+        return list(tensors)
+    kind = first.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    ]

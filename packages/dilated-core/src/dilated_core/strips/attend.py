@@ -48,7 +48,8 @@ def attend_(
         problems: As `plan_problems` returns them for these tensors.
         q: `(B, M, H, D)`, the positions of the span of queries.
         k, v: `(B, N, H_kv, D)`, the positions of the span of keys.
-        options: `key_padding_mask` is `(B, N)`. Problem number i has the dropout seed
+        options: `key_padding_mask` is `(B, N)`, or `(B, N, H_kv)` if k and v do not hold the same
+            positions for every head. Problem number i has the dropout seed
             `dropout_seed + i`. `is_causal` is ignored, since each problem has its own.
         backend: As `choose_backend` returns it for these inputs.
     """
@@ -207,8 +208,9 @@ def differentiate(
         _add_gradient_through_lse_(into, problems, dlse, q, k, lse, options, backend)
     if (mask := options.key_padding_mask) is not None:
         # 0 · NaN: a masked row has gradient 0 whatever the other factors are.
-        into[1].masked_fill_(mask[:, :, None, None], 0)
-        into[2].masked_fill_(mask[:, :, None, None], 0)
+        mask = _per_head(mask).unsqueeze(-1)
+        into[1].masked_fill_(mask, 0)
+        into[2].masked_fill_(mask, 0)
     return into
 
 
@@ -230,10 +232,15 @@ def _zeros_like(x: torch.Tensor) -> torch.Tensor:
 
 def without_masked_rows(x: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     """K or v `(B, N, H_kv, D)` with 0 in masked rows: there, probability 0 times NaN is NaN."""
-    if (mask := options.key_padding_mask) is None:
+    if options.key_padding_mask is None:
         return x
     copy = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
-    return copy.masked_fill_(mask[:, :, None, None], 0)
+    return copy.masked_fill_(_per_head(options.key_padding_mask).unsqueeze(-1), 0)
+
+
+def _per_head(mask: torch.Tensor) -> torch.Tensor:
+    """A mask `(B, N)` as `(B, N, 1)`; one for each head as it is."""
+    return mask if mask.dim() == 3 else mask.unsqueeze(-1)
 
 
 def _add_gradient_through_lse_(
@@ -276,9 +283,12 @@ def _options(options: AttentionOptions, problem: Problem, index: int) -> Attenti
     """The options of a call of the backend; each problem drops by a seed of its own."""
     keys, mask = problem.keys, options.key_padding_mask
     if mask is not None:
-        # Every head has the same mask, hence stride 0; their offsets are in the view.
         mask = mask.contiguous()
-        mask = keys.view(mask.as_strided((*mask.shape, keys.num_heads), (*mask.stride(), 0)))
+        if mask.dim() == 2:
+            # Every head has the same mask, hence stride 0; their offsets are in the view.
+            num_heads = keys.first_head + (keys.num_heads - 1) * keys.head_step + 1
+            mask = mask.as_strided((*mask.shape, num_heads), (*mask.stride(), 0))
+        mask = keys.view(mask)
     return AttentionOptions(
         problem.is_causal,
         options.scale,

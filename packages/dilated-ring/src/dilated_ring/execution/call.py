@@ -1,0 +1,232 @@
+"""A whole call over the ranks of one group: masks, documents, the way of exchange, the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from dilated_core import (
+    AttentionBackend,
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutput,
+    DilatedPattern,
+    choose_backend,
+    dilated_attention_with_lse,
+)
+
+from dilated_ring.execution.attend import Shards, Work
+from dilated_ring.execution.differentiable import attend_shards
+from dilated_ring.execution.heads import parts_of_heads, places, to_heads, to_positions
+from dilated_ring.plan.exchange import Exchange, Route, plan_exchange
+from dilated_ring.plan.parcels import Heads
+from dilated_ring.plan.sequences import (
+    LocalDocuments,
+    Spans,
+    crossing_documents,
+    cut_sequence,
+    local_documents,
+)
+from dilated_ring.transport.contract import Transport
+
+ExchangeKind = Literal["auto", "ring", "all_gather", "all_to_all"]
+
+
+class Call(NamedTuple):
+    """The options of a call, the same on all ranks apart from `dropout_seed`.
+
+    Attributes:
+        pattern, is_causal, scale, dropout_p, backend: As for `dilated_attention`, scale a number.
+        dropout_seed: Of this process.
+        heads: The heads of the tensors.
+        exchange: How keys and queries of different ranks meet.
+        ranks: The spans of positions that each rank holds.
+        seq_len: S, all positions together.
+        bounds: The documents, from 0 to S, on the CPU; None: one sequence.
+    """
+
+    pattern: DilatedPattern
+    is_causal: bool
+    scale: float
+    dropout_p: float
+    backend: str
+    dropout_seed: int
+    heads: Heads
+    exchange: ExchangeKind
+    ranks: Spans
+    seq_len: int
+    bounds: torch.Tensor | None
+
+
+def run_call(
+    call: Call, transport: Transport, q: Shards, k: Shards, v: Shards, masks: Shards | None
+) -> list[AttentionOutput]:
+    """The results of each hosted rank, differentiable.
+
+    Args:
+        call: The options.
+        transport: Between the ranks.
+        q, k, v: `(B, L, H, D)` and `(B, L, H_kv, D)` for each hosted rank; B is 1 with documents.
+        masks: `(B, L)` for each hosted rank, True for keys to ignore; None: no mask.
+    """
+    hidden = None if masks is None else _gather_masks(call, transport, masks)
+    exchange = plan_call(call, transport.size)
+    if call.exchange == "all_to_all" or (
+        call.exchange == "auto" and _all_to_all_is_cheaper(call, exchange, q[0])
+    ):
+        return _over_heads(call, transport, q, k, v, hidden)
+    inputs = AttentionInputs(
+        q[0].device,
+        q[0].dtype,
+        call.heads.num_heads,
+        q[0].shape[-1],
+        dropout_p=call.dropout_p,
+        num_kv_heads=call.heads.num_kv_heads,
+        has_key_padding_mask=hidden is not None,
+        is_rectangular=True,
+    )
+    backend: AttentionBackend = choose_backend(call.backend, inputs)
+    options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
+    work = Work(exchange, options, backend, transport, hidden)
+    if call.bounds is None:
+        return attend_shards(work, q, k, v)
+    return _with_local_documents(call, work, q, k, v)
+
+
+def plan_call(call: Call, size: int) -> Exchange:
+    """What travels if keys go to queries."""
+    if call.bounds is None:
+        documents: tuple[tuple[int, int], ...] = ((0, call.seq_len),)
+    else:
+        documents = crossing_documents(call.ranks, _numbers(call.bounds))
+    sequences = tuple(cut_sequence(call.ranks, *document) for document in documents)
+    route: Route = call.exchange if call.exchange in ("ring", "all_gather") else "auto"  # pyright: ignore
+    return plan_exchange(
+        call.pattern, call.heads, sequences, size=size, is_causal=call.is_causal, route=route
+    )
+
+
+def all_to_all_rows(call: Call) -> int:
+    """Rows of D numbers that all ranks send for a batch row, forward: of q, k, v and out."""
+    size = len(call.ranks)
+    heads = 2 * call.heads.num_heads + 2 * call.heads.num_kv_heads
+    return call.seq_len * heads * (size - 1) // size
+
+
+def _all_to_all_is_cheaper(call: Call, exchange: Exchange, q: torch.Tensor) -> bool:
+    """Whether it sends fewer bytes, forward and backward.
+
+    One decision serves all branches: what all_to_all sends does not depend on how many there are.
+    """
+    if call.heads.num_kv_heads < len(call.ranks):
+        return False
+    wide = torch.promote_types(q.dtype, torch.float32).itemsize
+    rows = sum(exchange.sent_rows)
+    # k and v go out twice and their gradients come back once; q, k, v and out go once each way.
+    return 2 * all_to_all_rows(call) * q.dtype.itemsize < rows * (2 * q.dtype.itemsize + wide)
+
+
+def _over_heads(
+    call: Call,
+    transport: Transport,
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    hidden: torch.Tensor | None,
+) -> list[AttentionOutput]:
+    """Each rank attends with some heads over all positions."""
+    heads = call.heads
+    parts = parts_of_heads(heads.num_heads, heads.num_kv_heads, transport.size)
+    q_parts, kv_parts = [part for part, _ in parts], [part for _, part in parts]
+    where = places(call.ranks)
+    queries = to_heads(transport, where, q_parts, q)
+    keys = to_heads(transport, where, kv_parts, k)
+    values = to_heads(transport, where, kv_parts, v)
+    results: list[AttentionOutput] = []
+    first, total = heads.head_range
+    is_packed = call.bounds is not None
+    for rank, a, b, c in zip(transport.hosted, queries, keys, values, strict=True):
+        result = dilated_attention_with_lse(
+            *((a[0], b[0], c[0]) if is_packed else (a, b, c)),
+            call.pattern,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            dropout_p=call.dropout_p,
+            key_padding_mask=hidden,
+            cu_seqlens=call.bounds,
+            head_range=(first + q_parts[rank].start, total),
+            backend=call.backend,
+        )
+        if is_packed:
+            result = AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))
+        results.append(result)
+    outs = to_positions(transport, where, q_parts, [result.out for result in results])
+    lses = to_positions(transport, where, q_parts, [result.lse for result in results])
+    return [AttentionOutput(*pair) for pair in zip(outs, lses, strict=True)]
+
+
+def _gather_masks(call: Call, transport: Transport, masks: Shards) -> torch.Tensor:
+    """`(B, S)`: the mask of all positions, one byte for each."""
+    where = places(call.ranks)
+    # With one head that every rank gets, this is what gathering positions does.
+    x = [mask.to(torch.uint8).unsqueeze(-1) for mask in masks]
+    gathered = to_heads(transport, where, [slice(0, 1)] * transport.size, x)
+    return gathered[0].squeeze(-1).bool()
+
+
+def _with_local_documents(
+    call: Call, work: Work, q: Shards, k: Shards, v: Shards
+) -> list[AttentionOutput]:
+    """Documents that cross borders over the exchange, and the others where they are."""
+    assert call.bounds is not None
+    exchange = work.exchange
+    crossing: Sequence[AttentionOutput | None] = [None] * len(q)
+    if exchange.sequences:
+        crossing = attend_shards(work, q, k, v)
+    results: list[AttentionOutput] = []
+    bounds = _numbers(call.bounds)
+    for rank, over_ranks, *tensors in zip(work.transport.hosted, crossing, q, k, v, strict=True):
+        parts: list[tuple[int, AttentionOutput]] = []
+        for documents in local_documents(call.ranks[rank], bounds):
+            parts.append((documents.at, _attend_locally(call, documents, *tensors)))
+        if over_ranks is not None:
+            for sequence in exchange.sequences:
+                for piece in sequence.pieces[rank]:
+                    rows = piece.rows
+                    part = AttentionOutput(over_ranks.out[:, rows], over_ranks.lse[:, rows])
+                    parts.append((piece.at, part))
+        parts.sort(key=lambda part: part[0])
+        if parts:
+            outs, lses = zip(*(part for _, part in parts), strict=True)
+            results.append(AttentionOutput(torch.cat(outs, 1), torch.cat(lses, 1)))
+        else:
+            wide = torch.promote_types(tensors[0].dtype, torch.float32)
+            results.append(AttentionOutput(tensors[0] * 1, tensors[0].sum(-1, dtype=wide)))
+    return results
+
+
+def _numbers(bounds: torch.Tensor) -> list[int]:
+    return bounds.tolist()  # pyright: ignore[reportUnknownVariableType]
+
+
+def _attend_locally(
+    call: Call, documents: LocalDocuments, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> AttentionOutput:
+    assert call.bounds is not None
+    bounds = call.bounds[documents.bounds.start : documents.bounds.stop]
+    bounds = bounds - bounds[0]
+    rows = slice(documents.at, documents.at + int(bounds[-1]))
+    result = dilated_attention_with_lse(
+        q[0, rows],
+        k[0, rows],
+        v[0, rows],
+        call.pattern,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        cu_seqlens=bounds,
+        head_range=call.heads.head_range,
+        backend=call.backend,
+    )
+    return AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))

@@ -1,0 +1,113 @@
+"""Pack rows of k and v into parcels and messages, and gradients of parcels back into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from math import prod
+
+import torch
+from dilated_core import Gradients
+
+from dilated_ring.plan.exchange import Exchange, Parcel
+from dilated_ring.plan.parcels import kept_of_part
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+"""k and v of a parcel, each `(B, rows, pairs, D)`; or their gradients."""
+
+
+def pack(exchange: Exchange, parcel: Parcel, k: torch.Tensor, v: torch.Tensor) -> KeysAndValues:
+    """The rows of a parcel, from the tensors `(B, L, H_kv, D)` of its owner."""
+    return pack_rows(exchange, parcel, k), pack_rows(exchange, parcel, v)
+
+
+def pack_rows(
+    exchange: Exchange, parcel: Parcel, x: torch.Tensor, *, at: int | None = None
+) -> torch.Tensor:
+    """`(B, rows, pairs, …)` from `(B, L, H_kv, …)`.
+
+    `at`: Index in x of the first position of the sequence; None: x is the owner's tensor.
+    """
+    packed = x.new_zeros(x.shape[0], parcel.num_rows, parcel.num_pairs, *x.shape[3:])
+    rows = _rows_of(exchange, parcel, at)
+    x = x[:, rows]
+    rate = exchange.pattern.dilation_rates[parcel.branch]
+    for kept in _kept(exchange, parcel):
+        kv_heads, pairs = _index(kept.lane.kv_heads), _index(kept.lane.pairs)
+        packed[:, : kept.num_rows, pairs] = x[:, kept.first :: rate][:, : kept.num_rows, kv_heads]
+    return packed
+
+
+def add_packed_(
+    exchange: Exchange, parcel: Parcel, dk: torch.Tensor, dv: torch.Tensor, grads: KeysAndValues
+) -> None:
+    """Add the gradients of a parcel to the gradients `(B, L, H_kv, D)` of its owner, in place."""
+    rows = _rows_of(exchange, parcel, None)
+    rate = exchange.pattern.dilation_rates[parcel.branch]
+    for into, grad in zip((dk[:, rows], dv[:, rows]), grads, strict=True):
+        for kept in _kept(exchange, parcel):
+            kv_heads, pairs = _index(kept.lane.kv_heads), _index(kept.lane.pairs)
+            into[:, kept.first :: rate][:, : kept.num_rows, kv_heads] += grad[
+                :, : kept.num_rows, pairs
+            ]
+
+
+def join(parcels: Iterable[KeysAndValues]) -> torch.Tensor:
+    """One flat tensor of several parcels."""
+    return torch.cat([x.reshape(-1) for pair in parcels for x in pair])
+
+
+def split(
+    message: torch.Tensor, exchange: Exchange, numbers: Iterable[int], batch_size: int, D: int
+) -> dict[int, KeysAndValues]:
+    """The parcels of a flat tensor, as views, by number."""
+    parcels: dict[int, KeysAndValues] = {}
+    begin = 0
+    for number in numbers:
+        parcel = exchange.parcels[number]
+        shape = (batch_size, parcel.num_rows, parcel.num_pairs, D)
+        end = begin + 2 * prod(shape)
+        k, v = message[begin:end].view(2, *shape)
+        parcels[number] = k, v
+        begin = end
+    return parcels
+
+
+def message_length(exchange: Exchange, numbers: Iterable[int], batch_size: int, D: int) -> int:
+    """Elements of a message with these parcels."""
+    return sum(batch_size * D * exchange.parcels[n].num_rows_of_head_dim for n in numbers)
+
+
+def zeros_of(
+    exchange: Exchange, parcel: Parcel, like: torch.Tensor, dtype: torch.dtype
+) -> KeysAndValues:
+    """Gradients of a parcel, before anything is added to them."""
+    shape = (like.shape[0], parcel.num_rows, parcel.num_pairs, like.shape[3])
+    return like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
+
+
+def add_(grads: Gradients | KeysAndValues, others: KeysAndValues) -> None:
+    """Add the gradients of k and v."""
+    grads[-2].add_(others[0])
+    grads[-1].add_(others[1])
+
+
+def _kept(exchange: Exchange, parcel: Parcel):
+    seq_len = exchange.sequences[parcel.sequence].seq_len
+    return kept_of_part(exchange.pattern, parcel.branch, seq_len, parcel.positions, exchange.heads)
+
+
+def _rows_of(exchange: Exchange, parcel: Parcel, at: int | None) -> slice:
+    """Where the positions of a parcel are in a tensor."""
+    if at is None:
+        piece = exchange.sequences[parcel.sequence].pieces[parcel.owner][parcel.piece]
+        at = piece.at - piece.span.start
+    return slice(at + parcel.positions.start, at + parcel.positions.stop)
+
+
+def _index(numbers: tuple[int, ...]) -> slice | list[int]:
+    """Ascending numbers as a slice where they have one step, so that nothing is copied."""
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(steps) <= 1:
+        return slice(numbers[0], numbers[-1] + 1, *steps)
+    return list(numbers)

@@ -41,7 +41,9 @@ def run_processes(
         RuntimeError: If a rank raised, died or ran out of time, with the traceback of each.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    # DistributedDataParallel and FSDP import torch._dynamo when they wrap a model: five seconds in
+    # each process, unless the fork server has it.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         target = (function.__code__.co_filename, function.__qualname__)
         processes = [

@@ -148,8 +148,15 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor) -> None:
         )
 
 
-def read_document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> torch.Tensor:
+def read_document_bounds(
+    cu_seqlens: torch.Tensor, num_positions: int, owner: str = "q"
+) -> torch.Tensor:
     """`cu_seqlens` as int64 on the CPU, checked.
+
+    Args:
+        cu_seqlens: Of a tensor that `check_cu_seqlens` has let pass.
+        num_positions: Of all documents together.
+        owner: What has these positions, for errors.
 
     Raises:
         ValueError: If they do not go from 0 to `num_positions` without ever decreasing.
@@ -168,8 +175,8 @@ def read_document_bounds(cu_seqlens: torch.Tensor, num_positions: int) -> torch.
         )
     if last != num_positions:
         raise ValueError(
-            f"cu_seqlens ends at {last} and q has {num_positions} positions; the last document "
-            f"must end where q does."
+            f"cu_seqlens ends at {last} and {owner} has {num_positions} positions; the last "
+            f"document must end where {owner} does."
         )
     return bounds
 

@@ -15,13 +15,21 @@ from dilated_ring.attention import (
     simulated_ring_attention,
 )
 from dilated_ring.layout import Layout
+from dilated_ring.sharding.positions import local_positions
+from dilated_ring.sharding.sequence import shard_sequence, unshard_sequence
+from dilated_ring.sharding.shift import shift_sequence
 
 __version__ = _version("dilated-ring")
 
 __all__ = [
     # attention
-    "Layout",
     "ring_dilated_attention",
     "ring_dilated_attention_with_lse",
     "simulated_ring_attention",
+    # shards of a sequence
+    "Layout",
+    "local_positions",
+    "shard_sequence",
+    "shift_sequence",
+    "unshard_sequence",
 ]

@@ -1,0 +1,187 @@
+"""Shift a sharded sequence: each position gets the value a fixed distance away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from dilated_core import Span
+from dilated_core.checks import check_integer
+from dilated_core.inputs import check_cu_seqlens, read_document_bounds
+
+from dilated_ring.layout import Layout
+from dilated_ring.sharding.collectives import as_bytes
+from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.sharding.positions import positions_of
+from dilated_ring.sharding.shards import Shards, agree_on_shards, check_dim
+from dilated_ring.transport import DistributedTransport
+
+
+def shift_sequence(
+    x_local: torch.Tensor,
+    shift: int,
+    *,
+    fill: float,
+    dim: int = 1,
+    group: Group = None,
+    layout: Layout = "contiguous",
+    cu_seqlens: torch.Tensor | None = None,
+    seq_len: int | None = None,
+) -> torch.Tensor:
+    """The value `shift` positions further on, for each position of a sharded sequence.
+
+    >>> labels_local = shift_sequence(tokens_local, 1, fill=-100, group=mesh)  # doctest: +SKIP
+
+    y[i] = x[i + shift] in global positions, whichever rank holds i + shift, and `fill` where
+    i + shift is outside of the sequence or of the document of i. Only rows that change ranks
+    travel: at most |shift| for each border between shards. Differentiable.
+
+    Args:
+        x_local: Shards as `shard_sequence` cuts them, of any dtype.
+        shift: Any integer; 1 gives labels from tokens, -1 gives each position its predecessor.
+        fill: For positions without a value, such as -100 for labels.
+        dim: Dimension of the sequence.
+        group: As in `shard_sequence`.
+        layout: As in `shard_sequence`.
+        cu_seqlens: `(documents + 1,)`, int32 or int64: where documents begin, in global positions;
+            the same on every rank. None: one document.
+        seq_len: As in `unshard_sequence`.
+
+    Returns:
+        A contiguous tensor of the shape of x_local.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, `fill` is no value of x_local's dtype,
+            `cu_seqlens` does not end at S, or for the reasons of `unshard_sequence`.
+    """
+    dim = check_dim(x_local, dim, "x_local")
+    shift = check_integer("shift", shift)
+    _check_fill(fill, x_local.dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+    shards = agree_on_shards(x_local, dim, layout, resolve_group(group), seq_len)
+    bounds = None
+    if cu_seqlens is not None:
+        bounds = read_document_bounds(cu_seqlens, sum(shards.lengths), "the sequence")
+        bounds = bounds.to(x_local.device)
+    call = _Shift(shift, fill, shards, bounds)
+    return _ShiftFunction.apply(x_local, call)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """One call of `shift_sequence`, checked."""
+
+    shift: int
+    fill: float
+    shards: Shards
+    bounds: torch.Tensor | None
+
+
+class _ShiftFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: _Shift) -> torch.Tensor:
+        ctx.call = call
+        return _shifted(x, call)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        back = replace(ctx.call, shift=-ctx.call.shift, fill=0)
+        return _ShiftFunction.apply(*grads, back), None
+
+
+class _Copy(NamedTuple):
+    """Rows that go from one rank to one rank: where they lie at the one and at the other."""
+
+    source: slice
+    target: slice
+
+    @property
+    def length(self) -> int:
+        return self.target.stop - self.target.start
+
+
+def _copies(source: tuple[Span, ...], target: tuple[Span, ...], shift: int) -> list[_Copy]:
+    """What the holder of the spans `source` has for the holder of the spans `target`."""
+    found: list[_Copy] = []
+    for goal, goal_begin in _with_local_begins(target):
+        for given, given_begin in _with_local_begins(source):
+            # Positions i of goal whose i + shift lies in given.
+            start = max(goal.start, given.start - shift)
+            length = min(goal.stop, given.stop - shift) - start
+            if length > 0:
+                at = given_begin + start + shift - given.start
+                to = goal_begin + start - goal.start
+                found.append(_Copy(slice(at, at + length), slice(to, to + length)))
+    return found
+
+
+def _with_local_begins(spans: tuple[Span, ...]) -> Iterator[tuple[Span, int]]:
+    return zip(spans, accumulate((span.length for span in spans), initial=0), strict=False)
+
+
+def _shifted(x: torch.Tensor, call: _Shift) -> torch.Tensor:
+    own, dim = call.shards.own, call.shards.dim
+    rows = x.movedim(dim, 0)
+    y = torch.full_like(x, call.fill, memory_format=torch.contiguous_format)
+    into = y.movedim(dim, 0)
+    if call.shards.ranks.process_group is not None:
+        _exchange(rows, into, call)
+    for copy in _copies(own, own, call.shift):
+        into[copy.target] = rows[copy.source]
+    if call.bounds is not None:
+        positions = positions_of(own, x.device)
+        here, there = (
+            torch.searchsorted(call.bounds, i, right=True)
+            for i in (positions, positions + call.shift)
+        )
+        into[here != there] = call.fill
+    return y
+
+
+def _exchange(rows: torch.Tensor, into: torch.Tensor, call: _Shift) -> None:
+    """Copy the rows that other ranks hold into their places."""
+    spans, own, ranks = call.shards.spans, call.shards.own, call.shards.ranks
+    peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
+    leaving = {peer: _copies(own, spans[peer], call.shift) for peer in peers}
+    coming = {peer: _copies(spans[peer], own, call.shift) for peer in peers}
+    buffers = {
+        peer: rows.new_empty(sum(copy.length for copy in copies), *rows.shape[1:])
+        for peer, copies in coming.items()
+        if copies
+    }
+    DistributedTransport(ranks.process_group).start(
+        ranks.rank,
+        {
+            peer: as_bytes(torch.cat([rows[copy.source] for copy in copies]))
+            for peer, copies in leaving.items()
+            if copies
+        },
+        {peer: as_bytes(buffer) for peer, buffer in buffers.items()},
+        step=f"shift of a sequence by {call.shift}",
+    ).wait()
+    for peer, buffer in buffers.items():
+        begin = 0
+        for copy in coming[peer]:
+            into[copy.target] = buffer[begin : begin + copy.length]
+            begin += copy.length
+
+
+def _check_fill(fill: float, dtype: torch.dtype) -> None:
+    if isinstance(fill, bool) != (dtype == torch.bool) or not isinstance(fill, (int, float)):
+        raise TypeError(
+            f"fill is {fill!r} and x_local has dtype {dtype}; fill must be a number, or for a bool "
+            f"tensor True or False."
+        )
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return
+    limits = torch.iinfo(dtype)
+    if not limits.min <= fill <= limits.max or fill != int(fill):
+        raise ValueError(
+            f"fill is {fill} and x_local has dtype {dtype}; fill must be an integer from "
+            f"{limits.min} to {limits.max}, or convert x_local first."
+        )

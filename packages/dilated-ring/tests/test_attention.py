@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dilated_core import DilatedPattern
+from dilated_core import DilatedPattern, dilated_attention
 from dilated_core.reference import reference_dilated_attention
 from dilated_core.testing.cases import AWKWARD_CASES, Case, random_cases
 from dilated_ring import simulated_ring_attention
@@ -66,3 +66,69 @@ ATTENDED = Case(
 @example(ATTENDED, 8, "zigzag", "ring", "eager")
 def test_random_cases(case: Case, ring_size: int, layout: str, exchange: str, backend: str) -> None:
     compare(case, ring_size, layout, exchange, backend)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_some_of_the_heads(exchange: str) -> None:
+    """Heads 4 to 9 of 12, with the offsets that they have among the 12."""
+    pattern = DilatedPattern([10, 24, 60], [1, 4, 8], head_offsets="blocked")
+    case = Case(seq_len=60, num_heads=12, num_kv_heads=6, pattern=pattern, is_causal=True)
+    q, k, v, _ = case.tensors(dtype=torch.float64)
+    whole = dilated_attention(q, k, v, pattern, is_causal=True)
+    for layout in LAYOUTS:
+        some = simulated_ring_attention(
+            q[:, :, 4:10], k[:, :, 2:5], v[:, :, 2:5], pattern, ring_size=3, is_causal=True,
+            head_range=(4, 12), exchange=exchange, layout=layout,
+        )  # fmt: skip
+        assert (some - whole[:, :, 4:10]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_of_half_precision_does_not_grow_with_the_ring(dtype: torch.dtype) -> None:
+    """One rounding at the end, not one per hop."""
+    pattern = DilatedPattern([64, 256, 1024], [1, 2, 4])
+    case = Case(seq_len=1024, num_heads=4, head_dim=16, pattern=pattern, is_causal=True)
+    q, k, v, dout = case.tensors(dtype=dtype)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = reference_dilated_attention(*wide, pattern, is_causal=True)
+    want = torch.autograd.grad(exact, wide, dout.double())
+    errors: list[list[float]] = []
+    for ring_size in (1, 8):
+        out = simulated_ring_attention(
+            q, k, v, pattern, ring_size=ring_size, is_causal=True, exchange="ring", backend="sdpa"
+        )
+        got = torch.autograd.grad(out, (q, k, v), dout)
+        pairs = [(out.detach(), exact.detach()), *zip(got, want, strict=True)]
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in pairs])
+    for one, many in zip(*errors, strict=True):
+        assert many <= 1.2 * one
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v, _ = Case(seq_len=20, pattern=DilatedPattern([20], [1])).tensors(dtype=torch.float64)
+    out = simulated_ring_attention(q, k, v, DilatedPattern([20], [1]), ring_size=2, exchange="ring")
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+BAD = [
+    ({"ring_size": 0}, ValueError, "ring_size is 0"),
+    ({"ring_size": 2.5}, TypeError, "ring_size is 2.5"),
+    ({"layout": "striped"}, ValueError, "layout is 'striped'; it must be one of 'contiguous'"),
+    ({"exchange": "p2p"}, ValueError, "exchange is 'p2p'"),
+    ({"is_causal": "False"}, TypeError, "is_causal"),
+    ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+    ({"head_range": (3, 4)}, ValueError, "head_range"),
+    ({"exchange": "all_to_all", "ring_size": 5}, ValueError, "k and v have 4 heads"),
+    ({"key_padding_mask": torch.zeros(1, 3, dtype=torch.bool)}, ValueError, "key_padding_mask"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+    pattern = DilatedPattern([20], [1])
+    q, k, v, _ = Case(seq_len=20, pattern=pattern).tensors(dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        simulated_ring_attention(q, k, v, pattern, **({"ring_size": 2} | options))

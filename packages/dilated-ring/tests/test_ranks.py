@@ -89,6 +89,31 @@ def test_groups_and_meshes() -> None:
     assert max(max(errors) for errors in run_processes(groups_and_meshes, 4)) < 1e-9
 
 
+def two_levels() -> list[float]:
+    """Heads inside pairs of neighbours, rows across: rank i of across and j of inside is 2i + j."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("across", "inside"))
+    group = (mesh["across"], mesh["inside"])
+    pattern = CASE.pattern
+    cases = [
+        CASE,
+        Case(seq_len=9, num_heads=4, num_kv_heads=2, pattern=pattern, is_causal=True),
+        Case(seq_len=70, num_heads=5, batch_size=2, masked=0.4, pattern=pattern),
+        Case(seq_len=60, documents=(7, 40, 13), num_heads=3, pattern=pattern, is_causal=True),
+    ]
+    exchanges = ["ring", "all_gather", "auto"]
+    return [
+        worst_error(case, rank, 4, group=group, layout=layout, exchange=exchange)
+        for case in cases
+        for layout in LAYOUTS
+        for exchange in exchanges
+    ]
+
+
+def test_two_levels() -> None:
+    assert max(max(errors) for errors in run_processes(two_levels, 4)) < 1e-9
+
+
 def uneven_shards() -> float:
     """Contiguous shards may have any lengths, also none."""
     rank = dist.get_rank()

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
-from typing import NamedTuple, get_args
-
 import torch
-from dilated_core import AttentionOutput, DilatedPattern, Span
-from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
-from dilated_core.inputs import (
-    check_backend_name,
-    check_cu_seqlens,
-    check_dropout,
-    check_inputs,
-    check_key_padding_mask,
-    check_scale,
-    read_document_bounds,
-)
+from dilated_core import AttentionOutput, DilatedPattern
+from dilated_core.checks import check_integer
+from dilated_core.inputs import read_document_bounds
 
-from dilated_ring.execution.call import Call, ExchangeKind, run_call
-from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
+from dilated_ring.arguments import Options, cast, check_arguments, spans_of_lengths
+from dilated_ring.execution.call import Call, ExchangeKind, run_call, run_on_two_levels
+from dilated_ring.layout import Layout, num_positions, spans_of_ranks
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
-from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.sharding.group import Group, RankGroup, resolve_group
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
 from dilated_ring.transport.in_process import InProcessTransport
-
-EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
-
-
-class _Options(NamedTuple):
-    """What a caller may choose, checked; the same on all ranks."""
-
-    pattern: DilatedPattern
-    is_causal: bool
-    layout: Layout
-    exchange: ExchangeKind
-    scale: float
-    dropout_p: float
-    head_range: tuple[int, int]
-    backend: str
 
 
 def ring_dilated_attention(
@@ -49,7 +24,7 @@ def ring_dilated_attention(
     v: torch.Tensor,
     pattern: DilatedPattern,
     *,
-    group: Group = None,
+    group: Group | tuple[Group, Group] = None,
     is_causal: bool = False,
     layout: Layout = "contiguous",
     exchange: ExchangeKind = "auto",
@@ -82,8 +57,10 @@ def ring_dilated_attention(
         k, v: `(B, L, H_kv, D)`, as for `dilated_core.dilated_attention`.
         pattern: Of the whole sequence.
         group: The ranks that share the sequence: a ProcessGroup, a DeviceMesh with a dimension
-            "cp" or of one dimension, or None for all ranks. Without torch.distributed, or in a
-            group of one, this is `dilated_attention`.
+            "cp" or of one dimension, or None for all ranks. A pair (across, inside) of groups:
+            heads are exchanged for positions inside a node, and `exchange` is for what goes across
+            nodes; rank j inside node i holds part i · (size of inside) + j. Without
+            torch.distributed, or in a group of one, this is `dilated_attention`.
         is_causal: Query i sees only the keys j ≤ i of the whole sequence.
         layout: `"contiguous"`: rank i holds the i-th part; parts may have any lengths.
             `"zigzag"`: as `shard_sequence` cuts, which balances causal attention.
@@ -127,7 +104,7 @@ def ring_dilated_attention_with_lse(
     v: torch.Tensor,
     pattern: DilatedPattern,
     *,
-    group: Group = None,
+    group: Group | tuple[Group, Group] = None,
     is_causal: bool = False,
     layout: Layout = "contiguous",
     exchange: ExchangeKind = "auto",
@@ -147,24 +124,19 @@ def ring_dilated_attention_with_lse(
     Returns:
         `out` and `lse` `(B, L, H)`, as of `dilated_core.dilated_attention_with_lse`.
     """
-    ranks = resolve_group(group)
-    q, k, v = _autocast(q, k, v)
-    options = _check(
+    q, k, v = cast(q, k, v)
+    options = check_arguments(
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
         cu_seqlens, head_range, backend,
     )  # fmt: skip
     if seq_len is not None:
         check_integer("seq_len", seq_len, at_least=0)
-    lengths: list[int] | None = None
-    if ranks.process_group is None:
-        transport: Transport = InProcessTransport(1)
-        lengths = [q.shape[-3]]
-    else:
-        transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
-        if seq_len is None:
-            length = torch.tensor([q.shape[-3]], device="cpu")
-            lengths = [int(x) for x in transport.all_gather(ranks.rank, length)]
-    spans = _spans(options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len)
+    tensors = q, k, v, key_padding_mask, cu_seqlens
+    if isinstance(group, tuple):
+        return _on_two_levels(group, options, *tensors, seq_len, timeout_s)
+    ranks = resolve_group(group)
+    transport, lengths = _transport(ranks, options, *tensors, seq_len, timeout_s)
+    spans = spans_of_lengths(options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len)
     masks = None if key_padding_mask is None else [key_padding_mask]
     (result,) = _run(options, transport, spans, [q], [k], [v], masks, cu_seqlens)
     return result
@@ -211,8 +183,8 @@ def simulated_ring_attention(
         torch.Size([1, 100, 4, 16])
     """
     check_integer("ring_size", ring_size, at_least=1)
-    q, k, v = _autocast(q, k, v)
-    options = _check(
+    q, k, v = cast(q, k, v)
+    options = check_arguments(
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
         cu_seqlens, head_range, backend,
     )  # fmt: skip
@@ -232,49 +204,69 @@ def simulated_ring_attention(
     return out.index_select(dim, order.argsort())
 
 
-def _check(
+def _on_two_levels(
+    groups: tuple[Group, Group],
+    options: Options,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: DilatedPattern,
-    is_causal: bool,
-    layout: Layout,
-    exchange: ExchangeKind,
-    scale: float | None,
-    dropout_p: float,
     key_padding_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    head_range: tuple[int, int] | None,
-    backend: str,
-) -> _Options:
-    check_bool("is_causal", is_causal)
-    check_choice("layout", layout, LAYOUTS)
-    check_choice("exchange", exchange, EXCHANGES)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
-                "so give one of the two."
-            )
-    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
-    check_backend_name(backend)
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, q)
-    return _Options(
-        pattern,
-        is_causal,
-        layout,
-        exchange,
-        check_scale(scale, q.shape[-1]),
-        check_dropout(dropout_p),
-        check_head_range(head_range, q.shape[-2]),
-        backend,
-    )
+    seq_len: int | None,
+    timeout_s: float | None,
+) -> AttentionOutput:
+    if len(groups) != 2:
+        raise ValueError(
+            f"group is a tuple of {len(groups)}; it must be a pair (across, inside) of groups."
+        )
+    if options.exchange == "all_to_all":
+        raise ValueError(
+            "exchange is 'all_to_all' and group a pair of groups; heads are exchanged inside, so "
+            "choose 'ring', 'all_gather' or 'auto' for what goes across."
+        )
+    across, inside = (resolve_group(group) for group in groups)
+    tensors = q, k, v, key_padding_mask, cu_seqlens
+    near, lengths = _transport(inside, options, *tensors, seq_len, timeout_s)
+    held = q.shape[-3] if lengths is None else sum(lengths)
+    far, lengths = _transport(across, options, *tensors, seq_len, timeout_s, local_len=held)
+    if seq_len is None and lengths is not None:
+        seq_len = sum(lengths)
+    size, rank = across.size * inside.size, across.rank * inside.size + inside.rank
+    spans = spans_of_lengths(options.layout, size, rank, q.shape[-3], None, seq_len)
+    call = _call(options, spans, q, k, cu_seqlens)
+    if cu_seqlens is None:
+        return run_on_two_levels(call, near, far, q, k, v, key_padding_mask)
+    q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    out, lse = run_on_two_levels(call, near, far, q, k, v, None)
+    return AttentionOutput(out[0], lse[0])
+
+
+def _transport(
+    ranks: RankGroup,
+    options: Options,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    seq_len: int | None,
+    timeout_s: float | None,
+    *,
+    local_len: int | None = None,
+) -> tuple[Transport, list[int] | None]:
+    """How messages travel, and how many positions each rank holds unless `seq_len` is given."""
+    local_len = q.shape[-3] if local_len is None else local_len
+    if ranks.process_group is None:
+        return InProcessTransport(1), [local_len]
+    transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
+    if seq_len is not None:
+        return transport, None
+    length = torch.tensor([local_len], device="cpu")
+    return transport, [int(x) for x in transport.all_gather(ranks.rank, length)]
 
 
 def _run(
-    options: _Options,
+    options: Options,
     transport: Transport,
     spans: Spans,
     q: list[torch.Tensor],
@@ -283,71 +275,32 @@ def _run(
     masks: list[torch.Tensor] | None,
     cu_seqlens: torch.Tensor | None,
 ) -> list[AttentionOutput]:
+    call = _call(options, spans, q[0], k[0], cu_seqlens)
+    if cu_seqlens is None:
+        return run_call(call, transport, q, k, v, masks)
+    q, k, v = ([x.unsqueeze(0) for x in shards] for shards in (q, k, v))
+    results = run_call(call, transport, q, k, v, masks)
+    return [AttentionOutput(out[0], lse[0]) for out, lse in results]
+
+
+def _call(
+    options: Options,
+    spans: Spans,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> Call:
     seq_len = sum(num_positions(held) for held in spans)
-    bounds = None
-    if cu_seqlens is not None:
-        bounds = read_document_bounds(cu_seqlens, seq_len)
-        q, k, v = ([x.unsqueeze(0) for x in shards] for shards in (q, k, v))
-    call = Call(
+    return Call(
         options.pattern,
         options.is_causal,
         options.scale,
         options.dropout_p,
         options.backend,
         int(torch.randint(2**62, (), device="cpu")) if options.dropout_p else 0,
-        Heads(q[0].shape[2], k[0].shape[2], options.head_range),
+        Heads(q.shape[-2], k.shape[-2], options.head_range),
         options.exchange,
         spans,
         seq_len,
-        bounds,
+        None if cu_seqlens is None else read_document_bounds(cu_seqlens, seq_len),
     )
-    results = run_call(call, transport, q, k, v, masks)
-    if cu_seqlens is not None:
-        return [AttentionOutput(out[0], lse[0]) for out, lse in results]
-    return results
-
-
-def _spans(
-    layout: Layout,
-    size: int,
-    rank: int,
-    local_len: int,
-    lengths: list[int] | None,
-    seq_len: int | None,
-) -> Spans:
-    """The spans of all ranks.
-
-    Raises:
-        ValueError: If the lengths are not those of the layout.
-    """
-    if lengths is not None and seq_len is not None and sum(lengths) != seq_len:
-        raise ValueError(f"seq_len is {seq_len} and the ranks hold {sum(lengths)} positions.")
-    if layout == "contiguous" and lengths is not None:
-        bounds = accumulate(lengths, initial=0)
-        return tuple(joined([Span(a, b)]) for a, b in pairwise(bounds))
-    if seq_len is None:
-        assert lengths is not None
-        seq_len = sum(lengths)
-    spans = spans_of_ranks(layout, seq_len, size)
-    for i, held in enumerate(spans):
-        length = local_len if i == rank else lengths[i] if lengths is not None else None
-        if length is not None and length != num_positions(held):
-            raise ValueError(
-                f"rank {i} holds {length} positions; of {seq_len} in the layout {layout!r} over "
-                f"{size} ranks it holds {num_positions(held)}, so cut them with shard_sequence."
-            )
-    return spans
-
-
-def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors as `dilated_attention` casts them under autocast: float64 stays."""
-    first = tensors[0]
-    if not isinstance(first, torch.Tensor):
-        return list(tensors)
-    kind = first.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    ]

@@ -18,7 +18,14 @@ from dilated_core import (
 
 from dilated_ring.execution.attend import Shards, Work
 from dilated_ring.execution.differentiable import attend_shards
-from dilated_ring.execution.heads import parts_of_heads, places, to_heads, to_positions
+from dilated_ring.execution.heads import (
+    Places,
+    parts_of_heads,
+    places,
+    to_heads,
+    to_positions,
+)
+from dilated_ring.layout import joined
 from dilated_ring.plan.exchange import Exchange, Route, plan_exchange
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import (
@@ -70,6 +77,8 @@ def run_call(
         q, k, v: `(B, L, H, D)` and `(B, L, H_kv, D)` for each hosted rank; B is 1 with documents.
         masks: `(B, L)` for each hosted rank, True for keys to ignore; None: no mask.
     """
+    if transport.size == 1 or _is_aligned(call):
+        return _each_rank_alone(call, q, k, v, masks)
     hidden = None if masks is None else _gather_masks(call, transport, masks)
     exchange = plan_call(call, transport.size)
     if call.exchange == "all_to_all" or (
@@ -92,6 +101,98 @@ def run_call(
     if call.bounds is None:
         return attend_shards(work, q, k, v)
     return _with_local_documents(call, work, q, k, v)
+
+
+def run_on_two_levels(
+    call: Call,
+    inside: Transport,
+    across: Transport,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> AttentionOutput:
+    """Heads for positions inside a node, then keys to queries across nodes; differentiable.
+
+    Rank number i·n + j of `call.ranks` is rank i of `across` and rank j of `inside`, which has n.
+    """
+    (i,), (j,) = across.hosted, inside.hosted
+    n = inside.size
+    heads = call.heads
+    parts = parts_of_heads(heads.num_heads, heads.num_kv_heads, n)
+    q_parts, kv_parts = [part for part, _ in parts], [part for _, part in parts]
+    where = places(call.ranks[i * n : (i + 1) * n])
+    (queries,) = to_heads(inside, where, q_parts, [q])
+    (keys,) = to_heads(inside, where, kv_parts, [k])
+    (values,) = to_heads(inside, where, kv_parts, [v])
+    masks = None if mask is None else [_all_positions(inside, where, [mask])]
+    first, total = heads.head_range
+    mine = Heads(queries.shape[2], keys.shape[2], (first + q_parts[j].start, total))
+    nodes = tuple(
+        joined([span for held in call.ranks[a * n : (a + 1) * n] for span in held])
+        for a in range(across.size)
+    )
+    (result,) = run_call(
+        call._replace(ranks=nodes, heads=mine), across, [queries], [keys], [values], masks
+    )
+    (out,) = to_positions(inside, where, q_parts, [result.out])
+    (lse,) = to_positions(inside, where, q_parts, [result.lse])
+    return AttentionOutput(out, lse)
+
+
+def _is_aligned(call: Call) -> bool:
+    """Whether each rank holds whole segments of every branch, so that nothing travels.
+
+    Zero keys fill the last segment up to w, which a rank alone does not know if it holds less.
+    """
+    if call.bounds is not None or (call.pattern.padding == "attended" and not call.is_causal):
+        return False
+    lengths = [min(w, call.seq_len) for w in call.pattern.segment_lengths]
+    return all(len(spans) <= 1 for spans in call.ranks) and all(
+        span.start % w == 0 for spans in call.ranks for span in spans for w in lengths
+    )
+
+
+def _each_rank_alone(
+    call: Call, q: Shards, k: Shards, v: Shards, masks: Shards | None
+) -> list[AttentionOutput]:
+    """Attention within each shard: any backend runs, also one with the whole pattern."""
+    results: list[AttentionOutput] = []
+    for number, tensors in enumerate(zip(q, k, v, strict=True)):
+        results.append(
+            _attend(call, tensors, call.bounds, None if masks is None else masks[number])
+        )
+    return results
+
+
+def _attend(
+    call: Call,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bounds: torch.Tensor | None,
+    hidden: torch.Tensor | None = None,
+    first_head: int = 0,
+) -> AttentionOutput:
+    """Attention on one device, of tensors with a batch of 1 if packed."""
+    first, total = call.heads.head_range
+    q, k, v = tensors
+    if bounds is not None:
+        q, k, v = q[0], k[0], v[0]
+    result = dilated_attention_with_lse(
+        q,
+        k,
+        v,
+        call.pattern,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        key_padding_mask=hidden,
+        cu_seqlens=bounds,
+        head_range=(first + first_head, total),
+        backend=call.backend,
+    )
+    if bounds is None:
+        return result
+    return AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))
 
 
 def plan_call(call: Call, size: int) -> Exchange:
@@ -143,24 +244,12 @@ def _over_heads(
     queries = to_heads(transport, where, q_parts, q)
     keys = to_heads(transport, where, kv_parts, k)
     values = to_heads(transport, where, kv_parts, v)
-    results: list[AttentionOutput] = []
-    first, total = heads.head_range
-    is_packed = call.bounds is not None
-    for rank, a, b, c in zip(transport.hosted, queries, keys, values, strict=True):
-        result = dilated_attention_with_lse(
-            *((a[0], b[0], c[0]) if is_packed else (a, b, c)),
-            call.pattern,
-            is_causal=call.is_causal,
-            scale=call.scale,
-            dropout_p=call.dropout_p,
-            key_padding_mask=hidden,
-            cu_seqlens=call.bounds,
-            head_range=(first + q_parts[rank].start, total),
-            backend=call.backend,
+    results = [
+        _attend(call, tensors, call.bounds, hidden, q_parts[rank].start)
+        for rank, tensors in zip(
+            transport.hosted, zip(queries, keys, values, strict=True), strict=True
         )
-        if is_packed:
-            result = AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))
-        results.append(result)
+    ]
     outs = to_positions(transport, where, q_parts, [result.out for result in results])
     lses = to_positions(transport, where, q_parts, [result.lse for result in results])
     return [AttentionOutput(*pair) for pair in zip(outs, lses, strict=True)]
@@ -168,7 +257,10 @@ def _over_heads(
 
 def _gather_masks(call: Call, transport: Transport, masks: Shards) -> torch.Tensor:
     """`(B, S)`: the mask of all positions, one byte for each."""
-    where = places(call.ranks)
+    return _all_positions(transport, places(call.ranks), masks)
+
+
+def _all_positions(transport: Transport, where: Places, masks: Shards) -> torch.Tensor:
     # With one head that every rank gets, this is what gathering positions does.
     x = [mask.to(torch.uint8).unsqueeze(-1) for mask in masks]
     gathered = to_heads(transport, where, [slice(0, 1)] * transport.size, x)
@@ -217,16 +309,4 @@ def _attend_locally(
     bounds = call.bounds[documents.bounds.start : documents.bounds.stop]
     bounds = bounds - bounds[0]
     rows = slice(documents.at, documents.at + int(bounds[-1]))
-    result = dilated_attention_with_lse(
-        q[0, rows],
-        k[0, rows],
-        v[0, rows],
-        call.pattern,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        dropout_p=call.dropout_p,
-        cu_seqlens=bounds,
-        head_range=call.heads.head_range,
-        backend=call.backend,
-    )
-    return AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))
+    return _attend(call, (q[:, rows], k[:, rows], v[:, rows]), bounds)

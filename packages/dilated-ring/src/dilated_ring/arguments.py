@@ -1,0 +1,129 @@
+"""The arguments of attention over ranks: checked, and the spans that the ranks hold."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import NamedTuple, get_args
+
+import torch
+from dilated_core import DilatedPattern, Span
+from dilated_core.checks import check_bool, check_choice, check_head_range
+from dilated_core.inputs import (
+    check_backend_name,
+    check_cu_seqlens,
+    check_dropout,
+    check_inputs,
+    check_key_padding_mask,
+    check_scale,
+)
+
+from dilated_ring.execution.call import ExchangeKind
+from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
+from dilated_ring.plan.sequences import Spans
+
+EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
+
+
+class Options(NamedTuple):
+    """What a caller may choose, checked; the same on all ranks."""
+
+    pattern: DilatedPattern
+    is_causal: bool
+    layout: Layout
+    exchange: ExchangeKind
+    scale: float
+    dropout_p: float
+    head_range: tuple[int, int]
+    backend: str
+
+
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: DilatedPattern,
+    is_causal: bool,
+    layout: Layout,
+    exchange: ExchangeKind,
+    scale: float | None,
+    dropout_p: float,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    head_range: tuple[int, int] | None,
+    backend: str,
+) -> Options:
+    """The options of a call, as every rank must have them.
+
+    Raises:
+        TypeError, ValueError: As for `ring_dilated_attention`, for what one rank can see.
+    """
+    check_bool("is_causal", is_causal)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("exchange", exchange, EXCHANGES)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
+                "so give one of the two."
+            )
+    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
+    check_backend_name(backend)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, q)
+    return Options(
+        pattern,
+        is_causal,
+        layout,
+        exchange,
+        check_scale(scale, q.shape[-1]),
+        check_dropout(dropout_p),
+        check_head_range(head_range, q.shape[-2]),
+        backend,
+    )
+
+
+def spans_of_lengths(
+    layout: Layout,
+    size: int,
+    rank: int,
+    local_len: int,
+    lengths: list[int] | None,
+    seq_len: int | None,
+) -> Spans:
+    """The spans of all ranks.
+
+    Raises:
+        ValueError: If the lengths are not those of the layout.
+    """
+    if lengths is not None and seq_len is not None and sum(lengths) != seq_len:
+        raise ValueError(f"seq_len is {seq_len} and the ranks hold {sum(lengths)} positions.")
+    if layout == "contiguous" and lengths is not None:
+        bounds = accumulate(lengths, initial=0)
+        return tuple(joined([Span(a, b)]) for a, b in pairwise(bounds))
+    if seq_len is None:
+        assert lengths is not None
+        seq_len = sum(lengths)
+    spans = spans_of_ranks(layout, seq_len, size)
+    for i, held in enumerate(spans):
+        length = local_len if i == rank else lengths[i] if lengths is not None else None
+        if length is not None and length != num_positions(held):
+            raise ValueError(
+                f"rank {i} holds {length} positions; of {seq_len} in the layout {layout!r} over "
+                f"{size} ranks it holds {num_positions(held)}, so cut them with shard_sequence."
+            )
+    return spans
+
+
+def cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as `dilated_attention` casts them under autocast: float64 stays."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor):
+        return list(tensors)
+    kind = first.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    ]

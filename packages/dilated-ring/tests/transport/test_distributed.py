@@ -119,4 +119,4 @@ def _outside() -> str:
 
 
 def test_a_rank_outside_the_group_is_refused() -> None:
-    assert "rank 1 does not belong to the group" in run_processes(_outside, 2)[1]
+    assert "group does not include rank 1" in run_processes(_outside, 2)[1]

@@ -1,0 +1,50 @@
+"""Tell the other ranks of a group that this one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from dilated_ring.transport.contract import Transport
+from dilated_ring.transport.distributed import DistributedTransport
+from dilated_ring.transport.errors import DisagreementError, RankFailure
+
+
+@contextmanager
+def reporting_failures(transport: Transport, rank: int) -> Generator[None]:
+    """Tell the other ranks of an error in the block: one call, all ranks, forward or backward.
+
+    The error itself is raised on this rank, with a note. The other ranks raise `RankFailure`, now
+    if they wait for messages, else when they next use the group. A `DisagreementError` is not
+    reported, because every rank raises it.
+
+    Example::
+
+        with reporting_failures(transport, rank):
+            lengths = check_agreement(transport, rank, description, local_len)
+            ...
+
+    Args:
+        transport: Ranks that share a process need no report; for them nothing is done.
+        rank: The rank that runs the block.
+
+    Raises:
+        RankFailure: If a rank has failed before.
+    """
+    watch = transport.watch if isinstance(transport, DistributedTransport) else None
+    if watch is None:
+        yield
+        return
+    watch.begin_call()
+    try:
+        yield
+    except (RankFailure, DisagreementError):
+        raise
+    except BaseException as error:
+        watch.fail(f"{type(error).__name__}: {error}".rstrip(". ") + ".")
+        error.add_note(
+            f"The other ranks of the group were told that rank {watch.name} raised this."
+        )
+        raise
+    finally:
+        watch.end_wait()

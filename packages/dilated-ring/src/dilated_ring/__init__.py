@@ -18,6 +18,8 @@ from dilated_ring.layout import Layout
 from dilated_ring.sharding.positions import local_positions
 from dilated_ring.sharding.sequence import shard_sequence, unshard_sequence
 from dilated_ring.sharding.shift import shift_sequence
+from dilated_ring.training.cross_entropy import chunked_cross_entropy
+from dilated_ring.training.same_batch import check_same_batch
 
 __version__ = _version("dilated-ring")
 
@@ -32,4 +34,7 @@ __all__ = [
     "shard_sequence",
     "shift_sequence",
     "unshard_sequence",
+    # training
+    "check_same_batch",
+    "chunked_cross_entropy",
 ]

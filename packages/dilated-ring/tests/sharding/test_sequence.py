@@ -47,6 +47,11 @@ def _check_dtypes():
     assert torch.equal(unshard_sequence(shard_sequence(x)), x)
 
 
+def _close(a, b):
+    # torch.testing.assert_close imports sympy, which takes seconds in each process.
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def _check_gradients(rank, size):
     """Against one process, whose loss is the sum of the losses of all ranks."""
     generator = torch.Generator().manual_seed(0)
@@ -60,14 +65,14 @@ def _check_gradients(rank, size):
             x = full.clone().requires_grad_()
             local = shard_sequence(x, layout=layout)
             (local.square() * weights[0][:, positions]).sum().backward()
-            torch.testing.assert_close(x.grad, 2 * full * weights[0])
+            assert _close(x.grad, 2 * full * weights[0])
 
             # Each rank's own loss of the whole.
             part = full[:, positions].clone().requires_grad_()
             whole = unshard_sequence(part, layout=layout)
             (whole.square() * weights[rank]).sum().backward()
             expected = 2 * full * weights.sum(0)
-            torch.testing.assert_close(part.grad, expected[:, positions])
+            assert _close(part.grad, expected[:, positions])
 
     # The same bits twice, half precision added wide, and second derivatives.
     x = torch.randn(3, 7, generator=generator).bfloat16()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import wraps
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 
@@ -24,6 +24,14 @@ def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; it must be True or False.")
     return value
+
+
+def is_listed(value: object) -> TypeGuard[Iterable[Any]]:
+    """Whether a value lists entries in an order that its writer chose.
+
+    A mapping does not, whose entries are its keys, nor does a set or a string.
+    """
+    return isinstance(value, Iterable) and not isinstance(value, (Mapping, Set, str))
 
 
 def check_integer(

@@ -150,6 +150,33 @@ def test_auto_passes_over_backends_without_decoding():
         unregister_backend("attention")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out, lse: (out[:, 0], lse), r"out of shape \(\d, 4, 6\) and lse of shape"),
+        (lambda out, lse: (out, lse[..., None]), r"lse of shape \(\d, 1, 4, 1\) for q of shape"),
+        (lambda out, lse: (out.double(), lse), "returned out in torch.float64"),
+        (lambda out, lse: (out, lse.half()), "lse in torch.float16"),
+    ],
+)
+@pytest.mark.parametrize("runs", [1, 2])
+def test_results_are_compared_with_the_contract(by_layout, monkeypatch, change, message, runs):
+    """In one run of sequences at a position, and in several."""
+    cache, tokens = cache_and_tokens(1)
+    if runs == 2:
+        cache.prefill(*(x.expand(-1, 3, -1, -1) for x in tokens[1:]), lengths=[3, 1])
+    before = cache.positions
+    real = by_layout.decode_forward
+
+    def changed(*args, **options):
+        return AttentionOutput(*change(*real(*args, **options)))
+
+    monkeypatch.setattr(by_layout, "decode_forward", changed)
+    with pytest.raises(ValueError, match=f"backend 'by layout' .*{message}"):
+        decode_step(*tokens, cache, backend="by layout")
+    assert cache.positions == before
+
+
 def test_a_choice_does_not_outlive_the_backend():
     backend = ByLayout()
     cache, tokens = cache_and_tokens(1)

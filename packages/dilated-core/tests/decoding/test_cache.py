@@ -361,6 +361,8 @@ def test_errors_of_a_cache(error, message, changes):
         (TypeError, "an entry of batch_indices is True; it must be an integer", [1, True]),
         (TypeError, "batch_indices has dtype torch.bool", torch.tensor([True, False])),
         (TypeError, "batch_indices is a int; it must be a tensor or a list", 1),
+        (TypeError, "batch_indices is a dict; it must be a tensor or a list", {0: 1}),
+        (TypeError, "batch_indices is a set; it must be a tensor or a list", {0, 1}),
         (ValueError, r"batch_indices has shape \(\)", torch.tensor(1)),
         (ValueError, r"batch_indices holds -1; each must be in \[0, B\), here B = 2", [0, -1]),
         (ValueError, "batch_indices holds 2", torch.tensor([2, 0])),

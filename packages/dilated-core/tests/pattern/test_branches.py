@@ -53,6 +53,8 @@ def test_immutable():
         ([True], [1], {}, TypeError, r"segment_lengths\[0\] is True; it must be an integer"),
         (["4"], [1], {}, TypeError, r"segment_lengths\[0\] is '4'; it must be an integer"),
         ("48", [1], {}, TypeError, "segment_lengths is '48'; give a list of integers"),
+        ({4: 1}, [1], {}, TypeError, r"segment_lengths is \{4: 1\}; give a list of integers"),
+        ([4], {1}, {}, TypeError, r"dilation_rates is \{1\}; give a list of integers"),
         (4, [1], {}, TypeError, "segment_lengths is 4; give a list of integers"),
         ([4], [1], {"head_offsets": "mod"}, ValueError, "head_offsets is 'mod'; it must be one of "
          "'interleaved', 'blocked'"),

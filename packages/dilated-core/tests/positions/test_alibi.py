@@ -186,6 +186,8 @@ def test_overlapping_and_expanded_inputs():
 def test_bias_mistakes():
     with pytest.raises(TypeError, match=r"k_positions has dtype torch.float32; it must be an int"):
         alibi_bias(torch.arange(3), torch.arange(3.0), [1.0])
+    with pytest.raises(TypeError, match=r"slopes is \{1\.0\}; it must be a list of numbers"):
+        alibi_bias(torch.arange(3), torch.arange(3), {1.0})
     with pytest.raises(ValueError, match=r"q_positions has shape \(1, 3\); it must have one dim"):
         alibi_bias(torch.arange(3)[None], torch.arange(3), [1.0])
 
@@ -226,6 +228,7 @@ def test_no_graph_break():
         ({"scale": 0}, ValueError, "scale is 0, which would remove the bias too"),
         ({"scale": float("nan")}, ValueError, "scale is nan; it must be finite"),
         ({"slopes": [1.0]}, ValueError, "slopes has 1 entries and q 2 heads; give one per head"),
+        ({"slopes": {1.0: 2, 2.0: 3}}, TypeError, r"slopes is \{.*\}; it must be a list"),
         ({"slopes": [1.0, math.inf]}, ValueError, "slopes holds a number that is not finite"),
     ],
 )  # fmt: skip

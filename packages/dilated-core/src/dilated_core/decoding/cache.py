@@ -13,7 +13,7 @@ Heads that share an offset and a head of k and v share the rows of a branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from dilated_core.checks import (
     check_integer,
     check_integers,
     check_tensor,
+    is_listed,
 )
 from dilated_core.decoding.size import check_sizes
 from dilated_core.pattern.branches import DilatedPattern
@@ -332,13 +333,11 @@ def check_batch_indices(batch_indices: torch.Tensor | Sequence[int], batch_size:
                 f"batch_indices has shape {tuple(given.shape)}; it must have one dimension."
             )
         given = cast(Any, given.tolist())
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if not is_listed(given):
         raise TypeError(
             f"batch_indices is a {type(given).__name__}; it must be a tensor or a list of integers."
         )
-    chosen = [
-        check_integer("an entry of batch_indices", index) for index in cast(Iterable[Any], given)
-    ]
+    chosen = [check_integer("an entry of batch_indices", index) for index in given]
     for index in chosen:
         if not 0 <= index < batch_size:
             raise ValueError(

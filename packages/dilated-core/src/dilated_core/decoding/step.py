@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dilated_core.backends.contract import AttentionInputs
+from dilated_core.backends.contract import AttentionInputs, check_output
 from dilated_core.backends.registry import choose_backend
 from dilated_core.decoding.cache import DecodingCache
 from dilated_core.inputs import check_scale
@@ -56,6 +56,8 @@ def decode_step_with_lse(
             )
             for rows, position, _ in runs
         ]
+        for (rows, _, _), (out, lse) in zip(runs, results, strict=True):
+            check_output(chosen, out, lse, q[rows])
         cache._positions = [position + 1 for position in cache._positions]
         if len(results) == 1:
             return results[0]
@@ -119,8 +121,9 @@ def decode_step(
     Raises:
         TypeError: If an argument has the wrong type or another dtype than the cache.
         ValueError: If shapes or devices do not fit, the cache would exceed its `max_seq_len`, the
-            scale is not finite, q, k or v requires a gradient while gradients are enabled, or the
-            named backend does not exist or cannot decode these.
+            scale is not finite, q, k or v requires a gradient while gradients are enabled, the
+            named backend does not exist or cannot decode these, or it returns another shape or
+            dtype than the contract has.
 
     Example:
         >>> pattern = DilatedPattern([4, 16], [1, 2])

@@ -19,6 +19,7 @@ from dilated_core.checks import (
     check_choice,
     check_head_range,
     check_integer,
+    is_listed,
 )
 
 HeadOffsets = Literal["interleaved", "blocked"]
@@ -261,7 +262,7 @@ def check_pattern(pattern: object) -> None:
 
 
 def _positive_integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    if isinstance(values, bytes) or not is_listed(values):
         raise TypeError(f"{name} is {values!r}; give a list of integers, such as [2048, 4096].")
     checked = [check_integer(f"{name}[{i}]", value, at_least=1) for i, value in enumerate(values)]
     if not checked:

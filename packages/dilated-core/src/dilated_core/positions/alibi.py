@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dilated_core.checks import check_head_range, check_integer, check_positions, check_tensor
+from dilated_core.checks import (
+    check_head_range,
+    check_integer,
+    check_positions,
+    check_tensor,
+    is_listed,
+)
 from dilated_core.inputs import check_scale
 
 # Positions have at most this many bits.
@@ -113,7 +119,7 @@ def alibi_bias(
         `(H, M, N)`; −∞ where j > i.
 
     Raises:
-        TypeError: If positions are not integers.
+        TypeError: If positions are not integers, or slopes is no list of numbers.
         ValueError: If positions do not have one dimension.
 
     Example:
@@ -123,9 +129,10 @@ def alibi_bias(
     """
     check_positions("q_positions", q_positions)
     check_positions("k_positions", k_positions)
+    slopes = _checked_slopes(slopes)
     # Narrow integers, unsigned ones above all, cannot hold differences of their values.
     difference = (k_positions.long() - q_positions.long()[:, None]).to(dtype)
-    m = torch.tensor(tuple(slopes), dtype=dtype, device=difference.device)
+    m = torch.tensor(slopes, dtype=dtype, device=difference.device)
     return torch.where(difference <= 0, m[:, None, None] * difference, -math.inf)
 
 
@@ -194,7 +201,7 @@ def with_alibi(
         )
     if slopes is None:
         slopes = alibi_slopes(H, head_range=head_range)
-    slopes = tuple(map(float, slopes))
+    slopes = _checked_slopes(slopes)
     if len(slopes) != H:
         raise ValueError(f"slopes has {len(slopes)} entries and q {H} heads; give one per head.")
     # The kernel multiplies every channel by the scale, and the product must be m.
@@ -299,6 +306,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float | No
     if scale == 0:
         raise ValueError("scale is 0, which would remove the bias too; it must not be 0.")
     return scale
+
+
+def _checked_slopes(slopes: Sequence[float]) -> tuple[float, ...]:
+    if not is_listed(slopes):
+        raise TypeError(f"slopes is {slopes!r}; it must be a list of numbers, one per head.")
+    return tuple(map(float, slopes))
 
 
 def _check_range(slopes: Sequence[float], scale: float, dtype: torch.dtype) -> None:

@@ -104,6 +104,12 @@ def test_long_documents_in_the_range_of_xpos_pack_to_any_length(config):
         (torch.zeros(1, 4).long(), torch.tensor([0, 4]), ValueError, r"it must be \(T,\), as cu_"),
         (torch.zeros(4).long(), [0, 4], TypeError, "cu_seqlens is a list; it must be an int32 or"),
         (torch.zeros(4).long(), torch.tensor([0.0, 4.0]), TypeError, "cu_seqlens has dtype"),
+        (
+            torch.zeros(4).long(),
+            torch.zeros(2).long().to("meta"),
+            ValueError,
+            "on meta and holds no",
+        ),
         (torch.zeros(4).long(), torch.tensor([4]), ValueError, r"cu_seqlens has shape \(1,\)"),
         (torch.zeros(4).long(), torch.tensor([0, 3]), ValueError, "cu_seqlens ends at 3 and q has"),
         (torch.zeros(4).long(), torch.tensor([0, 9]), ValueError, "cu_seqlens ends at 9 and q has"),

@@ -101,10 +101,14 @@ def test_logits_without_a_largest_are_refused(model, options):
             list(generate(model, [5], max_new_tokens=1, **options))
 
 
-@pytest.mark.parametrize("prompt", [None, 5])
+@pytest.mark.parametrize("prompt", [None, 5, {1: 2}, {1, 2}, "12"])
 def test_a_prompt_is_a_list(model, prompt):
-    with pytest.raises(TypeError, match=f"prompt is {prompt}; it must be a list of token ids"):
+    with pytest.raises(TypeError, match=r"prompt is .*; it must be a list of token ids"):
         generate(model, prompt, max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"prompts\[1\] is .*; it must be a list of token ids"):
+        generate_batch(model, [[1], prompt], max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"prompts is .*; it must be a list of prompts"):
+        generate_batch(model, prompt, max_new_tokens=1)
 
 
 def test_a_prompt_has_values(model):
@@ -143,7 +147,7 @@ def test_refusals_come_at_the_call(model, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": "def"}, "a token of prompt is 'd'; it must be an integer"),
+        ({"prompt": "def"}, "prompt is 'def'; it must be a list of token ids"),
         ({"prompt": [1.0]}, r"a token of prompt is 1\.0; it must be an integer"),
         ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; it must be an integer"),
         ({"temperature": "1"}, "temperature is '1'; it must be a number"),

@@ -267,6 +267,24 @@ def test_refusals(model, config):
         LongNetLM(dataclasses.replace(config, backend="no-such-backend"))(four)
 
 
+@pytest.mark.parametrize("token", [-1, 61, 2**40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_unknown_tokens_are_refused(model, token, packed):
+    tokens = torch.tensor([1, 60, token, 2])
+    bounds = torch.tensor([0, 4]) if packed else None
+    with pytest.raises(ValueError, match=rf"tokens holds {token}; .* below num_tokens, here 61"):
+        model(tokens if packed else tokens[None], cu_seqlens=bounds)
+
+
+@pytest.mark.slow  # vmap imports the compiler: five CPU-seconds
+def test_tokens_are_not_read_where_they_have_no_values(model):
+    """A transform could not go on after a read."""
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 60]])
+    expected = model(tokens)
+    mapped = torch.vmap(lambda row: model(row[None])[0])(tokens)
+    torch.testing.assert_close(mapped, expected)
+
+
 def test_it_learns_a_pattern_by_heart():
     torch.manual_seed(0)
     model = LongNetLM(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from dilated_core.checks import check_integer, check_number
+from dilated_core.checks import check_integer, check_number, is_listed
 from torch import Tensor
 
 from dilated_models.longnet.generation_cache import GenerationCache
@@ -156,6 +156,8 @@ def generate_batch(
         (5, 5)
     """
     check_weights(model)
+    if not is_listed(prompts):
+        raise TypeError(f"prompts is {prompts!r}; it must be a list of prompts.")
     texts = [_check_prompt(f"prompts[{i}]", prompt, model) for i, prompt in enumerate(prompts)]
     if not texts:
         raise ValueError("prompts is empty; it must hold at least one prompt to continue.")
@@ -184,13 +186,12 @@ def _restore(steps: Generator[tuple[int, ...]], order: list[int]) -> Iterator[tu
 
 
 def _check_prompt(name: str, prompt: object, model: LongNetLM) -> list[int]:
-    if not isinstance(prompt, Iterable):
+    if not is_listed(prompt):
         raise TypeError(f"{name} is {prompt!r}; it must be a list of token ids.")
     if isinstance(prompt, Tensor) and prompt.is_meta:
         raise ValueError(f"{name} is on meta and holds no values; give it on the CPU.")
     last = model.config.num_tokens - 1
-    values = cast(Iterable[object], prompt)
-    tokens = [check_integer(f"a token of {name}", x, at_least=0, at_most=last) for x in values]
+    tokens = [check_integer(f"a token of {name}", x, at_least=0, at_most=last) for x in prompt]
     if not tokens:
         raise ValueError(f"{name} is empty; it must hold at least one token to continue from.")
     return tokens

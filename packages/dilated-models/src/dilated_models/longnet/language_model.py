@@ -10,6 +10,7 @@ from typing import Any, Never, Self, cast
 
 import torch
 from dilated_core.checks import check_bool, check_float_dtype, check_tensor
+from dilated_core.dispatch import is_plain
 from dilated_core.inputs import check_cu_seqlens
 from dilated_core.modules.options import check_forward_names, from_options
 from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
@@ -140,7 +141,8 @@ class LongNetLM(nn.Module):
 
         Args:
             tokens: `(B, S)`, int64, each in [0, num_tokens). With `cu_seqlens` `(T,)`, T being the
-                tokens of all documents together.
+                tokens of all documents together. Their values are checked on the CPU, unless a
+                compiler or a transform is at work. A GPU would have to wait for that check.
             is_causal: Whether a position sees no later one, as a language model must.
             positions: `(S,)`, int64, absolute positions of the tokens for xPos or RoPE; None
                 means 0 … S − 1, counted anew in each document. The attention pattern always follows
@@ -161,8 +163,8 @@ class LongNetLM(nn.Module):
 
         Raises:
             TypeError: If `tokens` or `positions` is not an int64 tensor, or an argument is unknown.
-            ValueError: If a shape or device does not fit, xPos would leave the range of the dtype,
-                or arguments exclude each other.
+            ValueError: If a shape or device does not fit, a token is unknown, xPos would leave the
+                range of the dtype, or arguments exclude each other.
         """
         known = ("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths")
         check_forward_names(self, unknown, known, self.config)
@@ -179,7 +181,13 @@ class LongNetLM(nn.Module):
         else:
             _check_integers("tokens", tokens, "(T,), as cu_seqlens is given", ndim=1)
             check_cu_seqlens(cu_seqlens)
+            if cu_seqlens.is_meta and not tokens.is_meta:
+                raise ValueError(
+                    f"cu_seqlens is on meta and holds no values, and tokens is on {tokens.device}; "
+                    f"cu_seqlens must hold values, so give it on the CPU."
+                )
             documents = Documents.of(cu_seqlens.to(tokens.device), tokens.shape[0])
+        self._check_known(tokens)
         rotation = self._rotation(tokens, positions, documents)
         x = self._embed(tokens)
         recompute = (
@@ -197,6 +205,18 @@ class LongNetLM(nn.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.d_model)
         return self.dropout(x)
+
+    def _check_known(self, tokens: Tensor) -> None:
+        """Refuse unknown tokens where their values are at hand: on the CPU, and not traced."""
+        if tokens.device.type != "cpu" or not tokens.numel() or not is_plain(tokens):
+            return
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.config.num_tokens:
+            raise ValueError(
+                f"tokens holds {low if low < 0 else high}; each must be at least 0 and below "
+                f"num_tokens, here {self.config.num_tokens}, so encode the text with the model's "
+                f"own vocabulary."
+            )
 
     def _check_cache(
         self,
@@ -223,13 +243,7 @@ class LongNetLM(nn.Module):
     ) -> Tensor:
         """Logits `(B, 1, num_tokens)` of the last token of each sequence."""
         # Before the first part changes the cache, which would keep a part of the prompt.
-        if tokens.device.type == "cpu" and tokens.numel() and not isinstance(tokens, FakeTensor):
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= self.config.num_tokens:
-                raise ValueError(
-                    f"tokens holds {low if low < 0 else high}; each must be at least 0 and below "
-                    f"num_tokens, here {self.config.num_tokens}."
-                )
+        self._check_known(tokens)
         last = self.embedding.weight.new_full((len(tokens), self.config.d_model), math.nan)
         for part, counts, rotation in cache.parts(tokens, lengths):
             x = self._embed(part)

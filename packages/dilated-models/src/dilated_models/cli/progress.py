@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
+from dilated_models.training.duration import StepTimes
 from dilated_models.training.evaluation import Evaluation
 from dilated_models.training.loop import StepRecord
 
@@ -21,13 +24,92 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-class TrainingProgress:
+class Progress:
+    """A bar on a terminal; elsewhere, a line every ten seconds.
+
+    Args:
+        console: Prints the bar or the lines.
+        unit: What is counted.
+        has_finished_bar: Whether the bar stays on the terminal when the work has ended.
+        total: Number of all, if known.
+        done: Number of those done before.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        unit: str,
+        *,
+        has_finished_bar: bool,
+        total: int | None = None,
+        done: int = 0,
+    ) -> None:
+        self.console = console
+        self._unit = unit
+        self._last_line = time.monotonic()
+        self._bar = rich.progress.Progress(
+            TextColumn(unit + " {task.completed}/{task.total}", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            TextColumn("{task.fields[what]}", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=not has_finished_bar,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, numbers="", what="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def busy(self, what: str) -> None:
+        """Show the work between two counts, on a terminal."""
+        self._bar.update(self._task, what=what)
+
+    def show(
+        self,
+        done: int,
+        total: int,
+        *,
+        seconds_left: float,
+        numbers: str = "",
+        at_once: bool = False,
+    ) -> None:
+        """Show how much is done.
+
+        Args:
+            done: Number of those done.
+            total: Number of all.
+            seconds_left: Time that the others take.
+            numbers: More to show.
+            at_once: Whether a line does not wait for ten seconds to pass.
+        """
+        numbers = " · ".join([*filter(None, [numbers]), f"{_clock(seconds_left)} left"])
+        self._bar.update(self._task, completed=done, total=total, numbers=numbers, what="")
+        now = time.monotonic()
+        if self._bar.disable and (at_once or now - self._last_line >= _SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            self.console.print(f"{self._unit} {done}/{total} · {numbers}")
+
+
+class TrainingProgress(Progress):
     """Shows the progress of a run: step, bits per byte, tokens/s, peak memory, time left.
 
     Args:
-        console: Prints the lines. If it is no terminal, a line every ten seconds replaces the bar.
+        console: As for `Progress`.
         steps: Number of all steps.
         done: Number of steps that an earlier part of the run did.
+        times: Estimates the time of the steps to come.
+        scorable: Length of the validation text, in tokens.
         peak_memory_bytes: Returns the most memory used so far.
         available_bytes: Returns how much memory is left, or None where nobody knows.
     """
@@ -38,45 +120,23 @@ class TrainingProgress:
         *,
         steps: int,
         done: int,
+        times: StepTimes,
+        scorable: int,
         peak_memory_bytes: Callable[[], int],
         available_bytes: Callable[[], int | None],
     ) -> None:
-        self._console = console
+        super().__init__(console, "step", has_finished_bar=True, total=steps, done=done)
         self._steps = steps
+        self._done = done
+        self._times = times
+        self._scorable = scorable
         self._peak_memory_bytes = peak_memory_bytes
         self._available_bytes = available_bytes
         self._bits_per_byte: float | None = None
         self._seconds_per_token: float | None = None
-        self._last_line = time.monotonic()
-        self._records = 0
-        self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}", markup=False),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[what]}", style="dim"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(
-            "train", total=steps, completed=done, numbers="", what="starting"
-        )
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def stepped(self, record: StepRecord) -> None:
-        """Show one more step; after the second one, print what the whole run takes."""
+        """Show one more step; after the second one, print what the run takes."""
         self._bits_per_byte = _blend(self._bits_per_byte, record.bits_per_byte)
         self._seconds_per_token = _blend(
             self._seconds_per_token, record.seconds / record.num_tokens
@@ -85,84 +145,53 @@ class TrainingProgress:
             f"{self._bits_per_byte:.3f} bits/byte · {1 / self._seconds_per_token:,.0f} tokens/s · "
             f"{self._peak_memory_bytes() / 2**20:,.0f} MiB"
         )
-        self._bar.update(self._task, completed=record.step, numbers=numbers, what="")
-        now = time.monotonic()
-        is_first_or_last = record.step in (1, self._steps)
-        if self._bar.disable and (
-            is_first_or_last or now - self._last_line >= _SECONDS_BETWEEN_LINES
-        ):
-            self._last_line = now
-            left = (self._steps - record.step) * record.num_tokens * self._seconds_per_token
-            self._print(f"step {record.step}/{self._steps} · {numbers} · {_clock(left)} left")
+        self.show(
+            record.step,
+            self._steps,
+            seconds_left=self._times.left(record.step, scorable=self._scorable),
+            numbers=numbers,
+            at_once=record.step in (1, self._steps),
+        )
+        # The first step compiles and allocates.
+        if record.step == min(self._done + 2, self._steps):
+            self.console.print(self._whole_run(record.step))
 
-        self._records += 1
-        # The first step compiles and allocates, so the second one tells how long the others take.
-        if self._records == min(2, self._steps):
-            peak, available = self._peak_memory_bytes(), self._available_bytes()
-            line = (
-                f"about {record.seconds:.2g} s per step, {_clock(self._steps * record.seconds)} in "
-                f"all, and {peak / 2**30:.1f} GiB of memory"
+    def _whole_run(self, step: int) -> str:
+        """What the run takes: time and memory, and options for less memory."""
+        peak, available = self._peak_memory_bytes(), self._available_bytes()
+        left = self._times.left(step, scorable=self._scorable)
+        line = (
+            f"about {self._times.longest:.2g} s per step with windows of full length, "
+            f"{_clock(left)} to the end, and {peak / 2**30:.1f} GiB of memory"
+        )
+        if available is not None and peak > available:
+            line += (
+                f", which leaves {available / 2**30:.1f} GiB; it takes less with "
+                f"--accumulation, --checkpoint-activations or a smaller --seq-len"
             )
-            if available is not None and peak > available:
-                line += (
-                    f", which leaves {available / 2**30:.1f} GiB; it takes less with "
-                    f"--accumulation, --checkpoint-activations or a smaller --seq-len"
-                )
-            self._print(line)
+        return line
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Print the loss on the validation text."""
-        self._print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
-
-    def busy(self, what: str) -> None:
-        """Show the work between two steps."""
-        self._bar.update(self._task, what=what)
-
-    def _print(self, line: str) -> None:
-        self._console.print(line)
+        self.console.print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
 
 
-class ScoringProgress:
-    """Shows how much of a text is scored: a bar on a terminal; elsewhere, a line every ten seconds.
+class ScoringProgress(Progress):
+    """Shows how much of a text is scored.
 
     Args:
-        console: Prints the lines.
+        console: As for `Progress`.
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._began = self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("scored {task.completed}/{task.total} tokens", markup=False),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("evaluate", total=None)
-
-    def __enter__(self) -> ScoringProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        super().__init__(console, "scored tokens", has_finished_bar=False)
+        self._began = time.monotonic()
 
     def scored(self, done: int, total: int) -> None:
         """Show the number of tokens scored so far."""
-        self._bar.update(self._task, completed=done, total=total)
-        now = time.monotonic()
-        if self._bar.disable and done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            left = (now - self._began) * (total - done) / done
-            self._console.print(f"scored {done}/{total} tokens · {_clock(left)} left")
+        if done:
+            seconds = time.monotonic() - self._began
+            self.show(done, total, seconds_left=seconds * (total - done) / done)
 
 
 def _blend(mean: float | None, newest: float) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dilated_models.cli.errors import fail, option_of
+from dilated_models.cli.errors import option_of
 from dilated_models.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -22,7 +22,8 @@ from dilated_models.cli.shell import command, quoted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dilated_models.training.run import Report, Run
+    from dilated_models.training.loop import TrainingState
+    from dilated_models.training.run import Report, Run, Text
 
 _RUNS = Path("runs")
 
@@ -168,40 +169,44 @@ def train(
 
 def _run(console: Console, run: Run, *, resume: bool) -> Report:
     """Build the model, train it and show the progress; every end names the way to go on."""
+    from dilated_models.training.loop import CHECKPOINT_FILE
+    from dilated_models.training.run import build, open_text
+    from dilated_models.training.stopping import Stopped
+
+    go_on = f"continue with: {command('train', '--resume', '--out', run.folder)}"
+    try:
+        state = build(run)
+        if resume:
+            state.restore(run.folder, run_id=run.run_id)
+        text = open_text(run, console.print)
+        _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
+        return _execute(console, run, state, text)
+    except Stopped as stopped:
+        console.print(f"{stopped}; everything is saved; {go_on}")
+        raise typer.Exit(stopped.exit_code) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if (run.folder / CHECKPOINT_FILE).exists():
+            error.add_note(f"the last checkpoint is whole; {go_on}")
+        raise
+
+
+def _execute(console: Console, run: Run, state: TrainingState, text: Text) -> Report:
     from dilated_models.cli.progress import TrainingProgress
     from dilated_models.longnet.size import available_bytes
-    from dilated_models.training.loop import CHECKPOINT_FILE
-    from dilated_models.training.run import build, execute, open_text, peak_memory_bytes
-    from dilated_models.training.stopping import Stopped, StoppedAtOnce, StopSignals
+    from dilated_models.training.run import execute, peak_memory_bytes
+    from dilated_models.training.stopping import StopSignals
 
-    state = build(run)
-    if resume:
-        state.restore(run.folder, run_id=run.run_id)
-    text = open_text(run, console.print)
-    _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
     progress = TrainingProgress(
         console,
         steps=run.training.steps,
         done=state.step,
+        times=state.times,
+        scorable=len(text.validation),
         peak_memory_bytes=lambda: peak_memory_bytes(run.device),
         available_bytes=lambda: available_bytes(run.device),
     )
-    go_on = f"continue with: {command('train', '--resume', '--out', run.folder)}"
-    with StopSignals() as signals:
-        try:
-            with progress:
-                return execute(run, text, state, progress, signals)
-        except Stopped as stopped:
-            console.print(f"{stopped}; everything is saved; {go_on}")
-            raise typer.Exit(stopped.exit_code) from None
-        except StoppedAtOnce as stopped:
-            raise fail(
-                f"{stopped}; the last checkpoint is whole; {go_on}", code=stopped.exit_code
-            ) from None
-        except Exception as error:
-            if (run.folder / CHECKPOINT_FILE).exists():
-                error.add_note(f"the last checkpoint is whole; {go_on}")
-            raise
+    with StopSignals() as signals, progress:
+        return execute(run, text, state, progress, signals)
 
 
 def _printable(text: str) -> str:

@@ -14,7 +14,7 @@ _OBJECT_BYTES_PER_LAYER = 38_000
 
 
 def least_parameters(config: LongNetConfig) -> int:
-    """Number of weights in the matrices of a model: more than 99 % of its parameters.
+    """Number of weights in matrices and convolutions: more than 99 % of a model's parameters.
 
     Computed, because building the model on the meta device imports the compiler: five CPU-seconds.
 
@@ -23,7 +23,7 @@ def least_parameters(config: LongNetConfig) -> int:
         85327872
     """
     vocabulary = config.num_tokens * config.d_model * (1 if config.tie_embeddings else 2)
-    block = 4 * config.d_model**2 + 2 * config.d_model * config.dim_feedforward
+    block = config.d_model * (4 * config.d_model + 2 * config.dim_feedforward + config.key_conv)
     return vocabulary + config.num_decoder_layers * block
 
 

@@ -7,7 +7,7 @@ from dilated_models.longnet.size import least_parameters, model_bytes
 from dilated_models.training.config import TrainingConfig
 
 _ADAM_BYTES = 8  # two float32 per parameter
-_FORWARD_SHARE = 3  # a forward takes a third of the time of a training step
+FORWARD_SHARE = 3  # a forward takes a third of the time of a training step
 _VALIDATION_SHARE = 4  # validations may take a quarter of the time of the training
 
 
@@ -22,6 +22,7 @@ def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
     block = 9 * width + 2 * hidden + model.nhead
     if model.activation != "relu":
         block += hidden
+    block += model.key_conv * width  # the inputs of each product, masked between documents
     if model.dropout:
         block += 2 * width + 2 * hidden
     layers = model.num_decoder_layers
@@ -39,4 +40,4 @@ def most_validation_tokens(steps: int, *, batch_size: int, seq_len: int) -> int:
         >>> most_validation_tokens(100, batch_size=2, seq_len=1000)
         150000
     """
-    return max(seq_len, steps * batch_size * seq_len * _FORWARD_SHARE // _VALIDATION_SHARE)
+    return max(seq_len, steps * batch_size * seq_len * FORWARD_SHARE // _VALIDATION_SHARE)

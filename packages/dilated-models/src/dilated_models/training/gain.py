@@ -68,8 +68,7 @@ def measure_gain(
     Returns:
         The losses, or None if no document of the text has more than 16 tokens.
     """
-    wanted = _MOST_TARGETS if max_tokens is None else max(1, min(max_tokens // 4, _MOST_TARGETS))
-    stretches = read_stretches(text, seq_len=seq_len, max_targets=wanted)
+    stretches = read_stretches(text, seq_len=seq_len, max_targets=most_targets(max_tokens))
     if stretches is None:
         return None
     return Gain(
@@ -80,6 +79,11 @@ def measure_gain(
         if training is None
         else predictor_losses(stretches, training, num_tokens=model.config.num_tokens),
     )
+
+
+def most_targets(max_tokens: int | None) -> int:
+    """Targets of `measure_gain` where the text is long enough."""
+    return _MOST_TARGETS if max_tokens is None else max(1, min(max_tokens // 4, _MOST_TARGETS))
 
 
 def recorded_plain_training(

@@ -21,6 +21,7 @@ from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import PackedWindows, text_row
 from dilated_models.training.config import TrainingConfig
+from dilated_models.training.duration import StepTimes
 from dilated_models.training.evaluation import autocast_to
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -56,13 +57,19 @@ class TrainingState:
     Args:
         model: On the device to train on.
         config: The numbers of the run.
+
+    Attributes:
+        step: Steps done.
+        seconds: Wall time of all of them.
+        times: Estimates the time of the steps to come.
     """
 
     def __init__(self, model: LongNetLM, config: TrainingConfig) -> None:
         self.model = model
         self.config = config
+        self.times = StepTimes(config)
         self.step = 0
-        self.seconds = 0.0  # wall time of all steps so far
+        self.seconds = 0.0
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -90,6 +97,32 @@ class TrainingState:
         while self.step < self.config.steps:
             yield self._one_step(stream, order)
 
+    def try_longest_windows(self) -> None:
+        """Run windows of full length, before a file of the run exists: errors of a model come now.
+
+        If windows grow, this takes the time of a step with the longest ones, forward and backward,
+        because the first steps do not tell it. Else one window runs forward. Nothing changes but
+        `times`.
+        """
+        config = self.config
+        grows = config.window_at(0) < config.seq_len
+        rows = config.batch_size // config.accumulation if grows else 1
+        tokens = torch.zeros(rows * config.seq_len, dtype=torch.int64)
+        part = PackedWindows(tokens, tokens, tokens, torch.arange(rows + 1) * config.seq_len)
+        self.model.train()
+        # Dropout must not take numbers from the steps.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for _ in range(2 if grows else 1):  # the first time compiles and allocates
+                begin = time.perf_counter()
+                with torch.set_grad_enabled(grows):
+                    loss = self._total_loss(part)
+                if grows:
+                    torch.autograd.grad(loss, list(self.model.parameters()))
+                loss.item()  # waits for a GPU
+                seconds = time.perf_counter() - begin
+                if grows:
+                    self.times.add(window=config.seq_len, seconds=seconds * config.accumulation)
+
     def _one_step(self, stream: TokenStream, order: RowOrder) -> StepRecord:
         begin = time.perf_counter()
         config = self.config
@@ -113,8 +146,9 @@ class TrainingState:
                 f"--lr than {config.learning_rate:g}."
             )
         self.optimizer.step()
-        self.step += 1
         seconds = time.perf_counter() - begin
+        self.times.add(window=config.window_at(self.step), seconds=seconds)
+        self.step += 1
         self.seconds += seconds
         return StepRecord(
             step=self.step,

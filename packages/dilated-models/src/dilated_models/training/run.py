@@ -24,7 +24,7 @@ from dilated_models.text.streams import ByteStream, TokenStream
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.cost import training_bytes
-from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate, scored_ranges
+from dilated_models.training.evaluation import Evaluation, evaluate, scored_ranges
 from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
 from dilated_models.training.metrics import METRICS_FILE, MetricsFile, read_metrics
@@ -139,10 +139,7 @@ def build(run: Run) -> TrainingState:
     )
     torch.manual_seed(run.training.seed)
     state = TrainingState(LongNetLM(run.model, device=run.device), run.training)
-    # Run one window now: an error of the model or its backend must come before a file is written.
-    window = torch.zeros(1, run.training.seq_len, dtype=torch.int64, device=run.device)
-    with torch.no_grad(), autocast_to(state.autocast, run.device):
-        state.model.eval()(window)
+    state.try_longest_windows()
     return state
 
 

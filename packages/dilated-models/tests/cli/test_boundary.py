@@ -15,6 +15,7 @@ from dilated_models.cli import main
 from dilated_models.cli.app import run
 from dilated_models.cli.errors import Boundary, fail, name_options, option_of
 from dilated_models.cli.shell import command, quoted
+from dilated_models.training.stopping import StoppedAtOnce
 from typer.testing import CliRunner
 
 
@@ -41,7 +42,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     return body
 
 
-def noted(error: Exception) -> Exception:
+def noted(error: BaseException) -> BaseException:
     error.add_note("continue with: dilated")
     return error
 
@@ -65,7 +66,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (OverflowError("too large"), "too large", 2),
         (FloatingPointError("the loss is not finite"), "the loss is not finite", 1),
         (typer.Exit(5), "", 5),
-        (KeyboardInterrupt(), "", 130),
+        (KeyboardInterrupt(), "stopped by Ctrl-C", 130),
+        (noted(StoppedAtOnce(15)), "stopped at once by SIGTERM; continue with: dilated", 143),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), "", 1),
     ],
     ids=lambda x: repr(x)[:40],

@@ -16,6 +16,7 @@ from dilated_models.cli.progress import TrainingProgress
 from dilated_models.longnet.saving import load_model
 from dilated_models.training.folder import hold
 from dilated_models.training.metrics import read_metrics
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 SMALL = [
@@ -66,6 +67,15 @@ def ways_on(result: Any) -> list[str]:
     offered = shlex.split(result.stderr.partition("continue with: ")[2])
     assert offered[0] == "dilated"
     return offered[1:]
+
+
+def tokenizer(folder: Path) -> Path:
+    """A file of a tokenizer whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    each_byte = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    each_byte.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    each_byte.save(str(folder / "bytes.json"))
+    return folder / "bytes.json"
 
 
 def test_text_that_vanishes_and_comes_back(text, tmp_path, at_step):
@@ -173,6 +183,31 @@ def test_a_failure_before_the_first_checkpoint_is_no_dead_end(text, tmp_path):
     assert "is not finite in step" in result.stderr
     again = call(*ways_on(result), code=1)
     assert again.stderr == result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("reader", ["files.Split.fingerprint", "streams.ByteStream.text_of"])
+def test_a_signal_while_the_text_is_read(text, tmp_path, monkeypatch, number, reader):
+    """The second reader is that of the tokeniser."""
+    out, before = tmp_path / "deep" / "run", signal.getsignal(number)
+    options = ["--text", text, "--out", out, *SMALL, "--tokenizer", tokenizer(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dilated_models.text.{reader}", lambda *_: signal.raise_signal(number))
+        result = call("train", *options, code=128 + number)
+        assert result.stderr == f"dilated: stopped at once by {number.name}\n"
+        assert signal.getsignal(number) is before
+        assert not (tmp_path / "deep").exists()
+    call("train", *options)
+    for part in (out / "tokens").iterdir():
+        part.unlink()
+    kept = {path: path.read_bytes() for path in out.rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dilated_models.text.{reader}", lambda *_: signal.raise_signal(number))
+        result = call("train", "--resume", "--out", out, code=128 + number)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == kept
+    if reader.endswith("text_of"):  # else the run was not opened yet
+        assert "the last checkpoint is whole" in result.stderr
+        call(*ways_on(result))
 
 
 def test_two_signals_stop_at_once(text, tmp_path, at_step):

@@ -1,10 +1,10 @@
-"""Signals: the first is answered at once and recorded, the second stops at once."""
+"""Signals end a command at once; in training the first one is recorded, the second does so."""
 
 import signal
 import threading
 
 import pytest
-from dilated_models.training.stopping import StoppedAtOnce, StopSignals
+from dilated_models.training.stopping import StoppedAtOnce, StopSignals, stopping_at_once
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -43,3 +43,18 @@ def test_outside_the_main_thread_nothing_is_recorded():
     thread.start()
     thread.join()
     assert seen == [None, before]
+
+
+def test_without_training_the_first_signal_stops(monkeypatch):
+    """Once in a second; a later one counts, because a finaliser may have dropped the first."""
+    before, now = signal.getsignal(signal.SIGTERM), [10.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with stopping_at_once():
+        with pytest.raises(StoppedAtOnce, match="stopped at once by SIGTERM") as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.exit_code == 128 + signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 2
+        with pytest.raises(StoppedAtOnce, match="SIGINT"):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -15,6 +15,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from dilated_models.training.stopping import StoppedAtOnce, stopping_at_once
+
 FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -44,8 +46,8 @@ class Boundary(TyperGroup):
         try:
             code: object = super().main(arguments, **extra)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
+        except KeyboardInterrupt as stopped:
+            raise SystemExit(_stopped(stopped).exit_code) from None
         except BrokenPipeError:
             _discard(sys.stdout)
             raise SystemExit(FAILED) from None
@@ -59,6 +61,14 @@ class Boundary(TyperGroup):
             _discard(sys.stdout)
             raise SystemExit(_exit_code(error)) from error
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; typer would end it with code 130 after SIGTERM too, and print nothing."""
+        with stopping_at_once():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as stopped:
+                raise _stopped(stopped) from None
 
     def options_of(self, arguments: Sequence[str]) -> dict[str, str]:
         """The option of each parameter of the command that these arguments name."""
@@ -74,6 +84,19 @@ def fail(message: object, *, code: int = USAGE_ERROR) -> typer.Exit:
     with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
         typer.echo(f"dilated: {line}", err=True)
     return typer.Exit(code)
+
+
+def _stopped(stopped: KeyboardInterrupt) -> typer.Exit:
+    """Print the line about a signal, and return the exception to raise."""
+    by_signal = isinstance(stopped, StoppedAtOnce)
+    text = str(stopped) if by_signal else "stopped by Ctrl-C"
+    code = stopped.exit_code if by_signal else INTERRUPTED
+    return fail(_with_notes(text, stopped), code=code)
+
+
+def _with_notes(text: str, error: BaseException) -> str:
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join([text.rstrip("."), *notes]) if notes else text
 
 
 def name_options(message: str, options: Mapping[str, str]) -> str:
@@ -152,8 +175,7 @@ def _describe(error: Exception, options: Mapping[str, str]) -> str:
         text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more'}{fix}"
     else:
         text = name_options(str(error), options)
-    notes: list[str] = getattr(error, "__notes__", [])
-    return "; ".join([text.rstrip("."), *notes]) if notes else text
+    return _with_notes(text, error)
 
 
 def _shown(filename: object) -> str:

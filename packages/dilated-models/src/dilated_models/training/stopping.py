@@ -1,13 +1,19 @@
-"""Ctrl-C and SIGTERM stop the training loop between two steps, after it has saved its state."""
+"""Ctrl-C and SIGTERM: they end a command, and a training loop after it has saved its state."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+_SECONDS_BETWEEN_STOPS = 1.0
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the run did what the signal requests
@@ -25,7 +31,7 @@ class Stopped(Exception):  # noqa: N818 - no error: the run did what the signal 
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """Raised inside whatever runs when a second signal arrives; no more is saved.
+    """Raised inside whatever runs when a signal arrives, in training the second; saves nothing.
 
     Attributes:
         exit_code: As of `Stopped`.
@@ -34,6 +40,32 @@ class StoppedAtOnce(KeyboardInterrupt):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped at once by {signal.Signals(signal_number).name}")
         self.exit_code = 128 + signal_number
+
+
+class _StopAtOnce:
+    """A signal handler that raises `StoppedAtOnce`, but once in a second at most.
+
+    Keys that are pressed in a row must not disturb the removal of half files. Later ones must
+    count: Python drops an exception that is raised inside a finaliser.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._last > _SECONDS_BETWEEN_STOPS:
+            self._last = time.monotonic()
+            raise StoppedAtOnce(number)
+
+
+@contextmanager
+def stopping_at_once() -> Generator[None]:
+    """In the block, Ctrl-C and SIGTERM raise `StoppedAtOnce`."""
+    previous = _handle(_StopAtOnce())
+    try:
+        yield
+    finally:
+        _give_back(previous)
 
 
 class StopSignals:
@@ -47,12 +79,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._stop_at_once = _StopAtOnce()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._record)
+        self._previous = _handle(self._record)
         return self
 
     def __exit__(
@@ -61,16 +92,25 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        _give_back(self._previous)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            for each in self._previous:  # a third signal must not disturb the removal of half files
-                signal.signal(each, signal.SIG_IGN)
-            raise StoppedAtOnce(number)
+            self._stop_at_once(number, frame)
+            return
         self.received = number
         # print could meet a print that the signal has interrupted, which Python refuses.
         with contextlib.suppress(OSError):
             os.write(2, b"\ndilated: stopping after this step; again to stop now\n")
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle both signals, in the main thread only; return the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _give_back(previous: dict[int, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -132,3 +132,17 @@ def test_bad_arguments(options: dict, error: type[Exception], message: str) -> N
     q, k, v, _ = Case(seq_len=20, pattern=pattern).tensors(dtype=torch.float32)
     with pytest.raises(error, match=message):
         simulated_ring_attention(q, k, v, pattern, **({"ring_size": 2} | options))
+
+
+# PyTorch itself, where a graph goes on with a result of the function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_function_breaks_its_graph_here() -> None:
+    pattern = DilatedPattern([8, 20], [1, 2])
+    q, k, v, dout = Case(seq_len=20, pattern=pattern).tensors(dtype=torch.float64)
+
+    def function(q: torch.Tensor) -> torch.Tensor:
+        return simulated_ring_attention(q * 2, k, v, pattern, ring_size=2).sin()
+
+    compiled = torch.compile(function, backend="aot_eager")
+    want, got = (torch.autograd.grad(f(q), q, dout)[0] for f in (function, compiled))
+    torch.testing.assert_close(got, want)

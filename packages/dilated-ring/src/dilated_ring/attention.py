@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.checks import check_integer
@@ -16,6 +19,13 @@ from dilated_ring.sharding.group import Group, RankGroup, resolve_group
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
 from dilated_ring.transport.in_process import InProcessTransport
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _uncompiled(function: _Function) -> _Function:
+    """The function as `torch.compile` must leave it: messages are planned in Python."""
+    return torch.compiler.disable(function)  # pyright: ignore
 
 
 def ring_dilated_attention(
@@ -98,6 +108,7 @@ def ring_dilated_attention(
     ).out  # fmt: skip
 
 
+@_uncompiled
 def ring_dilated_attention_with_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -142,6 +153,7 @@ def ring_dilated_attention_with_lse(
     return result
 
 
+@_uncompiled
 def simulated_ring_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -14,6 +14,7 @@ from dilated_ring.attention import (
     ring_dilated_attention_with_lse,
     simulated_ring_attention,
 )
+from dilated_ring.gradients import TopKCompression, topk_hook
 from dilated_ring.layout import Layout
 from dilated_ring.sharding.positions import local_positions
 from dilated_ring.sharding.sequence import shard_sequence, unshard_sequence
@@ -37,4 +38,7 @@ __all__ = [
     # training
     "check_same_batch",
     "chunked_cross_entropy",
+    # gradients
+    "TopKCompression",
+    "topk_hook",
 ]

@@ -164,3 +164,69 @@ def given_length(exchange: Any) -> float:
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all"])
 def test_a_given_length_saves_the_comparison(exchange: str) -> None:
     assert max(run_processes(given_length, 2, exchange)) < 1e-9
+
+
+def disagreements() -> list[str]:
+    """The errors of each rank for calls in which rank 1 differs; a right call at the end."""
+    rank = dist.get_rank()
+    q, k, v, _ = CASE.tensors(dtype=torch.float32)
+    other = DilatedPattern([10, 40], [1, 2])
+    changes: list[dict[str, Any]] = [
+        {"pattern": other},
+        {"is_causal": True},
+        {"q": q[:, :, :, :4]},
+        {"q": q.double(), "k": k.double(), "v": v.double()},
+        {"dropout_p": 1.5},
+        {"exchange": "ring"},
+        {"q": q.detach(), "k": k.detach(), "v": v.detach()},
+    ]
+    messages: list[str] = []
+    for change in changes:
+        arguments = {"q": q, "k": k, "v": v, "pattern": CASE.pattern}
+        try:
+            ring_dilated_attention(**(arguments | (change if rank == 1 else {})))
+        except (ValueError, TypeError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    # The group can still be used.
+    messages.append(str(ring_dilated_attention(q, k, v, CASE.pattern).isfinite().all().item()))
+    return messages
+
+
+def test_ranks_that_disagree_raise_the_same_error() -> None:
+    first, second, third = run_processes(disagreements, 3)
+    words = [
+        "pattern",
+        "is_causal",
+        "arguments is",
+        "dtype",
+        "arguments is",
+        "exchange",
+        "requires_grad",
+    ]
+    assert len(first) == len(words) + 1
+    assert first[-1] == second[-1] == third[-1] == "True"
+    for word, a, b, c in zip(words, first, second, third, strict=False):
+        assert word in a
+        assert "rank 1" in a
+        assert a == b == c
+
+
+def too_few_heads() -> list[str]:
+    """Errors that every rank finds alike leave the group usable."""
+    q, k, v, _ = CASE.tensors(dtype=torch.float32)
+    k, v = k[:, :, :1], v[:, :, :1]
+    messages: list[str] = []
+    for options in ({"exchange": "all_to_all"}, {"backend": "flash2", "exchange": "ring"}, {}):
+        try:
+            out = ring_dilated_attention(q, k, v, CASE.pattern, **options)
+            messages.append(str(out.isfinite().all().item()))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_errors_alike_on_all_ranks_leave_the_group_usable() -> None:
+    for heads, backend, fine in run_processes(too_few_heads, 2):
+        assert "k and v have 1 heads" in heads
+        assert "flash2" in backend
+        assert fine == "True"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from itertools import accumulate, pairwise
 from typing import NamedTuple, get_args
 
@@ -35,6 +36,13 @@ class Options(NamedTuple):
     dropout_p: float
     head_range: tuple[int, int]
     backend: str
+
+
+Arguments = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, DilatedPattern, bool, Layout, ExchangeKind,
+    float | None, float, torch.Tensor | None, torch.Tensor | None, tuple[int, int] | None, str,
+]  # fmt: skip
+"""The arguments of `check_arguments`, as users give them."""
 
 
 def check_arguments(
@@ -81,6 +89,36 @@ def check_arguments(
         check_head_range(head_range, q.shape[-2]),
         backend,
     )
+
+
+def describe(
+    options: Options,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> dict[str, str]:
+    """What must be equal on all ranks, by the name of the argument."""
+    description = {"arguments": "valid"}
+    description |= {name: str(value) for name, value in options._asdict().items()}
+    shapes = [(*x.shape[:-3], "L", *x.shape[-2:]) for x in (q, k)]
+    description["shapes of q and k"] = ", ".join(
+        f"({', '.join(map(str, shape))})" for shape in shapes
+    )
+    description["dtype"] = str(q.dtype)
+    description["key_padding_mask"] = "None" if key_padding_mask is None else "given"
+    description["cu_seqlens"] = "None" if cu_seqlens is None else _summary(cu_seqlens)
+    # A rank that does not run backward would leave the others waiting.
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    description["requires_grad of q, k or v"] = str(needs_grad)
+    return description
+
+
+def _summary(cu_seqlens: torch.Tensor) -> str:
+    numbers = cu_seqlens.to("cpu", torch.int64)
+    digest = zlib.crc32(numbers.numpy().tobytes())
+    return f"{len(numbers) - 1} documents up to {int(numbers[-1])} with checksum {digest:08x}"
 
 
 def spans_of_lengths(

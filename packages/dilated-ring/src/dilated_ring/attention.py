@@ -10,14 +10,31 @@ from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.checks import check_integer
 from dilated_core.inputs import read_document_bounds
 
-from dilated_ring.arguments import Options, cast, check_arguments, spans_of_lengths
-from dilated_ring.execution.call import Call, ExchangeKind, run_call, run_on_two_levels
+from dilated_ring.arguments import (
+    Arguments,
+    Options,
+    cast,
+    check_arguments,
+    describe,
+    spans_of_lengths,
+)
+from dilated_ring.execution.call import (
+    Call,
+    ExchangeKind,
+    Way,
+    call_across,
+    choose_way,
+    run_call,
+    run_on_two_levels,
+)
 from dilated_ring.layout import Layout, num_positions, spans_of_ranks
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.sharding.group import Group, RankGroup, resolve_group
+from dilated_ring.transport.agreement import check_agreement
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
+from dilated_ring.transport.faults import reporting_failures
 from dilated_ring.transport.in_process import InProcessTransport
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -136,20 +153,22 @@ def ring_dilated_attention_with_lse(
         `out` and `lse` `(B, L, H)`, as of `dilated_core.dilated_attention_with_lse`.
     """
     q, k, v = cast(q, k, v)
-    options = check_arguments(
+    arguments = (
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
         cu_seqlens, head_range, backend,
     )  # fmt: skip
-    if seq_len is not None:
-        check_integer("seq_len", seq_len, at_least=0)
-    tensors = q, k, v, key_padding_mask, cu_seqlens
     if isinstance(group, tuple):
-        return _on_two_levels(group, options, *tensors, seq_len, timeout_s)
+        return _on_two_levels(group, arguments, seq_len, timeout_s)
     ranks = resolve_group(group)
-    transport, lengths = _transport(ranks, options, *tensors, seq_len, timeout_s)
+    transport = _transport(ranks, timeout_s)
+    options, lengths = _agree(transport, ranks, arguments, seq_len)
     spans = spans_of_lengths(options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len)
+    call = _call(options, spans, q, k, cu_seqlens)
+    way = choose_way(call, q, has_mask=key_padding_mask is not None)
     masks = None if key_padding_mask is None else [key_padding_mask]
-    (result,) = _run(options, transport, spans, [q], [k], [v], masks, cu_seqlens)
+    # What every rank finds out alike was raised before: errors from here on are of this rank.
+    with reporting_failures(transport, ranks.rank):
+        (result,) = _run(call, way, transport, [q], [k], [v], masks)
     return result
 
 
@@ -211,87 +230,98 @@ def simulated_ring_attention(
 
     masks = None if key_padding_mask is None else cut(key_padding_mask, 1)
     shards = cut(q, dim), cut(k, dim), cut(v, dim)
-    results = _run(options, InProcessTransport(ring_size), spans, *shards, masks, cu_seqlens)
+    call = _call(options, spans, q, k, cu_seqlens)
+    way = choose_way(call, q, has_mask=masks is not None)
+    results = _run(call, way, InProcessTransport(ring_size), *shards, masks)
     out = torch.cat([result.out for result in results], dim)
     return out.index_select(dim, order.argsort())
 
 
 def _on_two_levels(
-    groups: tuple[Group, Group],
-    options: Options,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    seq_len: int | None,
-    timeout_s: float | None,
+    groups: tuple[Group, Group], arguments: Arguments, seq_len: int | None, timeout_s: float | None
 ) -> AttentionOutput:
     if len(groups) != 2:
         raise ValueError(
             f"group is a tuple of {len(groups)}; it must be a pair (across, inside) of groups."
         )
+    across, inside = (resolve_group(group) for group in groups)
+    near, far = _transport(inside, timeout_s), _transport(across, timeout_s)
+    options, lengths = _agree(near, inside, arguments, seq_len)
     if options.exchange == "all_to_all":
         raise ValueError(
             "exchange is 'all_to_all' and group a pair of groups; heads are exchanged inside, so "
             "choose 'ring', 'all_gather' or 'auto' for what goes across."
         )
-    across, inside = (resolve_group(group) for group in groups)
-    tensors = q, k, v, key_padding_mask, cu_seqlens
-    near, lengths = _transport(inside, options, *tensors, seq_len, timeout_s)
-    held = q.shape[-3] if lengths is None else sum(lengths)
-    far, lengths = _transport(across, options, *tensors, seq_len, timeout_s, local_len=held)
+    held = None if lengths is None else sum(lengths)
+    options, lengths = _agree(far, across, arguments, seq_len, local_len=held)
     if seq_len is None and lengths is not None:
         seq_len = sum(lengths)
+    (q, k, v), (mask, cu_seqlens) = arguments[:3], arguments[9:11]
     size, rank = across.size * inside.size, across.rank * inside.size + inside.rank
     spans = spans_of_lengths(options.layout, size, rank, q.shape[-3], None, seq_len)
     call = _call(options, spans, q, k, cu_seqlens)
-    if cu_seqlens is None:
-        return run_on_two_levels(call, near, far, q, k, v, key_padding_mask)
-    q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    out, lse = run_on_two_levels(call, near, far, q, k, v, None)
-    return AttentionOutput(out[0], lse[0])
+    outer = call_across(call, inside.rank, inside.size)
+    way = choose_way(outer, q, has_mask=mask is not None)
+    if cu_seqlens is not None:
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    with reporting_failures(far, across.rank), reporting_failures(near, inside.rank):
+        result = run_on_two_levels(call, outer, way, near, far, q, k, v, mask)
+    return result if cu_seqlens is None else AttentionOutput(result.out[0], result.lse[0])
 
 
-def _transport(
+def _transport(ranks: RankGroup, timeout_s: float | None) -> Transport:
+    if ranks.process_group is None:
+        return InProcessTransport(1)
+    return DistributedTransport(ranks.process_group, timeout_s=timeout_s)
+
+
+def _agree(
+    transport: Transport,
     ranks: RankGroup,
-    options: Options,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    arguments: Arguments,
     seq_len: int | None,
-    timeout_s: float | None,
     *,
     local_len: int | None = None,
-) -> tuple[Transport, list[int] | None]:
-    """How messages travel, and how many positions each rank holds unless `seq_len` is given."""
-    local_len = q.shape[-3] if local_len is None else local_len
+) -> tuple[Options, list[int] | None]:
+    """The options, and how many positions each rank holds unless `seq_len` is given.
+
+    A rank with a mistake in its arguments takes part, so that the others learn of it at once.
+    """
+    options, mistake = None, None
+    try:
+        options = check_arguments(*arguments)
+        if seq_len is not None:
+            check_integer("seq_len", seq_len, at_least=0)
+        description = describe(options, *arguments[:3], *arguments[9:11])
+        local_len = arguments[0].shape[-3] if local_len is None else local_len
+    except (TypeError, ValueError) as error:
+        mistake = error
+        description = {"arguments": f"{type(error).__name__}: {error}"}
+    lengths: list[int] | None = None
     if ranks.process_group is None:
-        return InProcessTransport(1), [local_len]
-    transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
-    if seq_len is not None:
-        return transport, None
-    length = torch.tensor([local_len], device="cpu")
-    return transport, [int(x) for x in transport.all_gather(ranks.rank, length)]
+        lengths = [local_len or 0]
+    elif seq_len is None:
+        with reporting_failures(transport, ranks.rank):
+            lengths = check_agreement(transport, ranks.rank, description, local_len or 0)
+    if options is None:
+        assert mistake is not None
+        raise mistake
+    return options, lengths
 
 
 def _run(
-    options: Options,
+    call: Call,
+    way: Way,
     transport: Transport,
-    spans: Spans,
     q: list[torch.Tensor],
     k: list[torch.Tensor],
     v: list[torch.Tensor],
     masks: list[torch.Tensor] | None,
-    cu_seqlens: torch.Tensor | None,
 ) -> list[AttentionOutput]:
-    call = _call(options, spans, q[0], k[0], cu_seqlens)
-    if cu_seqlens is None:
-        return run_call(call, transport, q, k, v, masks)
+    if call.bounds is None:
+        return run_call(call, way, transport, q, k, v, masks)
     q, k, v = ([x.unsqueeze(0) for x in shards] for shards in (q, k, v))
-    results = run_call(call, transport, q, k, v, masks)
+    results = run_call(call, way, transport, q, k, v, masks)
     return [AttentionOutput(out[0], lse[0]) for out, lse in results]
 
 

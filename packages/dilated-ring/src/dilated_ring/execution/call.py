@@ -66,45 +66,108 @@ class Call(NamedTuple):
     bounds: torch.Tensor | None
 
 
+class Way(NamedTuple):
+    """How a call runs, the same on all ranks.
+
+    Attributes:
+        kind: `"alone"`: nothing travels. `"heads"`: heads for positions. `"rows"`: keys to queries.
+        exchange, backend: Of `"rows"`.
+    """
+
+    kind: Literal["alone", "heads", "rows"]
+    exchange: Exchange | None = None
+    backend: AttentionBackend | None = None
+
+
+def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
+    """How the call runs. No message is sent, and every rank comes to the same result.
+
+    Args:
+        call: The options.
+        q: Of any rank.
+        has_mask: Whether keys are masked.
+
+    Raises:
+        ValueError: If the backend cannot run it, or there are too few heads for `"all_to_all"`.
+    """
+    size = len(call.ranks)
+    heads = call.heads
+    if size == 1 or _is_aligned(call):
+        return Way("alone")
+    if call.exchange == "all_to_all":
+        parts_of_heads(heads.num_heads, heads.num_kv_heads, size)
+        return Way("heads")
+    exchange = plan_call(call, size)
+    if call.exchange == "auto" and _all_to_all_is_cheaper(call, exchange, q):
+        return Way("heads")
+    inputs = AttentionInputs(
+        q.device,
+        q.dtype,
+        heads.num_heads,
+        q.shape[-1],
+        dropout_p=call.dropout_p,
+        num_kv_heads=heads.num_kv_heads,
+        has_key_padding_mask=has_mask,
+        is_rectangular=True,
+    )
+    return Way("rows", exchange, choose_backend(call.backend, inputs))
+
+
 def run_call(
-    call: Call, transport: Transport, q: Shards, k: Shards, v: Shards, masks: Shards | None
+    call: Call,
+    way: Way,
+    transport: Transport,
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    masks: Shards | None,
 ) -> list[AttentionOutput]:
     """The results of each hosted rank, differentiable.
 
     Args:
         call: The options.
+        way: Of `choose_way`.
         transport: Between the ranks.
         q, k, v: `(B, L, H, D)` and `(B, L, H_kv, D)` for each hosted rank; B is 1 with documents.
         masks: `(B, L)` for each hosted rank, True for keys to ignore; None: no mask.
     """
-    if transport.size == 1 or _is_aligned(call):
+    if way.kind == "alone":
         return _each_rank_alone(call, q, k, v, masks)
     hidden = None if masks is None else _gather_masks(call, transport, masks)
-    exchange = plan_call(call, transport.size)
-    if call.exchange == "all_to_all" or (
-        call.exchange == "auto" and _all_to_all_is_cheaper(call, exchange, q[0])
-    ):
+    if way.kind == "heads":
         return _over_heads(call, transport, q, k, v, hidden)
-    inputs = AttentionInputs(
-        q[0].device,
-        q[0].dtype,
-        call.heads.num_heads,
-        q[0].shape[-1],
-        dropout_p=call.dropout_p,
-        num_kv_heads=call.heads.num_kv_heads,
-        has_key_padding_mask=hidden is not None,
-        is_rectangular=True,
-    )
-    backend: AttentionBackend = choose_backend(call.backend, inputs)
+    assert way.exchange is not None
+    assert way.backend is not None
     options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
-    work = Work(exchange, options, backend, transport, hidden)
+    work = Work(way.exchange, options, way.backend, transport, hidden)
     if call.bounds is None:
         return attend_shards(work, q, k, v)
     return _with_local_documents(call, work, q, k, v)
 
 
+def call_across(call: Call, rank: int, size: int) -> Call:
+    """The call of one rank over nodes, of `size` ranks each, once its node has exchanged heads.
+
+    Raises:
+        ValueError: If there are fewer heads of k and v than ranks in a node.
+    """
+    heads = call.heads
+    queries, keys = parts_of_heads(heads.num_heads, heads.num_kv_heads, size)[rank]
+    first, total = heads.head_range
+    mine = Heads(
+        queries.stop - queries.start, keys.stop - keys.start, (first + queries.start, total)
+    )
+    nodes = tuple(
+        joined([span for held in call.ranks[i : i + size] for span in held])
+        for i in range(0, len(call.ranks), size)
+    )
+    return call._replace(ranks=nodes, heads=mine)
+
+
 def run_on_two_levels(
     call: Call,
+    across_call: Call,
+    way: Way,
     inside: Transport,
     across: Transport,
     q: torch.Tensor,
@@ -115,8 +178,9 @@ def run_on_two_levels(
     """Heads for positions inside a node, then keys to queries across nodes; differentiable.
 
     Rank number i·n + j of `call.ranks` is rank i of `across` and rank j of `inside`, which has n.
+    `across_call` is that of `call_across`, and `way` its way.
     """
-    (i,), (j,) = across.hosted, inside.hosted
+    (i,) = across.hosted
     n = inside.size
     heads = call.heads
     parts = parts_of_heads(heads.num_heads, heads.num_kv_heads, n)
@@ -126,15 +190,7 @@ def run_on_two_levels(
     (keys,) = to_heads(inside, where, kv_parts, [k])
     (values,) = to_heads(inside, where, kv_parts, [v])
     masks = None if mask is None else [_all_positions(inside, where, [mask])]
-    first, total = heads.head_range
-    mine = Heads(queries.shape[2], keys.shape[2], (first + q_parts[j].start, total))
-    nodes = tuple(
-        joined([span for held in call.ranks[a * n : (a + 1) * n] for span in held])
-        for a in range(across.size)
-    )
-    (result,) = run_call(
-        call._replace(ranks=nodes, heads=mine), across, [queries], [keys], [values], masks
-    )
+    (result,) = run_call(across_call, way, across, [queries], [keys], [values], masks)
     (out,) = to_positions(inside, where, q_parts, [result.out])
     (lse,) = to_positions(inside, where, q_parts, [result.lse])
     return AttentionOutput(out, lse)

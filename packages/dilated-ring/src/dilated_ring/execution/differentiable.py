@@ -9,6 +9,7 @@ from dilated_core import AttentionOutput
 from torch.autograd.function import once_differentiable
 
 from dilated_ring.execution.attend import Shards, Work, backward, forward
+from dilated_ring.transport.faults import reporting_failures
 
 
 def attend_shards(work: Work, q: Shards, k: Shards, v: Shards) -> list[AttentionOutput]:
@@ -51,7 +52,11 @@ class _RingAttention(torch.autograd.Function):
             for g, x in zip(grads[:n], out, strict=True)
         ]
         dlse = [None if g is None else g.contiguous() for g in grads[n:]]
-        with torch.autocast(q[0].device.type, enabled=False):
+        transport = ctx.work.transport
+        with (
+            reporting_failures(transport, transport.hosted[0]),
+            torch.autocast(q[0].device.type, enabled=False),
+        ):
             results = backward(ctx.work, dout, dlse, q, k, v, out, lse)
         dq, dk, dv = (
             [grad.to(x.dtype) for grad, x in zip(part, like, strict=True)]

@@ -13,6 +13,7 @@ from dilated_ring.execution.attend import Shards
 from dilated_ring.layout import joined
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.transport.contract import Pending, Transport
+from dilated_ring.transport.faults import reporting_failures
 
 
 class Places(NamedTuple):
@@ -86,7 +87,9 @@ class _ToHeads(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        return None, None, None, *_gather_heads(*ctx.arguments, shards=grads)  # pyright: ignore
+        transport: Transport = ctx.arguments[0]
+        with reporting_failures(transport, transport.hosted[0]):
+            return None, None, None, *_gather_heads(*ctx.arguments, shards=grads)  # pyright: ignore
 
 
 class _ToPositions(torch.autograd.Function):
@@ -102,7 +105,9 @@ class _ToPositions(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        return None, None, None, *_gather_positions(*ctx.arguments, shards=grads)  # pyright: ignore
+        transport: Transport = ctx.arguments[0]
+        with reporting_failures(transport, transport.hosted[0]):
+            return None, None, None, *_gather_positions(*ctx.arguments, shards=grads)  # pyright: ignore
 
 
 def _gather_positions(

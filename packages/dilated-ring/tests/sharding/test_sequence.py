@@ -6,6 +6,7 @@ import torch.distributed as dist
 from dilated_core.testing import run_processes
 from dilated_ring import local_positions, shard_sequence, unshard_sequence
 from dilated_ring.layout import LAYOUTS
+from dilated_ring.transport import RankFailure
 
 LENGTHS = [0, 1, 2, 3, 5, 8, 13, 24]
 
@@ -93,7 +94,7 @@ def _check_gradients(rank, size):
 def _error(function, *args, **options):
     try:
         function(*args, **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RankFailure) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -106,14 +107,19 @@ def _all_checks():
     # Groups of every second rank: 0 2, and 1 3, at the same time.
     halves = [dist.new_group(list(range(first, size, 2))) for first in range(2)]
     _check_round_trip(halves[rank % 2])
-    return {
-        "length": _error(unshard_sequence, torch.zeros(1, 3 if rank == 1 else 2)),
-        "rows": _error(unshard_sequence, torch.zeros(1 + (rank == 1), 2)),
-        "dtype": _error(
-            unshard_sequence, torch.zeros(1, 2, dtype=[torch.int64, torch.int32][rank % 2])
-        ),
-        "seq_len": _error(unshard_sequence, torch.zeros(1, 2), seq_len=100),
-    }
+    odd = rank == 1
+    errors = [
+        _error(unshard_sequence, torch.zeros(1, 3 if odd else 2)),
+        _error(unshard_sequence, torch.zeros(1 + odd, 2)),
+        _error(unshard_sequence, torch.zeros(1, 2, dtype=torch.int32 if odd else torch.int64)),
+        _error(unshard_sequence, torch.zeros(1, 2), layout="zigzag" if odd else "contiguous"),
+        _error(unshard_sequence, torch.zeros(2, 2), int(odd)),
+    ]
+    # The group works on after such errors. One that only one rank can see closes its group.
+    _check_dtypes()
+    group = dist.new_group()
+    alone = _error(unshard_sequence, torch.zeros(1, 2 + odd), seq_len=2 * size, group=group)
+    return errors, alone
 
 
 def test_one_process() -> None:
@@ -125,17 +131,26 @@ def test_one_process() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks(size: int) -> None:
     results = run_processes(_all_checks, size)
-    for rank, errors in enumerate(results):
+    others = "rank 0" if size == 2 else "ranks 0, " + ", ".join(map(str, range(2, size)))
+    for rank, (errors, alone) in enumerate(results):
         # The lengths are 2, 3, 2, …, and the longer parts come first.
-        assert errors["length"] == (
-            f"ValueError: x_local has 2 positions on rank 0 of the group; in the contiguous layout "
-            f"of {2 * size + 1} positions over {size} ranks, rank 0 holds 3, so cut the sequence "
-            f"with shard_sequence."
+        assert errors[0] == (
+            f"DisagreementError: x_local has 2 positions on rank 0 of the group; in the contiguous "
+            f"layout of {2 * size + 1} positions over {size} ranks, rank 0 holds 3, so cut the "
+            f"sequence with shard_sequence."
         )
-        assert "differs between rank 0 and rank 1 of the group" in errors["rows"]
-        assert f"on rank {rank} it has shape" in errors["rows"]
-        assert "dtype torch.int" in errors["dtype"]
-        assert f"x_local has 2 positions on rank {rank}" in errors["seq_len"]
+        differ = "DisagreementError: The ranks of the group differ:"
+        assert errors[1] == (
+            f"{differ} shape is (1, any) on {others}; (2, any) on rank 1. Pass the same on all "
+            f"ranks."
+        )
+        assert f"{differ} dtype is torch.int64 on {others}; torch.int32 on rank 1." in errors[2]
+        assert f"{differ} layout is contiguous on {others}; zigzag on rank 1." in errors[3]
+        assert f". dim is 0 on {others}; 1 on rank 1." in errors[4]
+        if rank == 1:
+            assert alone.startswith("ValueError: x_local has 3 positions on rank 1 of the group;")
+        else:
+            assert alone.startswith("RankFailure: rank 1 failed: ValueError: x_local has 3")
 
 
 def test_shards_own_their_memory() -> None:
@@ -166,6 +181,11 @@ def test_positions_without_processes() -> None:
         ),
         (lambda x: unshard_sequence(x, seq_len=5), ValueError, "x_local has 3 positions on rank 0"),
         (lambda x: unshard_sequence(x, seq_len=-1), ValueError, "seq_len is -1"),
+        (
+            lambda x: unshard_sequence(x, timeout_s=0),
+            ValueError,
+            "timeout_s is 0; it must be above",
+        ),
         (lambda x: local_positions("zigzag", 2, (2, 2)), ValueError, "the rank in group is 2"),
         (
             lambda x: local_positions("zigzag", 2, (2,)),

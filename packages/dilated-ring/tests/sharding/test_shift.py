@@ -1,6 +1,7 @@
 """shift_sequence against a shift of the whole sequence, one position at a time, on 1 to 4 ranks."""
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from dilated_core.testing import run_processes
 from dilated_ring import shard_sequence, shift_sequence, unshard_sequence
 from dilated_ring.layout import LAYOUTS
-from dilated_ring.sharding import shift
+from dilated_ring.sharding import shards
 from dilated_ring.transport import DistributedTransport
 
 # Lengths and the shifts tried with each: less and more than a shard, and beyond the sequence.
@@ -70,22 +71,21 @@ def _check_dtypes_and_dims():
             assert torch.equal(whole, expected.expand(3, 2, 7).movedim(-1, dim))
 
 
-class _CountedTransport(DistributedTransport):
-    sent = 0
-
-    def start(self, *args, **options):
-        before = self.sent_bytes
-        pending = super().start(*args, **options)
-        _CountedTransport.sent += self.sent_bytes - before
-        return pending
-
-
 def _bytes_of_one_shift(layout):
-    shift.DistributedTransport = _CountedTransport
+    """What `shift_sequence` sends, without the agreement of the ranks before it."""
+    sent = []
+
+    class Counted(DistributedTransport):
+        def start(self, *args, **options):
+            before = self.sent_bytes
+            pending = super().start(*args, **options)
+            sent.append(self.sent_bytes - before)
+            return pending
+
     local = shard_sequence(torch.zeros(2, 100_000, dtype=torch.int64), layout=layout)
-    _CountedTransport.sent = 0
-    shift_sequence(local, 1, fill=-100, layout=layout)
-    return _CountedTransport.sent
+    with patch.object(shards, "DistributedTransport", Counted):
+        shift_sequence(local, 1, fill=-100, layout=layout)
+    return sum(sent)
 
 
 def _all_checks():

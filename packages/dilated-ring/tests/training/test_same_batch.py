@@ -43,13 +43,21 @@ def test_three_ranks() -> None:
     found = results[0]
     passed = [name for name, error in found.items() if error == "no error"]
     assert passed == ["same", "other order of names", "group"]
-    assert found["one value"] == (
-        "ValueError: batch is one on rank 0, 2 of the group, another on rank 1; ranks that share a "
-        "sequence must read the same batch, so give the sampler the number of data-parallel ranks, "
-        "not of all ranks."
+    assert all(
+        error.startswith("DisagreementError: The ranks")
+        for error in found.values()
+        if error != "no error"
     )
-    assert "on rank 0 of the group, another on rank 1, another on rank 2;" in found["all"]
-    assert "on rank 0 of the group, another on rank 1, 2;" in found["shape"]
+    before, after = found["one value"].split(" with hash ", 1)
+    assert before.endswith("The ranks of the group differ: batch['tokens'] is torch.int64 (3, 4)")
+    assert " on ranks 0, 2; torch.int64 (3, 4) with hash " in after
+    assert after.endswith(
+        " on rank 1. Pass the same on all ranks. Ranks that share a sequence must read the same "
+        "batch, so give the sampler the number of data-parallel ranks, not of all ranks."
+    )
+    assert "batch is torch.int64 (4, 3) with hash" in found["shape"]
+    assert "batch[1] is 0 on rank 0; 1 on rank 1; 2 on rank 2." in found["number"]
+    assert "batch['b'] is nothing on ranks 0, 2; torch.int64" in found["name"]
 
 
 def test_other_values_are_refused_on_one_process_too() -> None:

@@ -1,18 +1,18 @@
-"""Collectives on the shards of a sequence, each the transpose of another for autograd.
+"""Gather shards and add over ranks, each the transpose of the other for autograd.
 
-They move bytes, so that every dtype travels on every backend, and add in one place, after the
-exchange, so that sums have the same bits on gloo and NCCL.
+The exchange moves bytes, so that every dtype travels on every backend. Sums are taken after it, in
+one order, so that they have the same bits on gloo and NCCL.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from dilated_ring.sharding.shards import Shards
+from dilated_ring.sharding.shards import Shards, reporting
 
 
 def cut(full: torch.Tensor, shards: Shards) -> torch.Tensor:
@@ -30,8 +30,22 @@ def sum_and_cut(full: torch.Tensor, shards: Shards) -> torch.Tensor:
     return _SumAndCut.apply(full, shards)  # pyright: ignore[reportReturnType]
 
 
-def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as its bytes, in one dimension. Gloo and NCCL know only some dtypes."""
+def exchange(
+    shards: Shards,
+    sends: Mapping[int, torch.Tensor],
+    receives: Mapping[int, torch.Tensor],
+    *,
+    step: str,
+) -> None:
+    """Send and receive contiguous tensors of any dtype, by rank; fill `receives`."""
+    if shards.transport is not None:
+        incoming = {peer: _as_bytes(x) for peer, x in receives.items()}
+        outgoing = {peer: _as_bytes(x) for peer, x in sends.items()}
+        shards.transport.start(shards.rank, outgoing, incoming, step=step).wait()
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    # Gloo and NCCL know only some dtypes.
     return x.flatten().view(torch.uint8)
 
 
@@ -39,14 +53,15 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, full: torch.Tensor, shards: Shards) -> torch.Tensor:
         ctx.shards = shards
-        return _rows_of(full, shards, shards.ranks.rank).movedim(0, shards.dim).contiguous()
+        return _rows_of(full, shards, shards.rank).movedim(0, shards.dim).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[Any, ...]:
-        return _gathered(grads[0], ctx.shards), None
+        with reporting(ctx.shards.transport):
+            return _gathered(grads[0], ctx.shards), None
 
 
 class _Gather(torch.autograd.Function):
@@ -57,7 +72,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return sum_and_cut(grads[0], ctx.shards), None
+        with reporting(ctx.shards.transport):
+            return sum_and_cut(grads[0], ctx.shards), None
 
 
 class _SumAndCut(torch.autograd.Function):
@@ -68,7 +84,8 @@ class _SumAndCut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return gather(grads[0], ctx.shards), None
+        with reporting(ctx.shards.transport):
+            return gather(grads[0], ctx.shards), None
 
 
 def _rows_of(full: torch.Tensor, shards: Shards, rank: int) -> torch.Tensor:
@@ -80,39 +97,29 @@ def _rows_of(full: torch.Tensor, shards: Shards, rank: int) -> torch.Tensor:
 
 def _gathered(local: torch.Tensor, shards: Shards) -> torch.Tensor:
     dim, lengths = shards.dim, shards.lengths
-    rows = local.movedim(dim, 0)
-    # The collective takes equal sizes. Shards differ by at most two positions.
-    mine = rows.new_zeros(max(lengths), *rows.shape[1:])
-    mine[: rows.shape[0]] = rows
-    everyone = mine.new_empty(len(lengths), *mine.shape)
-    if shards.ranks.process_group is None:
-        everyone = mine.unsqueeze(0)
-    elif mine.numel():
-        dist.all_gather_into_tensor(as_bytes(everyone), as_bytes(mine), shards.ranks.process_group)
+    mine = local.movedim(dim, 0).contiguous()
+    parts = {
+        rank: mine if rank == shards.rank else mine.new_empty(length, *mine.shape[1:])
+        for rank, length in enumerate(lengths)
+    }
+    others = {rank: part for rank, part in parts.items() if rank != shards.rank}
+    exchange(shards, dict.fromkeys(others, mine), others, step="gather of shards")
     full = local.new_empty([*local.shape[:dim], sum(lengths), *local.shape[dim + 1 :]])
     into = full.movedim(dim, 0)
-    for part, spans in zip(everyone.unbind(), shards.spans, strict=True):
+    for rank, part in parts.items():
         begin = 0
-        for span in spans:
+        for span in shards.spans[rank]:
             into[slice(*span)] = part[begin : begin + span.length]
             begin += span.length
     return full
 
 
 def _summed(full: torch.Tensor, shards: Shards) -> torch.Tensor:
-    dim, lengths, ranks = shards.dim, shards.lengths, shards.ranks
-    if ranks.process_group is None:
-        return full.clone(memory_format=torch.contiguous_format)
-    parts = torch.cat([_rows_of(full, shards, rank) for rank in range(ranks.size)])
-    received = parts.new_empty(ranks.size, lengths[ranks.rank], *parts.shape[1:])
-    if parts.numel():
-        row_bytes = parts[0].numel() * parts.element_size()
-        dist.all_to_all_single(
-            as_bytes(received),
-            as_bytes(parts),
-            [lengths[ranks.rank] * row_bytes] * ranks.size,
-            [length * row_bytes for length in lengths],
-            ranks.process_group,
-        )
-    # PyTorch adds half precision in float32 and casts once.
-    return received.sum(0).movedim(0, dim).contiguous()
+    parts = [_rows_of(full, shards, rank) for rank in range(len(shards.spans))]
+    mine = parts[shards.rank]
+    received = mine.new_empty(len(parts), *mine.shape)
+    received[shards.rank] = mine
+    others = {rank: part for rank, part in enumerate(parts) if rank != shards.rank}
+    exchange(shards, others, {rank: received[rank] for rank in others}, step="sum of gradients")
+    # In the order of the ranks. PyTorch adds half precision in float32 and casts once.
+    return received.sum(0).movedim(0, shards.dim).contiguous()

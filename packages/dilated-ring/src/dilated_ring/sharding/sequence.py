@@ -7,11 +7,22 @@ import torch
 from dilated_ring.layout import Layout
 from dilated_ring.sharding.collectives import cut, gather
 from dilated_ring.sharding.group import Group, resolve_group
-from dilated_ring.sharding.shards import agree_on_shards, check_dim, shards_of
+from dilated_ring.sharding.shards import (
+    agree_on_shards,
+    check_dim,
+    reporting,
+    shards_of,
+    transport_of,
+)
 
 
 def shard_sequence(
-    x: torch.Tensor, dim: int = 1, *, group: Group = None, layout: Layout = "contiguous"
+    x: torch.Tensor,
+    dim: int = 1,
+    *,
+    group: Group = None,
+    layout: Layout = "contiguous",
+    timeout_s: float | None = None,
 ) -> torch.Tensor:
     """This rank's part of a tensor that every rank holds.
 
@@ -28,7 +39,11 @@ def shard_sequence(
             ("zigzag": two), and a rank may hold nothing.
         group: The ranks that share the sequence: a ProcessGroup, a DeviceMesh with a dimension "cp"
             or with one dimension, or None for the default group; see `resolve_group`.
-        layout: "contiguous" or "zigzag", see `spans_of_ranks`.
+        layout: "contiguous": rank i holds the i-th part. "zigzag": of twice as many parts, the i-th
+            from the front and the i-th from the back, so that under causality all ranks have about
+            equally much to do.
+        timeout_s: Seconds that backward waits for another rank, see
+            `dilated_ring.transport.DistributedTransport`.
 
     Returns:
         A contiguous copy of the rank's positions, in ascending order, so that x can be released.
@@ -38,7 +53,8 @@ def shard_sequence(
         ValueError: If `dim` or `layout` is none of x, or this process is not in the group.
     """
     dim = check_dim(x, dim, "x")
-    return cut(x, shards_of(dim, layout, x.shape[dim], resolve_group(group)))
+    ranks = resolve_group(group)
+    return cut(x, shards_of(dim, layout, x.shape[dim], ranks, transport_of(ranks, timeout_s)))
 
 
 def unshard_sequence(
@@ -48,6 +64,7 @@ def unshard_sequence(
     group: Group = None,
     layout: Layout = "contiguous",
     seq_len: int | None = None,
+    timeout_s: float | None = None,
 ) -> torch.Tensor:
     """The whole sequence on every rank, from the shards of all.
 
@@ -63,8 +80,10 @@ def unshard_sequence(
         dim: Dimension of the sequence.
         group: As in `shard_sequence`.
         layout: As in `shard_sequence`.
-        seq_len: S, if known: ranks then need not exchange their lengths first. A wrong length is
-            then found on its own rank alone, and the others wait for it until they time out.
+        seq_len: S, if known: ranks then neither exchange their lengths nor compare their arguments.
+            A wrong length then raises on its own rank, and `RankFailure` on the others.
+        timeout_s: Seconds that a rank waits for another one, see
+            `dilated_ring.transport.DistributedTransport`.
 
     Returns:
         A contiguous tensor of S positions in global order.
@@ -72,8 +91,13 @@ def unshard_sequence(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If `dim` or `layout` is none of x_local, this process is not in the group, a
-            rank's number of positions does not fit the layout, or shapes or dtypes differ.
+            rank's number of positions does not fit the layout, or arguments, shapes or dtypes
+            differ between ranks; then on every rank.
+        RankFailure: If another rank failed or did not answer.
     """
     dim = check_dim(x_local, dim, "x_local")
-    shards = agree_on_shards(x_local, dim, layout, resolve_group(group), seq_len)
-    return gather(x_local, shards)
+    ranks = resolve_group(group)
+    transport = transport_of(ranks, timeout_s)
+    with reporting(transport):
+        shards = agree_on_shards(x_local, dim, layout, ranks, seq_len, transport)
+        return gather(x_local, shards)

@@ -13,11 +13,16 @@ from dilated_core.checks import check_integer
 from dilated_core.inputs import check_cu_seqlens, read_document_bounds
 
 from dilated_ring.layout import Layout
-from dilated_ring.sharding.collectives import as_bytes
+from dilated_ring.sharding.collectives import exchange
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.sharding.positions import positions_of
-from dilated_ring.sharding.shards import Shards, agree_on_shards, check_dim
-from dilated_ring.transport import DistributedTransport
+from dilated_ring.sharding.shards import (
+    Shards,
+    agree_on_shards,
+    check_dim,
+    reporting,
+    transport_of,
+)
 
 
 def shift_sequence(
@@ -30,6 +35,7 @@ def shift_sequence(
     layout: Layout = "contiguous",
     cu_seqlens: torch.Tensor | None = None,
     seq_len: int | None = None,
+    timeout_s: float | None = None,
 ) -> torch.Tensor:
     """The value `shift` positions further on, for each position of a sharded sequence.
 
@@ -48,7 +54,8 @@ def shift_sequence(
         layout: As in `shard_sequence`.
         cu_seqlens: `(documents + 1,)`, int32 or int64: where documents begin, in global positions;
             the same on every rank. None: one document.
-        seq_len: As in `unshard_sequence`.
+        seq_len: As in `unshard_sequence`. On NCCL, the ranks must have used the group before.
+        timeout_s: As in `unshard_sequence`.
 
     Returns:
         A contiguous tensor of the shape of x_local.
@@ -57,19 +64,26 @@ def shift_sequence(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, `fill` is no value of x_local's dtype,
             `cu_seqlens` does not end at S, or for the reasons of `unshard_sequence`.
+        RankFailure: If another rank failed or did not answer.
     """
     dim = check_dim(x_local, dim, "x_local")
     shift = check_integer("shift", shift)
     _check_fill(fill, x_local.dtype)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
-    shards = agree_on_shards(x_local, dim, layout, resolve_group(group), seq_len)
-    bounds = None
-    if cu_seqlens is not None:
-        bounds = read_document_bounds(cu_seqlens, sum(shards.lengths), "the sequence")
-        bounds = bounds.to(x_local.device)
-    call = _Shift(shift, fill, shards, bounds)
-    return _ShiftFunction.apply(x_local, call)  # pyright: ignore[reportReturnType]
+    ranks = resolve_group(group)
+    transport = transport_of(ranks, timeout_s)
+    with reporting(transport):
+        shards = agree_on_shards(
+            x_local, dim, layout, ranks, seq_len, transport,
+            shift=shift, fill=fill, cu_seqlens=_summary(cu_seqlens),
+        )  # fmt: skip
+        bounds = None
+        if cu_seqlens is not None:
+            bounds = read_document_bounds(cu_seqlens, sum(shards.lengths), "the sequence")
+            bounds = bounds.to(x_local.device)
+        call = _Shift(shift, fill, shards, bounds)
+        return _ShiftFunction.apply(x_local, call)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class _ShiftFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         back = replace(ctx.call, shift=-ctx.call.shift, fill=0)
-        return _ShiftFunction.apply(*grads, back), None
+        with reporting(back.shards.transport):
+            return _ShiftFunction.apply(*grads, back), None
 
 
 class _Copy(NamedTuple):
@@ -129,8 +144,7 @@ def _shifted(x: torch.Tensor, call: _Shift) -> torch.Tensor:
     rows = x.movedim(dim, 0)
     y = torch.full_like(x, call.fill, memory_format=torch.contiguous_format)
     into = y.movedim(dim, 0)
-    if call.shards.ranks.process_group is not None:
-        _exchange(rows, into, call)
+    _copy_from_others(rows, into, call)
     for copy in _copies(own, own, call.shift):
         into[copy.target] = rows[copy.source]
     if call.bounds is not None:
@@ -143,32 +157,33 @@ def _shifted(x: torch.Tensor, call: _Shift) -> torch.Tensor:
     return y
 
 
-def _exchange(rows: torch.Tensor, into: torch.Tensor, call: _Shift) -> None:
-    """Copy the rows that other ranks hold into their places."""
-    spans, own, ranks = call.shards.spans, call.shards.own, call.shards.ranks
-    peers = [peer for peer in range(ranks.size) if peer != ranks.rank]
-    leaving = {peer: _copies(own, spans[peer], call.shift) for peer in peers}
-    coming = {peer: _copies(spans[peer], own, call.shift) for peer in peers}
-    buffers = {
-        peer: rows.new_empty(sum(copy.length for copy in copies), *rows.shape[1:])
-        for peer, copies in coming.items()
-        if copies
-    }
-    DistributedTransport(ranks.process_group).start(
-        ranks.rank,
-        {
-            peer: as_bytes(torch.cat([rows[copy.source] for copy in copies]))
-            for peer, copies in leaving.items()
-            if copies
-        },
-        {peer: as_bytes(buffer) for peer, buffer in buffers.items()},
-        step=f"shift of a sequence by {call.shift}",
-    ).wait()
-    for peer, buffer in buffers.items():
+def _copy_from_others(rows: torch.Tensor, into: torch.Tensor, call: _Shift) -> None:
+    shards = call.shards
+    sends: dict[int, torch.Tensor] = {}
+    receives: dict[int, torch.Tensor] = {}
+    coming: dict[int, list[_Copy]] = {}
+    for peer, spans in enumerate(shards.spans):
+        if peer == shards.rank:
+            continue
+        if leaving := _copies(shards.own, spans, call.shift):
+            sends[peer] = torch.cat([rows[copy.source] for copy in leaving])
+        if copies := _copies(spans, shards.own, call.shift):
+            coming[peer] = copies
+            count = sum(copy.length for copy in copies)
+            receives[peer] = rows.new_empty(count, *rows.shape[1:])
+    exchange(shards, sends, receives, step=f"shift of a sequence by {call.shift}")
+    for peer, copies in coming.items():
         begin = 0
-        for copy in coming[peer]:
-            into[copy.target] = buffer[begin : begin + copy.length]
+        for copy in copies:
+            into[copy.target] = receives[peer][begin : begin + copy.length]
             begin += copy.length
+
+
+def _summary(cu_seqlens: torch.Tensor | None) -> str:
+    if cu_seqlens is None:
+        return "None"
+    # Python hashes integers alike in every process.
+    return f"{len(cu_seqlens)} entries with hash {hash(tuple(map(int, cu_seqlens)))}"
 
 
 def _check_fill(fill: float, dtype: torch.dtype) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from dilated_core.checks import check_integer, check_tensor
 from dilated_core.merge import accumulation_dtype
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.sharding.shards import reporting, transport_of
 
 
 def chunked_cross_entropy(
@@ -24,6 +24,7 @@ def chunked_cross_entropy(
     chunk_size: int = 1024,
     ignore_index: int = -100,
     group: Group = None,
+    timeout_s: float | None = None,
 ) -> torch.Tensor:
     """This rank's share of the mean loss over all tokens of a group that have a label.
 
@@ -56,6 +57,8 @@ def chunked_cross_entropy(
         chunk_size: Tokens whose logits are in memory at a time.
         ignore_index: The label of tokens that do not count.
         group: The ranks that share the tokens, as in `shard_sequence`.
+        timeout_s: Seconds that a rank waits for another one, see
+            `dilated_ring.transport.DistributedTransport`.
 
     Returns:
         A scalar, float32 or wider. 0 with gradients of 0 if no token of the group has a label.
@@ -64,18 +67,22 @@ def chunked_cross_entropy(
         TypeError: If an argument has the wrong type or dtypes differ.
         ValueError: If shapes or devices do not fit, a label is no class, or this process is not in
             the group.
+        RankFailure: If another rank failed or did not answer.
     """
     chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
     ignore_index = check_integer("ignore_index", ignore_index)
     _check_inputs(hidden, weight, labels, bias)
     ranks = resolve_group(group)
+    transport = transport_of(ranks, timeout_s)
     labels = labels.flatten()
     rows = (labels != ignore_index).nonzero().squeeze(1)
     labels = labels[rows]
-    _check_labels(labels, weight.shape[0], ignore_index)
-    count = torch.tensor(len(rows), device=hidden.device)
-    if ranks.process_group is not None:
-        dist.all_reduce(count, group=ranks.process_group)
+    with reporting(transport):
+        _check_labels(labels, weight.shape[0], ignore_index)
+        count = len(rows)
+        if transport is not None:
+            local = torch.tensor([count], device="cpu")
+            count = sum(map(int, transport.all_gather(ranks.rank, local)))
     total: torch.Tensor = _LossSum.apply(  # pyright: ignore[reportAssignmentType]
         *_as_linear_converts(
             hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], weight, bias
@@ -84,7 +91,7 @@ def chunked_cross_entropy(
         labels,
         chunk_size,
     )
-    return total / count.clamp(min=1)
+    return total / max(count, 1)
 
 
 class _LossSum(torch.autograd.Function):

@@ -205,8 +205,9 @@ def test_an_output_that_takes_nothing(monkeypatch, capfd):
     assert run(["--version"]) == 0
 
 
-def test_ctrl_c_while_torch_is_imported(monkeypatch):
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
     monkeypatch.setattr("dilated_models.cli._run", lambda _: raising(KeyboardInterrupt())())
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 130
+    assert capsys.readouterr().err == "dilated: stopped by Ctrl-C\n"

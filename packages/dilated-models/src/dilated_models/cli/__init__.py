@@ -19,7 +19,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = _run(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while modules are imported; commands have a line of their own
+        print("dilated: stopped by Ctrl-C", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -117,7 +117,7 @@ def draw(result: dict[str, Any]) -> str:
 def _label(x: float, y: float, text: str, colour: str) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" fill="{colour}" '
-        f'font-weight="bold">{text}</text>'
+        f'font-weight="bold" stroke="#ffffff" stroke-width="6" paint-order="stroke">{text}</text>'
     )
 
 

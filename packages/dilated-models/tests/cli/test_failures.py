@@ -239,6 +239,7 @@ def test_what_a_resumed_run_refuses(text, tmp_path):
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes((other / "checkpoint.pt").read_bytes())
     assert "checkpoint.pt' belongs to another run than its folder" in refused()
+    assert "the last checkpoint is whole" not in refused()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     checkpoint.write_bytes(flipped)

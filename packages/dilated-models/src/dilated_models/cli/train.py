@@ -174,10 +174,12 @@ def _run(console: Console, run: Run, *, resume: bool) -> Report:
     from dilated_models.training.stopping import Stopped
 
     go_on = f"continue with: {command('train', '--resume', '--out', run.folder)}"
+    is_whole = not resume  # a checkpoint of an earlier process may be damaged
     try:
         state = build(run)
         if resume:
             state.restore(run.folder, run_id=run.run_id)
+            is_whole = True
         text = open_text(run, console.print)
         _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
         return _execute(console, run, state, text)
@@ -185,7 +187,7 @@ def _run(console: Console, run: Run, *, resume: bool) -> Report:
         console.print(f"{stopped}; everything is saved; {go_on}")
         raise typer.Exit(stopped.exit_code) from None
     except (Exception, KeyboardInterrupt) as error:
-        if (run.folder / CHECKPOINT_FILE).exists():
+        if is_whole and (run.folder / CHECKPOINT_FILE).exists():
             error.add_note(f"the last checkpoint is whole; {go_on}")
         raise
 

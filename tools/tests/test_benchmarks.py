@@ -64,6 +64,19 @@ def test_the_record_of_plain_training_is_the_median_of_the_runs_without_copies()
     }
 
 
+def test_what_context_gives_is_recorded_of_the_preset_that_users_run():
+    import context_gain
+    from dilated_models.training.config import PRESETS
+
+    rows = json.loads(context_gain.RESULT.read_text())["rows"]
+    record = json.loads(context_gain.RECORD.read_text())
+    assert record == json.loads(json.dumps([context_gain.plain_record(rows)]))
+    varied = {"warmup_copies", "seed"}
+    for row in rows:
+        for name, value in PRESETS["tiny"].training.items():
+            assert row["training"][name] == value or name in varied, (row["run"], name)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_breakdown(monkeypatch, is_causal):
     import breakdown

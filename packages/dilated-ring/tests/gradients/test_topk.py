@@ -180,25 +180,55 @@ def test_values_that_are_not_finite_arrive_and_do_not_stay() -> None:
 
 
 def _counted_messages():
-    lengths, all_gather = [], dist.all_gather_into_tensor
+    lengths, at_return, all_gather = [], [], dist.all_gather_into_tensor
 
     def counted(output, payload, **options):
         lengths.append(payload.nbytes)
         return all_gather(output, payload, **options)
 
+    def hook(state, bucket):
+        future = topk_hook(state, bucket)
+        at_return.append(len(lengths))
+        return future
+
     dist.all_gather_into_tensor = counted
     shapes = [(1000,)] * 70
-    ddp, state = _wrap(Products(shapes, torch.bfloat16))
+    ddp = DistributedDataParallel(Products(shapes, torch.bfloat16))
+    state = TopKCompression(ddp)
+    ddp.register_comm_hook(state, hook)
     _gradients(ddp, _factors(shapes, dist.get_rank(), 0, torch.bfloat16))
-    return lengths, state.sent_bytes, state.all_reduce_bytes
+    return lengths, at_return, state.sent_bytes, state.all_reduce_bytes
 
 
-def test_bytes_are_counted_and_a_message_has_at_most_32_tensors() -> None:
-    for lengths, sent, plain in run_processes(_counted_messages, 3):
+def test_messages_of_at_most_32_tensors_start_in_the_hook_and_are_counted() -> None:
+    for lengths, at_return, sent, plain in run_processes(_counted_messages, 3):
         # 10 elements of each parameter, 4 bytes for the index and 2 for the value.
         assert lengths == [32 * 60, 32 * 60, 6 * 60]
+        assert at_return == [3]
         assert sent == 2 * sum(lengths)
         assert plain == 2 * 2 * 70_000 * 2 // 3
+
+
+def _other_arguments_after_a_resumption():
+    rank, result = dist.get_rank(), []
+    for options in ({"ratio": 1.0}, {"ratio": 0.9999, "error_feedback": False}):
+        ddp, state = _wrap(Products(SHAPES), ratio=0.1)
+        first = _gradients(ddp, _factors(SHAPES, rank, 0))
+        ddp, resumed = _wrap(Products(SHAPES), **options)
+        resumed.load_state_dict(state.state_dict())
+        second = _gradients(ddp, _factors(SHAPES, rank, 1))
+        third = _gradients(ddp, _factors(SHAPES, rank, 2))
+        result.append((first, second, third))
+    return result
+
+
+def test_loaded_errors_are_sent_once_where_no_new_ones_are_kept() -> None:
+    factors = [[_factors(SHAPES, rank, step) for rank in range(2)] for step in range(3)]
+    means = [[(a + b) / 2 for a, b in zip(*ranks, strict=True)] for ranks in factors]
+    for first, second, third in run_processes(_other_arguments_after_a_resumption, 2)[0]:
+        for i in range(len(SHAPES)):
+            torch.testing.assert_close(first[i] + second[i], means[0][i] + means[1][i])
+            torch.testing.assert_close(third[i], means[2][i])
 
 
 def _group_of_two():

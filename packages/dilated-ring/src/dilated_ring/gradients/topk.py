@@ -25,7 +25,7 @@ _MAX_ELEMENTS = 2**31 - 1
 
 
 class TopKCompression:
-    """The state of `topk_hook`, which sends only the largest gradients of each parameter.
+    """The state of `topk_hook`, which sends only the largest elements of each gradient.
 
     Example:
         >>> store = dist.HashStore()  # torchrun needs none: dist.init_process_group()
@@ -258,6 +258,8 @@ class TopKCompression:
                 rest[chosen] -= value  # with the rounding error of a 16-bit value
                 # topk puts NaN and infinities first, so one test of the values covers all elements.
                 self._errors[name] = torch.where(value.isfinite().all(), rest, error)
+            else:
+                self._errors.pop(name, None)  # loaded from a run with error feedback: sent once
             indices.append((chosen + start).to(torch.int32))
             values.append(value)
             start += gradient.numel()

@@ -16,6 +16,7 @@ from dilated_ring.attention import (
 )
 from dilated_ring.gradients import TopKCompression, topk_hook
 from dilated_ring.layout import Layout
+from dilated_ring.plan.cost import BranchPlan, ExchangePlan, Message, RankPlan, exchange_plan
 from dilated_ring.sharding.positions import local_positions
 from dilated_ring.sharding.sequence import shard_sequence, unshard_sequence
 from dilated_ring.sharding.shift import shift_sequence
@@ -29,6 +30,12 @@ __all__ = [
     "ring_dilated_attention",
     "ring_dilated_attention_with_lse",
     "simulated_ring_attention",
+    # the plan of an attention call
+    "BranchPlan",
+    "ExchangePlan",
+    "Message",
+    "RankPlan",
+    "exchange_plan",
     # shards of a sequence
     "Layout",
     "local_positions",

@@ -18,8 +18,8 @@ from dilated_core.inputs import (
     check_scale,
 )
 
-from dilated_ring.execution.call import ExchangeKind
 from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
+from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.sequences import Spans
 
 EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)

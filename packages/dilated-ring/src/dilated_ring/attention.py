@@ -20,7 +20,6 @@ from dilated_ring.arguments import (
 )
 from dilated_ring.execution.call import (
     Call,
-    ExchangeKind,
     Way,
     call_across,
     choose_way,
@@ -28,6 +27,7 @@ from dilated_ring.execution.call import (
     run_on_two_levels,
 )
 from dilated_ring.layout import Layout, num_positions, spans_of_ranks
+from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.sharding.group import Group, RankGroup, resolve_group

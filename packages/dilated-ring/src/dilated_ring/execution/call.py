@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from dilated_core import (
@@ -18,26 +18,13 @@ from dilated_core import (
 
 from dilated_ring.execution.attend import Shards, Work
 from dilated_ring.execution.differentiable import attend_shards
-from dilated_ring.execution.heads import (
-    Places,
-    parts_of_heads,
-    places,
-    to_heads,
-    to_positions,
-)
+from dilated_ring.execution.heads import Places, places, to_heads, to_positions
 from dilated_ring.layout import joined
-from dilated_ring.plan.exchange import Exchange, Route, plan_exchange
-from dilated_ring.plan.parcels import Heads
-from dilated_ring.plan.sequences import (
-    LocalDocuments,
-    Spans,
-    crossing_documents,
-    cut_sequence,
-    local_documents,
-)
+from dilated_ring.plan.exchange import Exchange, ExchangeKind, plan_exchange, route_of
+from dilated_ring.plan.parcels import Heads, parts_of_heads
+from dilated_ring.plan.sequences import LocalDocuments, Spans, cut_sequences, local_documents
+from dilated_ring.plan.traffic import Sizes, WayKind, choose_exchange, is_aligned
 from dilated_ring.transport.contract import Transport
-
-ExchangeKind = Literal["auto", "ring", "all_gather", "all_to_all"]
 
 
 class Call(NamedTuple):
@@ -70,11 +57,11 @@ class Way(NamedTuple):
     """How a call runs, the same on all ranks.
 
     Attributes:
-        kind: `"alone"`: nothing travels. `"heads"`: heads for positions. `"rows"`: keys to queries.
+        kind: What travels.
         exchange, backend: Of `"rows"`.
     """
 
-    kind: Literal["alone", "heads", "rows"]
+    kind: WayKind
     exchange: Exchange | None = None
     backend: AttentionBackend | None = None
 
@@ -92,13 +79,12 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
     """
     size = len(call.ranks)
     heads = call.heads
-    if size == 1 or _is_aligned(call):
+    is_packed = call.bounds is not None
+    if is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed):
         return Way("alone")
-    if call.exchange == "all_to_all":
-        parts_of_heads(heads.num_heads, heads.num_kv_heads, size)
-        return Way("heads")
     exchange = plan_call(call, size)
-    if call.exchange == "auto" and _all_to_all_is_cheaper(call, exchange, q):
+    sizes = Sizes(q.shape[0], q.shape[-1], q.dtype.itemsize)
+    if choose_exchange(call.exchange, exchange, call.ranks, sizes).kind == "heads":
         return Way("heads")
     inputs = AttentionInputs(
         q.device,
@@ -196,19 +182,6 @@ def run_on_two_levels(
     return AttentionOutput(out, lse)
 
 
-def _is_aligned(call: Call) -> bool:
-    """Whether each rank holds whole segments of every branch, so that nothing travels.
-
-    Zero keys fill the last segment up to w, which a rank alone does not know if it holds less.
-    """
-    if call.bounds is not None or (call.pattern.padding == "attended" and not call.is_causal):
-        return False
-    lengths = [min(w, call.seq_len) for w in call.pattern.segment_lengths]
-    return all(len(spans) <= 1 for spans in call.ranks) and all(
-        span.start % w == 0 for spans in call.ranks for span in spans for w in lengths
-    )
-
-
 def _each_rank_alone(
     call: Call, q: Shards, k: Shards, v: Shards, masks: Shards | None
 ) -> list[AttentionOutput]:
@@ -253,35 +226,15 @@ def _attend(
 
 def plan_call(call: Call, size: int) -> Exchange:
     """What travels if keys go to queries."""
-    if call.bounds is None:
-        documents: tuple[tuple[int, int], ...] = ((0, call.seq_len),)
-    else:
-        documents = crossing_documents(call.ranks, _numbers(call.bounds))
-    sequences = tuple(cut_sequence(call.ranks, *document) for document in documents)
-    route: Route = call.exchange if call.exchange in ("ring", "all_gather") else "auto"  # pyright: ignore
+    bounds = None if call.bounds is None else _numbers(call.bounds)
     return plan_exchange(
-        call.pattern, call.heads, sequences, size=size, is_causal=call.is_causal, route=route
+        call.pattern,
+        call.heads,
+        cut_sequences(call.ranks, call.seq_len, bounds),
+        size=size,
+        is_causal=call.is_causal,
+        route=route_of(call.exchange),
     )
-
-
-def all_to_all_rows(call: Call) -> int:
-    """Rows of D numbers that all ranks send for a batch row, forward: of q, k, v and out."""
-    size = len(call.ranks)
-    heads = 2 * call.heads.num_heads + 2 * call.heads.num_kv_heads
-    return call.seq_len * heads * (size - 1) // size
-
-
-def _all_to_all_is_cheaper(call: Call, exchange: Exchange, q: torch.Tensor) -> bool:
-    """Whether it sends fewer bytes, forward and backward.
-
-    One decision serves all branches: what all_to_all sends does not depend on how many there are.
-    """
-    if call.heads.num_kv_heads < len(call.ranks):
-        return False
-    wide = torch.promote_types(q.dtype, torch.float32).itemsize
-    rows = sum(exchange.sent_rows)
-    # k and v go out twice and their gradients come back once; q, k, v and out go once each way.
-    return 2 * all_to_all_rows(call) * q.dtype.itemsize < rows * (2 * q.dtype.itemsize + wide)
 
 
 def _over_heads(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -41,23 +41,6 @@ def places(ranks: Spans) -> Places:
 
     of_rank = tuple(tuple(place(*span) for span in spans) for spans in ranks)
     return Places(starts[-1], of_rank)
-
-
-def parts_of_heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[slice, slice]]:
-    """The heads of q and those of k and v that each rank gets, with whole groups of queries.
-
-    Raises:
-        ValueError: If there are fewer heads of k and v than ranks.
-    """
-    if num_kv_heads < size:
-        raise ValueError(
-            f"exchange is 'all_to_all' over {size} ranks, and k and v have {num_kv_heads} heads; "
-            f"each rank needs at least one, so use exchange='ring' or a smaller group."
-        )
-    quotient, remainder = divmod(num_kv_heads, size)
-    bounds = accumulate((quotient + (i < remainder) for i in range(size)), initial=0)
-    group = num_heads // num_kv_heads
-    return [(slice(a * group, b * group), slice(a, b)) for a, b in pairwise(bounds)]
 
 
 def to_heads(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
-from dilated_core import DilatedPattern, Span
+from dilated_core import DilatedPattern, Span, kept_rows
 
-from dilated_ring.plan.parcels import Heads, kept_of_part, parcel_shape
+from dilated_ring.plan.parcels import Heads, kept_of_part, lanes, parcel_shape
 from dilated_ring.plan.sequences import CutSequence, Piece
 
+ExchangeKind = Literal["auto", "ring", "all_gather", "all_to_all"]
 Route = Literal["ring", "all_gather", "auto"]
+
+Hop = tuple[int, int, int]
+"""A rank, the rank that it sends to, and the number of the parcel."""
 
 _RELAYED_ROWS = 4096
 """With route "auto", parcels of at least so many rows of D numbers go from user to user: what a hop
@@ -81,12 +85,14 @@ class Exchange:
     @cached_property
     def moves(self) -> tuple[tuple[Move, ...], ...]:
         """The messages with rows of k and v, for each step; ordered by source and destination."""
-        steps: list[list[tuple[int, int, int]]] = []
+        steps: list[list[Hop]] = [[] for _ in range(self.num_steps)]
         for number, parcel in enumerate(self.parcels):
+            if not self.is_relayed(parcel):
+                steps[0].extend((parcel.owner, user, number) for user in parcel.users)
+                continue
             chain = (parcel.owner, *parcel.users)
-            for i, user in enumerate(parcel.users):
-                step, source = (i, chain[i]) if self._is_relayed(parcel) else (0, parcel.owner)
-                _at(steps, step).append((source, user, number))
+            for step, user in enumerate(parcel.users):
+                steps[step].append((chain[step], user, number))
         return tuple(_grouped(step) for step in steps)
 
     @cached_property
@@ -96,31 +102,31 @@ class Exchange:
         On a ring the sums travel on with the rows and from the last user home; otherwise each user
         sends its share to the owner.
         """
-        steps: list[list[tuple[int, int, int]]] = []
+        steps: list[list[Hop]] = [[] for _ in range(self.num_steps)]
         for number, parcel in enumerate(self.parcels):
+            if not self.is_relayed(parcel):
+                steps[0].extend((user, parcel.owner, number) for user in parcel.users)
+                continue
             chain = (*parcel.users, parcel.owner)
-            for i, user in enumerate(parcel.users):
-                step, to = (i, chain[i + 1]) if self._is_relayed(parcel) else (0, parcel.owner)
-                _at(steps, step).append((user, to, number))
+            for step, user in enumerate(parcel.users):
+                steps[step].append((user, chain[step + 1], number))
         return tuple(_grouped(step) for step in steps)
 
-    @cached_property
-    def sent_rows(self) -> tuple[int, ...]:
-        """Rows of D numbers of k and v that each rank sends for a batch row, in forward."""
-        rows = [0] * self.size
-        for step in self.moves:
-            for move in step:
-                rows[move.source] += sum(self.parcels[i].num_rows_of_head_dim for i in move.parcels)
-        return tuple(rows)
-
-    def _is_relayed(self, parcel: Parcel) -> bool:
+    def is_relayed(self, parcel: Parcel) -> bool:
+        """Whether the parcel goes from user to user, one step each, and not to all at once."""
         is_large = parcel.num_rows_of_head_dim >= _RELAYED_ROWS
         return self.route == "ring" or (self.route == "auto" and is_large)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Steps of messages, each of which computation can hide."""
-        return len(self.moves)
+        steps = (len(x.users) if self.is_relayed(x) else 1 for x in self.parcels)
+        return max(steps, default=0)
+
+
+def route_of(kind: ExchangeKind) -> Route:
+    """How rows of k and v travel where a call has `exchange=kind` and they do."""
+    return "auto" if kind == "all_to_all" else kind
 
 
 @lru_cache(maxsize=64)
@@ -149,40 +155,46 @@ def _parcels_of(
     heads: Heads,
     size: int,
     is_causal: bool,
-) -> Iterator[Parcel]:
+) -> list[Parcel]:
     w = min(pattern.segment_lengths[branch], sequence.seq_len)
-    has_zero_keys = pattern.padding == "attended" and not is_causal
-    held = sorted(
-        (piece.span, rank) for rank, pieces in enumerate(sequence.pieces) for piece in pieces
-    )
-    starts = [span.start for span, _ in held]
-    stops = [span.stop for span, _ in held]
+    parts: dict[int, list[_Part]] = {}
     for owner, pieces in enumerate(sequence.pieces):
         for piece_number, piece in enumerate(pieces):
-            for part in _shared_parts(piece, w, sequence.seq_len):
-                begin = part.start // w * w
-                end = min(begin + w, sequence.seq_len)
-                others = held[bisect_right(stops, begin) : bisect_left(starts, end)]
-                users = {
-                    rank
-                    for span, rank in others
-                    if rank != owner
-                    and not (is_causal and span.start < part.start)
-                    and _meet(
-                        pattern,
-                        branch,
-                        sequence.seq_len,
-                        Span(max(span.start, begin), min(span.stop, end)),
-                        part,
-                        heads,
-                        # The zero keys of a segment come with the part in which it begins.
-                        has_zero_keys=has_zero_keys and part.start == begin,
-                    )
-                }
-                if users:
-                    ordered = sorted(users, key=lambda rank: (rank - owner) % size)
-                    shape = parcel_shape(pattern, branch, sequence.seq_len, part, heads)
-                    yield Parcel(number, branch, owner, piece_number, part, tuple(ordered), *shape)
+            for span in _shared_parts(piece, w, sequence.seq_len):
+                bits = _lanes_with_rows(pattern, branch, sequence.seq_len, span, heads)
+                part = _Part(owner, piece_number, span, bits)
+                parts.setdefault(span.start // w, []).append(part)
+    found: list[Parcel] = []
+    for n, sharing in parts.items():
+        for owner, piece_number, span, mine in sharing:
+            seen = mine
+            if pattern.padding == "attended" and not is_causal and span.start == n * w:
+                # The zero keys of a segment come with the part in which it begins.
+                length = min(w, sequence.seq_len - n * w)
+                seen |= _lanes_with_zero_keys(pattern, branch, w, length, heads)
+            users = {
+                part.rank
+                for part in sharing
+                if part.lanes & seen
+                and part.rank != owner
+                and not (is_causal and part.span.start < span.start)
+            }
+            if users:
+                ordered = sorted(users)
+                first = bisect_left(ordered, owner)
+                around = (*ordered[first:], *ordered[:first])
+                shape = parcel_shape(pattern, branch, sequence.seq_len, span, heads)
+                found.append(Parcel(number, branch, owner, piece_number, span, around, *shape))
+    return sorted(found, key=lambda x: (x.owner, x.piece, x.positions))
+
+
+class _Part(NamedTuple):
+    """A part of a segment that lies in a piece, and which lanes keep rows of it, as bits."""
+
+    rank: int
+    piece: int
+    span: Span
+    lanes: int
 
 
 def _shared_parts(piece: Piece, w: int, seq_len: int) -> Iterator[Span]:
@@ -195,31 +207,27 @@ def _shared_parts(piece: Piece, w: int, seq_len: int) -> Iterator[Span]:
             yield Span(max(begin, span.start), min(end, span.stop))
 
 
-def _meet(
-    pattern: DilatedPattern,
-    branch: int,
-    seq_len: int,
-    queries: Span,
-    keys: Span,
-    heads: Heads,
-    *,
-    has_zero_keys: bool,
-) -> bool:
-    """Whether a head keeps rows of both parts of a segment, or of queries that see zero keys."""
-    mine = kept_of_part(pattern, branch, seq_len, queries, heads)
-    theirs = kept_of_part(pattern, branch, seq_len, keys, heads)
-    return any(
-        a.num_rows and (b.num_rows or has_zero_keys) for a, b in zip(mine, theirs, strict=True)
+def _lanes_with_rows(
+    pattern: DilatedPattern, branch: int, seq_len: int, positions: Span, heads: Heads
+) -> int:
+    """One bit for each lane that keeps a row of a part of a segment."""
+    kept = kept_of_part(pattern, branch, seq_len, positions, heads)
+    return sum(1 << i for i, rows in enumerate(kept) if rows.num_rows)
+
+
+def _lanes_with_zero_keys(
+    pattern: DilatedPattern, branch: int, w: int, length: int, heads: Heads
+) -> int:
+    """One bit for each lane whose rows of a segment of this length are filled with zero keys."""
+    rate = pattern.dilation_rates[branch]
+    return sum(
+        1 << i
+        for i, lane in enumerate(lanes(pattern, branch, heads))
+        if kept_rows(length, rate, lane.offset) < -(-w // rate)
     )
 
 
-def _at(steps: list[list[tuple[int, int, int]]], index: int) -> list[tuple[int, int, int]]:
-    while len(steps) <= index:
-        steps.append([])
-    return steps[index]
-
-
-def _grouped(moves: list[tuple[int, int, int]]) -> tuple[Move, ...]:
+def _grouped(moves: list[Hop]) -> tuple[Move, ...]:
     by_pair: dict[tuple[int, int], list[int]] = {}
     for source, destination, parcel in sorted(moves):
         by_pair.setdefault((source, destination), []).append(parcel)

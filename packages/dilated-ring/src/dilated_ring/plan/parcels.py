@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dilated_core import DilatedPattern, Problem, Rows, Span, head_offset, kept_rows, plan_problems
@@ -26,6 +26,23 @@ class Heads(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_range: tuple[int, int]
+
+
+def parts_of_heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[slice, slice]]:
+    """The heads of q and those of k and v that each rank gets, with whole groups of queries.
+
+    Raises:
+        ValueError: If there are fewer heads of k and v than ranks.
+    """
+    if num_kv_heads < size:
+        raise ValueError(
+            f"exchange is 'all_to_all' over {size} ranks, and k and v have {num_kv_heads} heads; "
+            f"each rank needs at least one, so use exchange='ring' or a smaller group."
+        )
+    quotient, remainder = divmod(num_kv_heads, size)
+    bounds = accumulate((quotient + (i < remainder) for i in range(size)), initial=0)
+    group = num_heads // num_kv_heads
+    return [(slice(a * group, b * group), slice(a, b)) for a, b in pairwise(bounds)]
 
 
 class Lane(NamedTuple):

@@ -59,6 +59,15 @@ def cut_sequence(ranks: Spans, start: int, stop: int) -> CutSequence:
     return CutSequence(start, stop - start, tuple(pieces))
 
 
+def cut_sequences(
+    ranks: Spans, seq_len: int, bounds: Sequence[int] | None
+) -> tuple[CutSequence, ...]:
+    """What is cut over ranks: the whole sequence, or the documents that cross borders."""
+    if bounds is None:
+        return (cut_sequence(ranks, 0, seq_len),)
+    return tuple(cut_sequence(ranks, *document) for document in crossing_documents(ranks, bounds))
+
+
 class LocalDocuments(NamedTuple):
     """Whole documents, one after another, that a rank holds.
 

@@ -192,7 +192,12 @@ def test_shares_of_ranks_add_up_to_one_process(size) -> None:
         ({"labels": torch.full((2, 7), V)}, ValueError, "labels holds 11 and weight has 11 rows"),
         ({"labels": torch.full((2, 7), -1)}, ValueError, "labels holds -1 and weight has 11 rows"),
         ({"bias": torch.zeros(3).double()}, ValueError, "bias must have one entry per class"),
-        ({"weight": torch.zeros(V, D, device="meta")}, ValueError, "weight is on meta and hidden"),
+        (
+            {"weight": torch.zeros(V, D, device="meta").double()},
+            ValueError,
+            "weight is on meta and hidden on cpu",
+        ),
+        ({"weight": None}, TypeError, "weight is a NoneType; it must be a tensor"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0; it must be at least 1"),
         ({"ignore_index": None}, TypeError, "ignore_index is None"),
         ({"group": "cp"}, TypeError, "group is a str"),
@@ -202,3 +207,10 @@ def test_mistakes_have_a_sentence(change, error, message) -> None:
     names = ("hidden", "weight", "bias", "labels")
     with pytest.raises(error, match=message):
         chunked_cross_entropy(**(dict(zip(names, _problem(), strict=True)) | change))
+
+
+def test_a_dtensor_is_refused() -> None:
+    hidden, weight, _, labels = _problem()
+    weight.placements = ()  # what tells a DTensor, whose import takes seconds
+    with pytest.raises(TypeError, match=r"weight is a DTensor; it must be a plain tensor, so call"):
+        chunked_cross_entropy(hidden, weight, labels)

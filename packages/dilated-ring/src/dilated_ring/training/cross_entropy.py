@@ -11,6 +11,7 @@ from dilated_core.merge import accumulation_dtype
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from dilated_ring.arguments import cast
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.sharding.shards import reporting, transport_of
 
@@ -49,7 +50,7 @@ def chunked_cross_entropy(
     bits depend on `chunk_size`.
 
     Args:
-        hidden: `(…, D)`, local tokens. Under autocast it is converted as `linear` converts it.
+        hidden: `(…, D)`, local tokens. Autocast casts hidden, weight and bias as for `linear`.
         weight: `(V, D)`, of the dtype of hidden. Pass it whole: inside the forward of the module
             that FSDP wraps.
         labels: `(…)`, int64: the class of each token, see `shift_sequence`.
@@ -71,7 +72,13 @@ def chunked_cross_entropy(
     """
     chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
     ignore_index = check_integer("ignore_index", ignore_index)
-    _check_inputs(hidden, weight, labels, bias)
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, x in tensors.items():
+        check_tensor(name, x)
+    # Here, so that backward has the dtypes of forward, whether autocast is on or not.
+    tensors = dict(zip(tensors, cast(*tensors.values()), strict=True))
+    _check_inputs(tensors, labels)
+    hidden = tensors["hidden"]
     ranks = resolve_group(group)
     transport = transport_of(ranks, timeout_s)
     labels = labels.flatten()
@@ -84,9 +91,9 @@ def chunked_cross_entropy(
             local = torch.tensor([count], device="cpu")
             count = sum(map(int, transport.all_gather(ranks.rank, local)))
     total: torch.Tensor = _LossSum.apply(  # pyright: ignore[reportAssignmentType]
-        *_as_linear_converts(
-            hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None], weight, bias
-        ),
+        hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None],
+        tensors["weight"],
+        tensors.get("bias"),
         rows,
         labels,
         chunk_size,
@@ -162,43 +169,29 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return linear(hidden, weight, bias).to(accumulation_dtype(hidden.dtype))
 
 
-def _as_linear_converts(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in the dtype of autocast, if it is on; backward then has the same dtypes."""
-    (first, *_) = tensors
-    device_type = first.device.type if first is not None else "cpu"
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    # Autocast leaves float64 alone.
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-
-
-def _check_inputs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "labels": labels}
-    tensors |= {} if bias is None else {"bias": bias}
+def _check_inputs(tensors: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    """Check hidden, weight and perhaps bias, and the labels, but not their values."""
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    check_tensor("labels", labels)
     for name, x in tensors.items():
-        check_tensor(name, x)
         if hasattr(x, "placements"):
             raise TypeError(
                 f"{name} is a DTensor; it must be a plain tensor, so call inside the forward of "
                 f"the module that FSDP wraps, where parameters are whole, or pass "
                 f"{name}.full_tensor()."
             )
-        if x.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {x.device} and hidden on {hidden.device}; all must be on one device."
-            )
-        # Autocast makes dtypes equal.
-        is_equal = x.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type)
-        if name != "labels" and not (is_equal and x.dtype.is_floating_point):
+        if x.dtype != hidden.dtype or not x.dtype.is_floating_point:
             raise TypeError(
                 f"{name} has dtype {x.dtype} and hidden {hidden.dtype}; both must be one "
                 f"floating-point dtype."
             )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels has dtype {labels.dtype}; it must be int64.")
+    for name, x in {**tensors, "labels": labels}.items():
+        if x.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {x.device} and hidden on {hidden.device}; all must be on one device."
+            )
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; they must "
@@ -209,10 +202,10 @@ def _check_inputs(
             f"labels has shape {tuple(labels.shape)} and hidden {tuple(hidden.shape)}; each token "
             f"of hidden must have one label."
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if "bias" in tensors and tensors["bias"].shape != weight.shape[:1]:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)} and weight {tuple(weight.shape)}; bias must have "
-            f"one entry per class."
+            f"bias has shape {tuple(tensors['bias'].shape)} and weight {tuple(weight.shape)}; bias "
+            f"must have one entry per class."
         )
 
 

@@ -26,7 +26,9 @@ def shard_sequence(
 ) -> torch.Tensor:
     """This rank's part of a tensor that every rank holds.
 
-    >>> tokens_local = shard_sequence(tokens, group=mesh, layout="zigzag")  # doctest: +SKIP
+    Example::
+
+        tokens_local = shard_sequence(tokens, group=mesh, layout="zigzag")
 
     Exchanges nothing in forward. In backward every rank gets the whole gradient of x: each rank's
     gradient of its part, gathered. Parameters that computed x, such as an embedding, then have
@@ -68,7 +70,9 @@ def unshard_sequence(
 ) -> torch.Tensor:
     """The whole sequence on every rank, from the shards of all.
 
-    >>> out = unshard_sequence(out_local, group=mesh, layout="zigzag")  # doctest: +SKIP
+    Example::
+
+        out = unshard_sequence(out_local, group=mesh, layout="zigzag")
 
     Differentiable. The loss is the sum of the losses that the ranks compute from the result: with
     the same loss on 4 ranks, `x_local.grad` is 4 times the gradient of one loss, so divide the loss

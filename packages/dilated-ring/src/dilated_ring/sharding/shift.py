@@ -39,7 +39,9 @@ def shift_sequence(
 ) -> torch.Tensor:
     """The value `shift` positions further on, for each position of a sharded sequence.
 
-    >>> labels_local = shift_sequence(tokens_local, 1, fill=-100, group=mesh)  # doctest: +SKIP
+    Example::
+
+        labels_local = shift_sequence(tokens_local, 1, fill=-100, group=mesh)
 
     y[i] = x[i + shift] in global positions, whichever rank holds i + shift, and `fill` where
     i + shift is outside of the sequence or of the document of i. Only rows that change ranks

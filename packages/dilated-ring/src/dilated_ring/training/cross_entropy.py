@@ -29,7 +29,9 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """This rank's share of the mean loss over all tokens of a group that have a label.
 
-    >>> loss = chunked_cross_entropy(hidden_local, head.weight, labels_local)  # doctest: +SKIP
+    Example::
+
+        loss = chunked_cross_entropy(hidden_local, head.weight, labels_local)
 
     The share is the sum of the losses of the local tokens, divided by the number of labels of the
     whole group. The shares of all ranks add up to the mean that one process computes, and so do

@@ -19,8 +19,10 @@ Batch: TypeAlias = "torch.Tensor | Mapping[str, Batch] | Sequence[Batch] | int |
 def check_same_batch(batch: Batch, group: Group = None, *, timeout_s: float | None = None) -> None:
     """Refuse a batch that is not the same on every rank of a group.
 
-    >>> if step == 0:  # doctest: +SKIP
-    ...     check_same_batch(batch, mesh)
+    Example::
+
+        if step == 0:
+            check_same_batch(batch, mesh)
 
     Ranks that share a sequence must cut the same batch. With another one on some ranks, as of a
     sampler that counts them as data parallel, training goes on with parts of unrelated sequences.

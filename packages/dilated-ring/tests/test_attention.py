@@ -61,11 +61,17 @@ ATTENDED = Case(
     layout=st.sampled_from(LAYOUTS),
     exchange=st.sampled_from(EXCHANGES),
     backend=st.sampled_from(["eager", "sdpa"]),
+    fewest_rows=st.sampled_from([1, 4096]),
 )
 # Zero keys that come with a part of which a head keeps nothing.
-@example(ATTENDED, 8, "zigzag", "ring", "eager")
-def test_random_cases(case: Case, ring_size: int, layout: str, exchange: str, backend: str) -> None:
-    compare(case, ring_size, layout, exchange, backend)
+@example(ATTENDED, 8, "zigzag", "ring", "eager", 4096)
+def test_random_cases(
+    case: Case, ring_size: int, layout: str, exchange: str, backend: str, fewest_rows: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # Problems are cut into parts as those of long sequences are.
+        patch.setattr("dilated_ring.plan.parts._FEWEST_ROWS", fewest_rows)
+        compare(case, ring_size, layout, exchange, backend)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

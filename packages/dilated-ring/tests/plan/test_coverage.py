@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from dilated_core import Problem, Rows, plan_problems, visible_keys
+import pytest
+from dilated_core import Problem, Rows, Span, plan_problems, visible_keys
 from dilated_core.testing.cases import Case, random_cases
 from dilated_ring.layout import spans_of_ranks
 from dilated_ring.plan.exchange import Exchange, plan_exchange
 from dilated_ring.plan.parcels import Heads, hop_problems, kept_of_part
+from dilated_ring.plan.parts import in_parts
 from dilated_ring.plan.sequences import cut_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,3 +146,27 @@ def test_gradients_come_home_once_from_each_user(case, size, layout, route):
                     travelling[number][destination] |= sums
     for parcel, home in zip(exchange.parcels, contributions, strict=True):
         assert home == Counter(parcel.users)
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=random_cases(max_seq_len=40), num_rows=st.integers(0, 400), start=st.integers(0, 30))
+def test_parts_of_problems_are_the_problems(case, num_rows, start):
+    queries = Span(min(start, case.seq_len - 1), case.seq_len)
+    problems = plan_problems(
+        case.pattern, queries=queries, keys=Span(0, case.seq_len), seq_len=case.seq_len,
+        num_heads=case.num_heads, num_kv_heads=case.num_kv_heads, is_causal=case.is_causal,
+        batch_size=1,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dilated_ring.plan.parts._FEWEST_ROWS", 1)
+        parts = in_parts(problems, num_rows)
+    assert all(
+        part.queries.num_elements <= max(1, num_rows // 16)
+        or part.queries.num_problems == part.keys.num_heads == 1
+        for part in parts
+    )
+    expected, counted = (Counter(), Counter()), (Counter(), Counter())
+    for into, some in ((expected, problems), (counted, parts)):
+        for problem in some:
+            count(problem, queries.start, lambda cell: cell, *into)
+    assert counted == expected

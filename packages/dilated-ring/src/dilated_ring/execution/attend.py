@@ -38,6 +38,7 @@ from dilated_ring.execution.parcels import (
 )
 from dilated_ring.plan.exchange import Exchange, Move
 from dilated_ring.plan.parcels import hop_problems
+from dilated_ring.plan.parts import in_parts
 from dilated_ring.plan.sequences import Piece
 from dilated_ring.transport.contract import Pending, Transport
 
@@ -190,7 +191,7 @@ def _local_tasks(
                     begin = sequence.start + keys.span.start
                     hidden = hidden[:, begin : begin + keys.span.length]
                 yield _Task(
-                    problems,
+                    in_parts(problems, q.shape[:3].numel()),
                     queries,
                     (q[:, queries.rows], k[:, keys.rows], v[:, keys.rows]),
                     _options(work, hidden, number, -1, queries.span.start, keys.span.start),
@@ -220,8 +221,8 @@ def _hop_tasks(
                 hidden = pack_rows(exchange, parcel, hidden, at=sequence.start)
             where = (parcel.sequence, parcel.branch, queries.span.start, parcel.positions.start)
             yield _Task(
-                problems, queries, (q[:, queries.rows], k, v), _options(work, hidden, *where),
-                parcel=number,
+                in_parts(problems, q.shape[:3].numel()), queries, (q[:, queries.rows], k, v),
+                _options(work, hidden, *where), parcel=number,
             )  # fmt: skip
 
 

@@ -69,6 +69,25 @@ def _wait_in_a_circle(transport: DistributedTransport) -> None:
         _hop(transport, f"hop {rank}")
 
 
+def _send_another_size(transport: DistributedTransport) -> None:
+    (rank,) = transport.hosted
+    with reporting_failures(transport, rank):
+        _exchange(transport, torch.zeros(9 if rank == _CULPRIT else 8))
+
+
+def _send_another_dtype(transport: DistributedTransport) -> None:
+    (rank,) = transport.hosted
+    with reporting_failures(transport, rank):
+        _exchange(transport, torch.zeros(8, dtype=torch.float16 if rank == 2 else torch.bfloat16))
+
+
+def _exchange(transport: DistributedTransport, value: torch.Tensor) -> None:
+    (rank,) = transport.hosted
+    left, right = (rank - 1) % transport.size, (rank + 1) % transport.size
+    transport.start(rank, {right: value}, {left: torch.empty_like(value)}, step="hop 1").wait()
+    check_agreement(transport, rank, {}, 0)
+
+
 def _disagree(transport: DistributedTransport) -> None:
     (rank,) = transport.hosted
     description = {"dtype": "torch.float32", "pattern": "w 8, r 1", "exchange": "ring"}
@@ -99,6 +118,8 @@ _SCENARIOS: dict[str, tuple[float, Callable[[DistributedTransport], None]]] = {
     "raises": (_LONG_S, lambda transport: _calls(transport, _raise)),
     "hangs": (_SHORT_S, lambda transport: _calls(transport, _hang)),
     "circle": (_SHORT_S, _wait_in_a_circle),
+    "size": (_SHORT_S, _send_another_size),
+    "dtype": (_SHORT_S, _send_another_dtype),
     "disagree": (_LONG_S, _disagree),
     "misses": (_LONG_S, _miss_an_argument),
     "refuses": (_LONG_S, _refuse_an_argument),
@@ -183,12 +204,24 @@ def test_a_rank_that_hangs_is_named_with_the_line_where_it_is(
         assert ending["seconds"] < limit_s + 0.5
 
 
+@pytest.mark.parametrize("name", ["size", "dtype"])
+def test_a_message_of_another_size_or_dtype_is_never_received(
+    name: str, endings: list[dict[str, dict]]
+) -> None:
+    for of_rank in endings:
+        ending = of_rank[name]
+        assert ending["type"] == "RankFailure"
+        assert "wait for each other, so their plans or messages differ" in ending["text"]
+        assert "step 'hop 1'" in ending["text"]
+        assert ending["seconds"] < _SHORT_S + 0.5
+
+
 def test_ranks_that_wait_for_each_other_are_named(endings: list[dict[str, dict]]) -> None:
     for of_rank in endings:
         ending = of_rank["circle"]
         assert ending["type"] == "RankFailure"
         assert (
-            "rank 0 failed: the ranks [0, 1, 2] wait for each other, so their plans"
+            "rank 0 failed: ranks wait for each other, so their plans or messages differ: rank 0 "
             in ending["text"]
         )
         assert "step 'hop 2'" in ending["text"]

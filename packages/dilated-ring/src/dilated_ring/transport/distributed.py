@@ -17,7 +17,6 @@ import torch.distributed as dist
 from dilated_ring.transport.messages import check_messages, num_bytes
 from dilated_ring.transport.watch import HOST_GIVES_UP, watch_of
 
-_GATHER_TAG = 0
 _GATHER_STEP = "agreement of all ranks"
 
 # In place of the peer of one message: all messages of a step between GPUs.
@@ -29,7 +28,8 @@ class DistributedTransport:
 
     Ranks are those of the group, 0 to size - 1, whatever their ranks in the world are. Messages of
     different groups never meet. Within a group they meet by the name of their step, so several
-    steps may be in flight.
+    steps may be in flight; over gloo by size and dtype, too, so that a message which another rank
+    expects otherwise ends in an error.
 
     If a rank fails, all others raise `RankFailure`, which names it and the cause. The group is then
     closed: no message is ever sent twice.
@@ -102,10 +102,7 @@ class DistributedTransport:
             RankFailure: If a rank of the group has failed.
         """
         check_messages(rank, self.size, sends, receives, step)
-        # Odd: all_gather and the watch have even tags. NCCL has no tags; its messages between two
-        # ranks meet in the order of their steps, which is the same on all ranks.
-        tag = (crc32(step.encode()) & 0x7FFFFFFF) | 1
-        pending = self._post(sends, receives, step, tag)
+        pending = self._post(sends, receives, step)
         self.sent_bytes += num_bytes(sends)
         return pending
 
@@ -121,7 +118,7 @@ class DistributedTransport:
         # half the time of dist.all_gather.
         others = [peer for peer in range(self.size) if peer != rank]
         received = {peer: torch.empty_like(value) for peer in others}
-        self._post(dict.fromkeys(others, value), received, _GATHER_STEP, _GATHER_TAG).wait()
+        self._post(dict.fromkeys(others, value), received, _GATHER_STEP).wait()
         return [received.get(peer, value) for peer in range(self.size)]
 
     def _gather_over_gpu(self, rank: int, value: torch.Tensor) -> list[torch.Tensor]:
@@ -145,7 +142,6 @@ class DistributedTransport:
         sends: Mapping[int, torch.Tensor],
         receives: Mapping[int, torch.Tensor],
         step: str,
-        tag: int,
     ) -> _DistributedPending:
         self.watch.refuse_after_failure()
         # The same order on all ranks.
@@ -157,8 +153,9 @@ class DistributedTransport:
         ]
         works: list[tuple[int, dist.Work]] = []
         if messages and messages[0][2].device.type != "cpu":
+            # NCCL has no tags: messages of two ranks meet in the order of their steps.
             ops = [
-                dist.P2POp(operation, tensor, group=self._group, tag=tag, group_peer=peer)
+                dist.P2POp(operation, tensor, group=self._group, group_peer=peer)
                 for operation, peer, tensor in messages
             ]
             works = [(_ON_GPU, work) for work in dist.batch_isend_irecv(ops)]
@@ -166,12 +163,24 @@ class DistributedTransport:
             for operation, peer, tensor in messages:
                 side = "group_dst" if operation is dist.isend else "group_src"
                 try:
-                    work = operation(tensor, group=self._group, tag=tag, **{side: peer})
+                    work = operation(
+                        tensor, group=self._group, tag=_tag(step, tensor), **{side: peer}
+                    )
                 except RuntimeError as error:
                     raise self.watch.broken(peer, step, error) from error
                 if work is not None:
                     works.append((peer, work))
         return _DistributedPending(self, works, sends, receives, step)
+
+
+def _tag(step: str, tensor: torch.Tensor) -> int:
+    """By which gloo lets messages meet: never another step, size or dtype.
+
+    Otherwise a receiver would keep zeros where a message is too short, and gloo ends the process
+    where it is too long. The tag is odd, because the watch uses an even one.
+    """
+    text = f"{step} {tensor.numel()} {tensor.dtype}"
+    return (crc32(text.encode()) & 0x7FFFFFFF) | 1
 
 
 class _DistributedPending:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ TICK_S = 0.25
 _THREAD_GIVES_UP = 0.85
 HOST_GIVES_UP = 0.95
 
-# Steps have odd tags and all_gather has tag 0.
+# Messages have odd tags.
 _CLOSING_TAG = 2
 
 # Who hosts the store unless torchrun does.
@@ -103,18 +104,17 @@ class GroupWatch:
         now = self._now
         if now.peers and time.monotonic() - now.since > _THREAD_GIVES_UP * now.limit_s:
             return self.overdue(peer, step)
-        reason = str(error).split("\n", 1)[0]
         return self._ask(
             self.ranks[peer],
             f"its connection to rank {self.name} broke in call {now.call}, step {step!r}. The "
-            f"process was killed, or exited without a report ({reason}).",
+            f"process was killed, or exited without a report ({_reason(error)}).",
         )
 
     def overdue(self, peer: int, step: str) -> RankFailure:
         """The failure behind a wait for `peer` that took too long."""
         # No suspect: the thread follows who waits for whom.
         left_s = self._now.since + self._now.limit_s - time.monotonic()
-        return self._ask(None, self._overdue_cause(step), self.ranks[peer], max(0.5, left_s))
+        return self._ask(None, self._overdue_cause(step), self.ranks[peer], max(0.1, left_s))
 
     def fail(self, cause: str) -> None:
         """Publish that this rank failed, and close its connections."""
@@ -187,7 +187,7 @@ class GroupWatch:
         broken = self._broken_connections()
         if broken:
             rank = _STORE_HOST if _STORE_HOST in broken else rank
-            cause = f"{cause} Broken are the connections of rank {self.name} to the ranks {broken}."
+            cause = f"{cause} The connections of rank {self.name} to the ranks {broken} are broken."
         self._end(
             rank,
             f"{cause} The store of the group cannot be reached either ({self._store_error}); it is "
@@ -202,7 +202,7 @@ class GroupWatch:
         try:
             return operation()
         except RuntimeError as error:
-            self._store_error = str(error).split("\n", 1)[0]
+            self._store_error = _reason(error)
             return None
 
     def _diagnose(self, now: Whereabouts) -> tuple[int, str]:
@@ -214,12 +214,9 @@ class GroupWatch:
         waits = {rank: [self.ranks[p] for p in report.peers] for rank, report in reports.items()}
         blocking, waiting = blocking_ranks(self.name, waits)
         if not blocking:
+            states = "; ".join(f"rank {r} {reports[r].describe(waits[r])}" for r in waiting)
             rank = min(waiting, key=lambda rank: (reports[rank].call, rank))
-            states = "; ".join(f"rank {r}: {reports[r].describe(waits[r])}" for r in waiting)
-            return (
-                rank,
-                f"the ranks {waiting} wait for each other, so their plans differ: {states}.",
-            )
+            return rank, f"ranks wait for each other, so their plans or messages differ: {states}."
         cause = self._overdue_cause(now.step)
         rank = blocking[0]
         others = f" The ranks {blocking[1:]} hold it up, too." if blocking[1:] else ""
@@ -293,6 +290,12 @@ def watch_of(group: dist.ProcessGroup) -> GroupWatch:
             # A thread inside PyTorch while Python shuts down can abort the process.
             atexit.register(_stop, _thread)
     return watch
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of PyTorch, without the place in its C++ code."""
+    line = str(error).split("\n", 1)[0]
+    return re.sub(r"^\[\S+\] ", "", line).split(". ", 1)[0].rstrip(".")
 
 
 def _run() -> None:

@@ -148,7 +148,7 @@ def test_ctrl_c_ends_the_line(folder, monkeypatch, capfdbinary):
     assert run(["generate", "--checkpoint", str(folder), "--prompt", "ab"]) == 130
     captured = capfdbinary.readouterr()
     assert captured.out == b"abxx\n"
-    assert captured.err == b""
+    assert captured.err.splitlines() == [b"dilated: stopped by Ctrl-C"]
 
 
 @pytest.mark.parametrize(

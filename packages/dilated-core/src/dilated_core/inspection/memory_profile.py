@@ -130,7 +130,8 @@ def memory_profile() -> Generator[MemoryProfile, None, None]:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     result = MemoryProfile()
-    profiler = profile(activities=activities, profile_memory=True)
+    # One cycle, so acc_events changes nothing; without it PyTorch 2.11 warns.
+    profiler = profile(activities=activities, profile_memory=True, acc_events=True)
     profiler.start()
     try:
         yield result

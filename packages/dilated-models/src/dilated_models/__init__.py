@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dilated_models.config import LongNetConfig
+    from dilated_models.layers.context_parallel import ContextParallel
     from dilated_models.longnet.generation import generate, generate_batch
     from dilated_models.longnet.generation_cache import GenerationCache
     from dilated_models.longnet.language_model import LongNetLM
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = _version("dilated-models")
 
 __all__ = [
+    "ContextParallel",
     "GenerationCache",
     "LongNetConfig",
     "LongNetLM",
@@ -34,6 +36,7 @@ __all__ = [
 
 # Loaded on first use: `dilated --help` does not wait for torch.
 _MODULES = {
+    "ContextParallel": "dilated_models.layers.context_parallel",
     "GenerationCache": "dilated_models.longnet.generation_cache",
     "LongNetConfig": "dilated_models.config",
     "LongNetLM": "dilated_models.longnet.language_model",

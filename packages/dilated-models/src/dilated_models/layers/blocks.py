@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from dilated_core.positions.rotary import Rotation
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.block_cache import BlockCache
+from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.layers.convolution import CausalConvolution
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.feed_forward import FeedForward
@@ -68,10 +70,16 @@ class SelfAttentionBlock(nn.Module):
         documents: Documents | None = None,
         cache: BlockCache | None = None,
         counts: Sequence[int] | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Map `(B, S, d_model)` to the same shape; arguments as in `DilatedSelfAttention`."""
         normed = self.attention_norm(x)
-        if self.key_conv is not None:
+        if self.key_conv is not None and context_parallel is not None:
+            cu_seqlens = None if documents is None else documents.cu_seqlens
+            normed = self.key_conv(
+                normed, rows_before=partial(context_parallel.rows_before, cu_seqlens=cu_seqlens)
+            )
+        elif self.key_conv is not None:
             inputs, before = normed, None if cache is None else cache.inputs
             positions = None if documents is None else documents.positions
             normed = self.key_conv(inputs, before=before, positions=positions)
@@ -86,6 +94,7 @@ class SelfAttentionBlock(nn.Module):
                 documents=documents,
                 cache=decoding,
                 counts=counts,
+                context_parallel=context_parallel,
             )
         )
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,12 @@ _STD = 0.3
 
 
 def add_causal_convolution(
-    x: Tensor, weight: Tensor, *, before: Tensor | None = None, positions: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    before: Tensor | None = None,
+    positions: Tensor | None = None,
+    rows_before: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """X plus its depthwise causal convolution: y_t = x_t + Σ_i weight[:, 0, −1−i] · x_{t−i}.
 
@@ -23,6 +30,9 @@ def add_causal_convolution(
         positions: `(S,)`, integer, the distance of each row from the start of its document, for
             packed documents: inputs of an earlier document then count as zeros. None means that all
             rows of `x` belong to one document.
+        rows_before: Instead of `before` and `positions`, for a sequence that is spread over ranks:
+            maps `x` and a lag to the row `lag` before each row of `x`, or zeros where there is
+            none.
 
     Returns:
         `(..., S, E)`.
@@ -38,6 +48,12 @@ def add_causal_convolution(
     # A sum of shifted products takes half the time of conv1d on the CPU, forward and backward,
     # at widths of 4.
     width, seq_len = weight.shape[-1], x.shape[-2]
+    if rows_before is not None:
+        y = x
+        for lag in range(width):
+            shifted = rows_before(x, lag) if lag else x
+            y = torch.addcmul(y, shifted, weight[:, 0, width - 1 - lag])
+        return y
     if before is None:
         before = x.new_zeros(*x.shape[:-2], width - 1, x.shape[-1])
     extended = torch.cat((before, x), dim=-2)
@@ -84,10 +100,17 @@ class CausalConvolution(nn.Module):
         nn.init.normal_(self.weight, std=_STD)
 
     def forward(
-        self, x: Tensor, *, before: Tensor | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        before: Tensor | None = None,
+        positions: Tensor | None = None,
+        rows_before: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Map `(..., S, d_model)` to the same shape; see `add_causal_convolution`."""
-        return add_causal_convolution(x, self.weight, before=before, positions=positions)
+        return add_causal_convolution(
+            x, self.weight, before=before, positions=positions, rows_before=rows_before
+        )
 
     def extra_repr(self) -> str:
         """The width."""

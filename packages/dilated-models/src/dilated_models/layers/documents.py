@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """How T packed positions are divided into documents.
+    """How packed positions are divided into documents.
 
     Attributes:
         cu_seqlens: `(N + 1,)`, where each of N documents begins and the last one ends.
@@ -20,19 +20,19 @@ class Documents(NamedTuple):
     positions: Tensor
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, num_positions: int) -> Documents:
+    def of(cls, cu_seqlens: Tensor, counted: Tensor) -> Documents:
         """Count positions from the start of each document.
 
         Args:
             cu_seqlens: As in `dilated_core.dilated_attention`, which checks the values.
-            num_positions: T.
+            counted: `(T,)`, int64, the positions counted through all documents: 0 … T − 1, or those
+                that a rank holds of a sequence that is spread over ranks.
 
         Example:
-            >>> Documents.of(torch.tensor([0, 2, 2, 5]), 5).positions
+            >>> Documents.of(torch.tensor([0, 2, 2, 5]), torch.arange(5)).positions
             tensor([0, 1, 0, 1, 2])
         """
         starts = cu_seqlens[:-1].long()
-        counted = torch.arange(num_positions, device=cu_seqlens.device)
         # Of empty documents, which share their start with the next one, the last is found.
         index = torch.searchsorted(starts, counted, right=True) - 1
         return cls(cu_seqlens, counted - starts[index])

@@ -18,6 +18,7 @@ from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.layers.documents import Documents
 
 
@@ -61,6 +62,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         documents: Documents | None = None,
         cache: DecodingCache | None = None,
         counts: Sequence[int] | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor:
         """Attend within `x`, and with a cache also to the tokens before.
 
@@ -71,6 +73,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             documents: Of packed positions, each of which sees only its own document.
             cache: Holds the tokens before, and then those of `x` too. Attention is then causal.
             counts: With a cache, how many positions of each sequence are not padding; None: all.
+            context_parallel: If `x` is one rank's shard of a sequence; not with a cache.
 
         Returns:
             The shape of `x`.
@@ -82,6 +85,17 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         if cache is not None:
             return self.combine(self._decode(q, k, v, cache, counts).to(x.dtype))
         cu_seqlens = None if documents is None else documents.cu_seqlens
+        if context_parallel is not None:
+            out = context_parallel.attend(
+                q,
+                k,
+                v,
+                self.attention.pattern,
+                is_causal=is_causal,
+                cu_seqlens=cu_seqlens,
+                backend=self.attention.config.backend,
+            )
+            return self.combine(out)
         return self.combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))
 
     def _decode(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Never, Self, cast
 
 import torch
@@ -22,8 +23,10 @@ from torch.utils.checkpoint import (
 
 from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
+from dilated_models.layers.context_parallel import ContextParallel, Shard, shard_of_call
 from dilated_models.layers.documents import Documents
 from dilated_models.longnet.generation_cache import GenerationCache, compute_dtype
+from dilated_models.longnet.tied_weights import complete_shared_weight, tie_again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,8 @@ class LongNetLM(nn.Module):
         self.output = nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
         self._draw_embeddings()
         self.tie_weights()
-        self.register_load_state_dict_pre_hook(_complete_shared_weight)
-        self.register_load_state_dict_post_hook(_tie_again)
+        self.register_load_state_dict_pre_hook(complete_shared_weight)
+        self.register_load_state_dict_post_hook(tie_again)
 
     @classmethod
     def from_config(
@@ -135,6 +138,7 @@ class LongNetLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: GenerationCache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
+        context_parallel: ContextParallel | None = None,
         **unknown: Never,
     ) -> Tensor:
         """Score every next token.
@@ -155,6 +159,10 @@ class LongNetLM(nn.Module):
                 its memory is bounded.
             lengths: With a cache, B integers: the first `lengths[b]` tokens of sequence b are
                 appended, and the others are padding. None: all tokens.
+            context_parallel: If `tokens` are one rank's shard of the sequences. The logits, and
+                `positions`, are those of the local tokens; positions count from the start of the
+                whole sequence, and `cu_seqlens` is that of the whole. All ranks of the group make
+                the same calls. Dropout is drawn by each rank for its own tokens.
 
         Returns:
             `(B, S, num_tokens)` logits, `(T, num_tokens)` with `cu_seqlens`; row s scores the token
@@ -166,11 +174,20 @@ class LongNetLM(nn.Module):
             ValueError: If a shape or device does not fit, a token is unknown, xPos would leave the
                 range of the dtype, or arguments exclude each other.
         """
-        known = ("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths")
+        known = (
+            *("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths"),
+            "context_parallel",
+        )
         check_forward_names(self, unknown, known, self.config)
         if cache is not None:
             _check_integers("tokens", tokens, "(B, S)", ndim=2)
-            self._check_cache(cache, is_causal, positions, cu_seqlens)
+            self._check_cache(
+                cache,
+                is_causal,
+                positions=positions,
+                cu_seqlens=cu_seqlens,
+                context_parallel=context_parallel,
+            )
             with torch.no_grad():
                 return self._continue(tokens, cache, lengths)
         if lengths is not None:
@@ -186,18 +203,24 @@ class LongNetLM(nn.Module):
                     f"cu_seqlens is on meta and holds no values, and tokens is on {tokens.device}; "
                     f"cu_seqlens must hold values, so give it on the CPU."
                 )
-            documents = Documents.of(cu_seqlens.to(tokens.device), tokens.shape[0])
         self._check_known(tokens)
-        rotation = self._rotation(tokens, positions, documents)
+        shard = shard_of_call(tokens, context_parallel)
+        if cu_seqlens is not None:
+            documents = Documents.of(cu_seqlens.to(tokens.device), shard.positions)
+        rotation = self._rotation(tokens, positions, documents, shard)
         x = self._embed(tokens)
         recompute = (
             self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         )
         for block in self.blocks:
+            call = partial(block, context_parallel=context_parallel)
             if recompute:
-                x = checkpoint(block, x, rotation, is_causal, documents, use_reentrant=False)
+                x = checkpoint(call, x, rotation, is_causal, documents, use_reentrant=False)
             else:
-                x = block(x, rotation, is_causal, documents)
+                x = call(x, rotation, is_causal, documents)
+            if context_parallel is not None:
+                # The first block compared the ranks' arguments; those of the others are the same.
+                context_parallel = context_parallel.knowing(shard.seq_len)
         return self.output(self.final_norm(x))
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -222,14 +245,13 @@ class LongNetLM(nn.Module):
         self,
         cache: GenerationCache,
         is_causal: bool,
-        positions: Tensor | None,
-        cu_seqlens: Tensor | None,
+        **excluded: object,
     ) -> None:
         if not isinstance(cache, GenerationCache):
             raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
         if not check_bool("is_causal", is_causal):
             raise ValueError("is_causal is False; it must be True with a cache.")
-        for name, given in (("positions", positions), ("cu_seqlens", cu_seqlens)):
+        for name, given in excluded.items():
             if given is not None:
                 raise ValueError(f"{name} and cache are both given; leave {name} out.")
         if cache.config != self.config:
@@ -258,7 +280,11 @@ class LongNetLM(nn.Module):
         return self.output(self.final_norm(last))[:, None]
 
     def _rotation(
-        self, tokens: Tensor, positions: Tensor | None, documents: Documents | None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Documents | None,
+        shard: Shard,
     ) -> Rotation | None:
         """Rotation factors shared by all blocks, or None without positions."""
         config = self.config
@@ -290,10 +316,11 @@ class LongNetLM(nn.Module):
             reach = 0 if scale_base is None else _largest(positions)
         elif documents is not None:
             positions = documents.positions
-            center = reach = 0 if scale_base is None else _largest(positions) // 2 + 1
+            longest = 0 if scale_base is None else _largest(documents.cu_seqlens.diff())
+            center = reach = (longest + 1) // 2
         else:
-            positions = torch.arange(seq_len, device=tokens.device)
-            center = reach = seq_len // 2
+            positions = shard.positions
+            center = reach = shard.seq_len // 2
         if scale_base is not None:
             check_decay_range(reach, scale_base, compute_dtype(self.embedding.weight))
         factor_dtype = torch.float64 if is_double else torch.float32
@@ -333,29 +360,6 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _complete_shared_weight(
-    model: LongNetLM, state: dict[str, Tensor], prefix: str, *rest: Any
-) -> None:
-    """Before loading: a shared weight may be stored under either name, or under both if equal."""
-    errors: list[str] = rest[-1]
-    names = [f"{prefix}embedding.weight", f"{prefix}output.weight"]
-    stored = [state[name] for name in names if name in state]
-    if not model.config.tie_embeddings or not stored:
-        return
-    first, last = stored[0], stored[-1]
-    if first is not last and not first.is_meta and not torch.equal(first, last.to(first.device)):
-        errors.append(
-            f"{names[0]} and {names[1]} differ; they must be equal for a model with "
-            f"tie_embeddings=True, so load them into one with tie_embeddings=False."
-        )
-    state |= dict.fromkeys(names, first)
-
-
-def _tie_again(model: LongNetLM, incompatible_keys: object) -> None:
-    """After loading: `assign=True` makes a new parameter for each name."""
-    model.tie_weights()
 
 
 def _largest(positions: Tensor) -> int:

@@ -1,0 +1,167 @@
+"""One sequence over several ranks: what a model does on the shard of one rank.
+
+Most of a model treats each position on its own. Three parts do not: attention, the convolution of
+`key_conv`, and positions, which count from the beginning of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from dilated_core import DilatedPattern
+from dilated_core.checks import check_choice, check_integer, check_number
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dilated_ring import Layout
+    from dilated_ring.execution.call import ExchangeKind
+    from dilated_ring.sharding.group import Group
+
+
+class Shard(NamedTuple):
+    """The positions that one rank holds.
+
+    Attributes:
+        positions: `(L,)`, int64, of each local token in the whole sequence.
+        seq_len: S, positions of all ranks together.
+    """
+
+    positions: Tensor
+    seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextParallel:
+    """How the sequence of a call of `LongNetLM` is spread over ranks; needs dilated-ring.
+
+    Example:
+        On each rank, with the same `tokens` `(B, S)` on all of them::
+
+            context_parallel = ContextParallel(group=mesh["cp"], layout="zigzag")
+            local = shard_sequence(tokens, group=mesh["cp"], layout="zigzag")
+            logits = model(local, context_parallel=context_parallel)  # of the local tokens
+
+    Args:
+        group: The ranks that share a sequence: a ProcessGroup, a DeviceMesh with a dimension "cp"
+            or with one dimension, or None for all ranks.
+        layout: Which positions each rank holds, `"contiguous"` or `"zigzag"`, as in
+            `dilated_ring.shard_sequence`, which must have cut the tokens.
+        exchange: As in `dilated_ring.ring_dilated_attention`.
+        seq_len: S, if known. Ranks then neither exchange their lengths nor compare their arguments,
+            so a mistake on one rank may hang. None: they do, once for each call of the model.
+        timeout_s: As in `dilated_ring.ring_dilated_attention`.
+
+    Raises:
+        ImportError: If dilated-ring is not installed.
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range.
+    """
+
+    group: Group = None
+    layout: Layout = "contiguous"
+    exchange: ExchangeKind = "auto"
+    seq_len: int | None = None
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            from dilated_ring.arguments import EXCHANGES
+            from dilated_ring.layout import LAYOUTS
+            from dilated_ring.sharding.group import resolve_group
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"ContextParallel needs dilated-ring, and {error.name} is not installed: "
+                f"pip install 'dilated-models[ring]'"
+            ) from error
+        resolve_group(self.group)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("exchange", self.exchange, EXCHANGES)
+        if self.seq_len is not None:
+            check_integer("seq_len", self.seq_len, at_least=0)
+        if self.timeout_s is not None:
+            check_number("timeout_s", self.timeout_s, above=0)
+
+    def shard_of(self, tokens: Tensor) -> Shard:
+        """Which positions `tokens`, `(…, L)`, are; the ranks exchange their lengths.
+
+        Raises:
+            ValueError: If `shard_sequence` with this group and layout did not cut them.
+        """
+        from dilated_ring.sharding.group import resolve_group
+        from dilated_ring.sharding.positions import positions_of
+        from dilated_ring.sharding.shards import agree_on_shards
+
+        ranks, dim = resolve_group(self.group), tokens.dim() - 1
+        shards = agree_on_shards(tokens, dim, self.layout, ranks, self.seq_len)
+        return Shard(positions_of(shards.own, tokens.device), sum(shards.lengths))
+
+    def knowing(self, seq_len: int) -> ContextParallel:
+        """The same, without the exchange of lengths."""
+        return replace(self, seq_len=seq_len)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: DilatedPattern,
+        *,
+        is_causal: bool,
+        cu_seqlens: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """Attention of local q to k and v of all ranks; see `ring_dilated_attention`."""
+        from dilated_ring import ring_dilated_attention
+
+        return ring_dilated_attention(
+            q,
+            k,
+            v,
+            pattern,
+            group=self.group,
+            is_causal=is_causal,
+            layout=self.layout,
+            exchange=self.exchange,
+            cu_seqlens=cu_seqlens,
+            seq_len=self.seq_len,
+            backend=backend,
+            timeout_s=self.timeout_s,
+        )
+
+    def rows_before(self, x: Tensor, lag: int, cu_seqlens: Tensor | None) -> Tensor:
+        """Row t − lag of the whole sequence for each row t of `x`, `(…, L, E)`.
+
+        Zeros where the sequence, or the document of t, has no such row.
+        """
+        from dilated_ring import shift_sequence
+
+        return shift_sequence(
+            x,
+            -lag,
+            fill=0,
+            dim=x.dim() - 2,
+            group=self.group,
+            layout=self.layout,
+            cu_seqlens=cu_seqlens,
+            seq_len=self.seq_len,
+        )
+
+
+def shard_of_call(tokens: Tensor, context_parallel: ContextParallel | None) -> Shard:
+    """The positions of `tokens`, `(…, L)`: a shard, or without `context_parallel` all there are.
+
+    Raises:
+        TypeError: If `context_parallel` is anything else.
+        ValueError: As for `ContextParallel.shard_of`.
+    """
+    if context_parallel is None:
+        seq_len = tokens.shape[-1]
+        return Shard(torch.arange(seq_len, device=tokens.device), seq_len)
+    if not isinstance(context_parallel, ContextParallel):
+        raise TypeError(
+            f"context_parallel is a {type(context_parallel).__name__}; it must be a "
+            f"ContextParallel, such as ContextParallel(group=...)."
+        )
+    return context_parallel.shard_of(tokens)

@@ -87,7 +87,10 @@ def test_a_model_on_shards_equals_the_whole_model(num_ranks):
 def refusals() -> list[str]:
     model, tokens = made(), drawn(1, 20)
     found = []
-    for layout, local in [("zigzag", tokens[:, : 8 - 2 * dist.get_rank()]), ("contiguous", tokens[0])]:
+    for layout, local in [
+        ("zigzag", tokens[:, : 8 - 2 * dist.get_rank()]),
+        ("contiguous", tokens[0]),
+    ]:
         with pytest.raises(ValueError) as error:
             model(local, context_parallel=ContextParallel(layout=layout))
         found.append(str(error.value))

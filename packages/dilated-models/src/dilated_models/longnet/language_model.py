@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Never, Self, cast
+from typing import Never, Self, cast
 
 import torch
 from dilated_core.checks import check_bool, check_float_dtype, check_tensor
@@ -174,11 +174,8 @@ class LongNetLM(nn.Module):
             ValueError: If a shape or device does not fit, a token is unknown, xPos would leave the
                 range of the dtype, or arguments exclude each other.
         """
-        known = (
-            *("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths"),
-            "context_parallel",
-        )
-        check_forward_names(self, unknown, known, self.config)
+        known = ("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths")
+        check_forward_names(self, unknown, (*known, "context_parallel"), self.config)
         if cache is not None:
             _check_integers("tokens", tokens, "(B, S)", ndim=2)
             self._check_cache(
@@ -192,6 +189,28 @@ class LongNetLM(nn.Module):
                 return self._continue(tokens, cache, lengths)
         if lengths is not None:
             raise ValueError("lengths is given without a cache; give a cache too, or leave it out.")
+        hidden = self.hidden_states(
+            tokens,
+            is_causal,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            context_parallel=context_parallel,
+        )
+        return self.output(hidden)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        is_causal: bool = True,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
+    ) -> Tensor:
+        """What the output layer scores, `(B, S, d_model)`, for a loss that makes logits in parts.
+
+        Arguments and errors as of `forward`.
+        """
         documents = None
         if cu_seqlens is None:
             _check_integers("tokens", tokens, "(B, S), or (T,) with cu_seqlens", ndim=2)
@@ -221,7 +240,7 @@ class LongNetLM(nn.Module):
             if context_parallel is not None:
                 # The first block compared the ranks' arguments; those of the others are the same.
                 context_parallel = context_parallel.knowing(shard.seq_len)
-        return self.output(self.final_norm(x))
+        return self.final_norm(x)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

@@ -45,7 +45,7 @@ class WithLoss(nn.Module):
         hidden = self.model.hidden_states(tokens, context_parallel=context_parallel)
         weight = self.model.output.weight
         # Divided by the labels of all ranks, those of dp too.
-        return chunked_cross_entropy(hidden, weight, labels, chunk_size=16)
+        return chunked_cross_entropy(hidden, weight, labels, chunk_size=16, timeout_s=120.0)
 
 
 class Step(NamedTuple):
@@ -116,13 +116,13 @@ def largest_difference(engine: str, mesh: DeviceMesh, layout: str, alone) -> flo
     optimizer = optimizer_of(parallel)
     rows = slice(mesh.get_local_rank("dp") * ROWS // mesh.size(0), None)
     rows = slice(rows.start, rows.start + ROWS // mesh.size(0))
-    cp = {"group": mesh["cp"], "layout": layout}
-    context_parallel = ContextParallel(**cp, timeout_s=120.0)
+    cp = {"group": mesh["cp"], "layout": layout, "timeout_s": 120.0}
+    context_parallel = ContextParallel(**cp)
     worst = []
     for number, want in enumerate(steps):
         tokens, ignored = (x[rows] for x in batch(number))
         if number == 0:
-            check_same_batch([tokens, ignored], mesh["cp"])
+            check_same_batch([tokens, ignored], mesh["cp"], timeout_s=120.0)
         local = shard_sequence(tokens, **cp)
         labels = shift_sequence(local, 1, fill=-100, **cp)
         labels = labels.masked_fill(shard_sequence(ignored, **cp), -100)

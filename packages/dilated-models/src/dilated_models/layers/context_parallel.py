@@ -91,10 +91,17 @@ class ContextParallel:
         """
         from dilated_ring.sharding.group import resolve_group
         from dilated_ring.sharding.positions import positions_of
-        from dilated_ring.sharding.shards import agree_on_shards
+        from dilated_ring.sharding.shards import agree_on_shards, transport_of
 
-        ranks, dim = resolve_group(self.group), tokens.dim() - 1
-        shards = agree_on_shards(tokens, dim, self.layout, ranks, self.seq_len)
+        ranks = resolve_group(self.group)
+        shards = agree_on_shards(
+            tokens,
+            tokens.dim() - 1,
+            self.layout,
+            ranks,
+            self.seq_len,
+            transport_of(ranks, self.timeout_s),
+        )
         return Shard(positions_of(shards.own, tokens.device), sum(shards.lengths))
 
     def knowing(self, seq_len: int) -> ContextParallel:
@@ -146,6 +153,7 @@ class ContextParallel:
             layout=self.layout,
             cu_seqlens=cu_seqlens,
             seq_len=self.seq_len,
+            timeout_s=self.timeout_s,
         )
 
 

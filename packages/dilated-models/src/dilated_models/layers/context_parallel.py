@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dilated_ring import Layout
-    from dilated_ring.execution.call import ExchangeKind
+    from dilated_ring.plan.exchange import ExchangeKind
     from dilated_ring.sharding.group import Group
 
 

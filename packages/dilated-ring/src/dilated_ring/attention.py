@@ -31,6 +31,7 @@ from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.sharding.group import Group, RankGroup, resolve_group
+from dilated_ring.sharding.positions import positions_of
 from dilated_ring.transport.agreement import check_agreement
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
@@ -221,8 +222,7 @@ def simulated_ring_attention(
     )  # fmt: skip
     dim = q.dim() - 3
     spans = spans_of_ranks(options.layout, q.shape[dim], ring_size)
-    order = torch.tensor([i for held in spans for span in held for i in range(*span)])
-    order = order.to(q.device, torch.int64)
+    order = torch.cat([positions_of(held, q.device) for held in spans])
     lengths = [num_positions(held) for held in spans]
 
     def cut(x: torch.Tensor, dim: int) -> list[torch.Tensor]:

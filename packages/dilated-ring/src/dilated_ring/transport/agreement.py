@@ -40,7 +40,7 @@ def check_agreement(
     """
     text = json.dumps(dict(description)).encode()
     digest = int.from_bytes(blake2b(text, digest_size=8).digest(), "little", signed=True)
-    gathered = transport.all_gather(rank, torch.tensor([digest, local_len]))
+    gathered = transport.all_gather(rank, torch.tensor([digest, local_len], device="cpu"))
     if any(int(value[0]) != digest for value in gathered):
         names = list(range(transport.size))
         if isinstance(transport, DistributedTransport):
@@ -51,8 +51,8 @@ def check_agreement(
 
 
 def _gather_texts(transport: Transport, rank: int, text: bytes) -> list[bytes]:
-    sizes = [int(n) for n in transport.all_gather(rank, torch.tensor([len(text)]))]
-    padded = torch.tensor(list(text.ljust(max(sizes))), dtype=torch.uint8)
+    sizes = [int(n) for n in transport.all_gather(rank, torch.tensor([len(text)], device="cpu"))]
+    padded = torch.tensor(list(text.ljust(max(sizes))), dtype=torch.uint8, device="cpu")
     gathered = transport.all_gather(rank, padded)
     return [bytes(map(int, t))[:n] for t, n in zip(gathered, sizes, strict=True)]
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from torch.utils.checkpoint import (
+    _StopRecomputationError,  # pyright: ignore[reportPrivateUsage]
+)
+
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
 from dilated_ring.transport.errors import DisagreementError, RankFailure
@@ -38,7 +42,9 @@ def reporting_failures(transport: Transport, rank: int) -> Generator[None]:
     watch.begin_call()
     try:
         yield
-    except (RankFailure, DisagreementError):
+    except (RankFailure, DisagreementError, _StopRecomputationError):
+        # Non-reentrant checkpointing raises the last one, on all ranks alike, to leave the block
+        # once it has recomputed what backward needs.
         raise
     except BaseException as error:
         watch.fail(f"{type(error).__name__}: {error}".rstrip(". ") + ".")

@@ -249,7 +249,9 @@ class GroupWatch:
         broken: list[int] = []
         for peer in self._others() if self._on_host else []:
             try:
-                dist.isend(torch.zeros(1), group=group, group_dst=peer, tag=_CLOSING_TAG)
+                dist.isend(
+                    torch.zeros(1, device="cpu"), group=group, group_dst=peer, tag=_CLOSING_TAG
+                )
             except RuntimeError:
                 broken.append(self.ranks[peer])
         return broken
@@ -265,7 +267,9 @@ class GroupWatch:
         # was broken before; so each is tried.
         for peer in self._others():
             with suppress(RuntimeError):
-                work = dist.irecv(torch.zeros(1), group=group, group_src=peer, tag=_CLOSING_TAG)
+                work = dist.irecv(
+                    torch.zeros(1, device="cpu"), group=group, group_src=peer, tag=_CLOSING_TAG
+                )
                 if work is not None:
                     work.wait(timedelta(milliseconds=1))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.context_gain_table import context_gain
+from tools.ring_table import ring_section
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -129,6 +130,15 @@ def page(results: Path) -> str:
     tables += _short(results / "short_sequences.json")
     tables += _streaming(results / "streaming.json")
     tables += _generation(results / "generation.json")
+    ring = json.loads((results / "ring.json").read_text())
+    loads = [row["load"] for row in ring["rows"]]
+    tables += [
+        *ring_section(ring["rows"]),
+        "",
+        f"{_where(ring['environment'])} Load averages, of this and other jobs: {min(loads)} to "
+        f"{max(loads)}.",
+        "",
+    ]
     gained = json.loads((results / "context_gain.json").read_text())
     tables += [*context_gain(gained["rows"]), "", _where(gained["environment"]), ""]
     training = json.loads((results / "training_run.json").read_text())

@@ -1,7 +1,6 @@
-"""Draw the pictures of docs/design.md: `python -m tools.draw_design`.
+"""Draw the pictures of docs/design.md and docs/context-parallel.md: `python -m tools.draw_design`.
 
-Rows and caches come from the plans that the code makes. The SVG is written by hand: the same bytes
-everywhere, and nothing to install.
+Rows, caches and messages come from the plans that the code makes.
 """
 
 import argparse
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 from dilated_core import DecodingCache, DilatedPattern, Span, plan_problems
 
+from tools import draw_ring
+from tools.svg import BLUE, CELL, GREEN, GREY, ORANGE, arrow, box, svg, text
+
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-BLUE, ORANGE, GREEN, GREY = "#4263eb", "#f59f00", "#0ca678", "#e9ecef"
-CELL = 26
 
 
 def strip() -> str:
@@ -29,18 +29,18 @@ def strip() -> str:
     places = torch.arange(seq_len * num_heads).view(1, seq_len, num_heads, 1)
     view = problem.queries.view(places)
     segment_of = {int(place): n for n, segment in enumerate(view) for place in segment.flatten()}
-    parts = [_text(20, 24, "w = 8, r = 4: position → right, head → down")]
+    parts = [text(20, 24, "w = 8, r = 4: position → right, head → down")]
     for head in range(num_heads):
-        parts.append(_text(20, 58 + head * CELL, f"head {head}"))
+        parts.append(text(20, 58 + head * CELL, f"head {head}"))
         for position in range(seq_len):
             segment = segment_of.get(position * num_heads + head)
             colour = GREY if segment is None else (BLUE, ORANGE)[segment]
-            parts.append(_box(80 + position * CELL, 40 + head * CELL, CELL - 2, CELL - 2, colour))
+            parts.append(box(80 + position * CELL, 40 + head * CELL, CELL - 2, CELL - 2, colour))
     size, stride = tuple(view.shape[:3]), view.stride()[:3]
     below = 40 + num_heads * CELL + 22
-    parts.append(_text(20, below, f"one view: (segments, rows, heads) = {size}"))
-    parts.append(_text(20, below + 22, f"its strides, in rows of head_dim numbers: {stride}"))
-    return _svg(520, below + 40, parts)
+    parts.append(text(20, below, f"one view: (segments, rows, heads) = {size}"))
+    parts.append(text(20, below + 22, f"its strides, in rows of head_dim numbers: {stride}"))
+    return svg(520, below + 40, parts)
 
 
 def merge() -> str:
@@ -48,19 +48,19 @@ def merge() -> str:
     parts: list[str] = []
     for i, colour in enumerate((BLUE, ORANGE)):
         top = 20 + 70 * i
-        parts += [_box(20, top, 150, 44, colour), _text(34, top + 27, f"strip {i + 1}: forward")]
-        parts += [_text(190, top + 27, f"out_{i + 1}, lse_{i + 1}"), _arrow(285, top + 22, 330, 76)]
-    parts += [_box(335, 40, 290, 72, GREEN)]
-    parts += [_text(347, 66, "lse = log(exp lse_1 + exp lse_2)")]
-    parts += [_text(347, 92, "out = Σ exp(lse_i − lse) · out_i")]
-    parts += [_text(335, 138, "saved once: out, lse"), _arrow(480, 146, 480, 176)]
+        parts += [box(20, top, 150, 44, colour), text(34, top + 27, f"strip {i + 1}: forward")]
+        parts += [text(190, top + 27, f"out_{i + 1}, lse_{i + 1}"), arrow(285, top + 22, 330, 76)]
+    parts += [box(335, 40, 290, 72, GREEN)]
+    parts += [text(347, 66, "lse = log(exp lse_1 + exp lse_2)")]
+    parts += [text(347, 92, "out = Σ exp(lse_i − lse) · out_i")]
+    parts += [text(335, 138, "saved once: out, lse"), arrow(480, 146, 480, 176)]
     for i, colour in enumerate((BLUE, ORANGE)):
         top = 180 + 70 * i
-        parts += [_box(20, top, 605, 44, colour)]
+        parts += [box(20, top, 605, 44, colour)]
         formula = "p = exp(score − lse), ds = p · (dout·v − delta)"
-        parts += [_text(34, top + 27, f"strip {i + 1}: backward with out, lse:  {formula}")]
-    parts += [_text(20, 326, "delta = rowsum(dout · out); dq, dk and dv are sums over the strips")]
-    return _svg(650, 344, parts)
+        parts += [text(34, top + 27, f"strip {i + 1}: backward with out, lse:  {formula}")]
+    parts += [text(20, 326, "delta = rowsum(dout · out); dq, dk and dv are sums over the strips")]
+    return svg(650, 344, parts)
 
 
 def cache() -> str:
@@ -70,51 +70,30 @@ def cache() -> str:
     for token in torch.arange(float(count)).view(count, 1, 1, 1, 1):
         holder.prefill(token, token)
     rows = [int(x) for x in holder.values.flatten()]
-    parts = [
-        _text(20, 24, f"after {count} tokens, one head: the position in each row of the cache")
-    ]
+    parts = [text(20, 24, f"after {count} tokens, one head: the position in each row of the cache")]
     first = 0
     for i, (w, r) in enumerate(pattern.branches):
         top = 44 + 56 * i
-        parts.append(_text(20, top + 18, f"w = {w}, r = {r}"))
+        parts.append(text(20, top + 18, f"w = {w}, r = {r}"))
         start = count // w * w
         for j in range(-(-w // r)):
             held = rows[first + j]
             is_current = start <= held < count
             x = 120 + j * 52
-            parts.append(_box(x, top, 48, CELL, (BLUE, ORANGE)[i] if is_current else GREY))
-            parts.append(_text(x + 14, top + 18, str(held)))
+            parts.append(box(x, top, 48, CELL, (BLUE, ORANGE)[i] if is_current else GREY))
+            parts.append(text(x + 14, top + 18, str(held)))
         first += -(-w // r)
-    parts.append(_text(20, 170, "grey: left from the segment before, not read, overwritten next"))
-    return _svg(520, 188, parts)
+    parts.append(text(20, 170, "grey: left from the segment before, not read, overwritten next"))
+    return svg(520, 188, parts)
 
 
-PICTURES = {"strip.svg": strip, "merge.svg": merge, "cache.svg": cache}
-
-
-def _svg(width: int, height: int, parts: list[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="sans-serif" font-size="13">'
-    )
-    background = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
-    return "\n".join([head, background, *parts, "</svg>", ""])
-
-
-def _box(x: int, y: int, width: int, height: int, colour: str) -> str:
-    return (
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="3" fill="{colour}" '
-        f'fill-opacity="0.6"/>'
-    )
-
-
-def _text(x: int, y: int, text: str) -> str:
-    return f'<text x="{x}" y="{y}">{text}</text>'
-
-
-def _arrow(x: int, y: int, x_end: int, y_end: int) -> str:
-    line = f'<line x1="{x}" y1="{y}" x2="{x_end}" y2="{y_end}" stroke="#495057" stroke-width="2"/>'
-    return line + f'<circle cx="{x_end}" cy="{y_end}" r="4" fill="#495057"/>'
+PICTURES = {
+    "strip.svg": strip,
+    "merge.svg": merge,
+    "cache.svg": cache,
+    "layouts.svg": draw_ring.layouts,
+    "exchange.svg": draw_ring.exchange,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

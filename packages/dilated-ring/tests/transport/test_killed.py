@@ -74,6 +74,7 @@ def _in_one_group(folder: str, culprit: int, fault: Callable[[str], None], limit
     def calls() -> None:
         _call(transport)
         _call(transport, (lambda: fault(folder)) if rank == culprit else None)
+        _call(transport)
 
     _record(folder, rank, calls)
 
@@ -160,10 +161,11 @@ def _assert_all_name(
 
 
 def test_survivors_of_a_killed_rank_name_it(tmp_path: Path) -> None:
-    endings = _endings(tmp_path, _killed, 3)
-    _assert_all_name(endings, {0, 2}, "rank 1 failed: its connection to rank ", _LONG_S / 2)
+    # Rank 3 has no hop with rank 1 and sees its innocent neighbours close their connections first.
+    endings = _endings(tmp_path, _killed, 4)
+    _assert_all_name(endings, {0, 2, 3}, "rank 1 failed: its connection to rank ", _LONG_S / 2)
     for ending in endings.values():
-        assert "broke in call 2, step 'hop 2 of 2'" in ending["text"]
+        assert "broke in call " in ending["text"]
         assert "The process was killed, or exited without a report" in ending["text"]
 
 

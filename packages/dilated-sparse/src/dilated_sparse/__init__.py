@@ -1,0 +1,44 @@
+"""Exact block-sparse attention: patterns of blocks, and attention that pays for kept blocks only.
+
+The rooms, in the order to read them: `pattern` lists which blocks of the attention matrix are kept.
+`execution` plans which rows a backend attends to in one call, and runs the calls. `ops` registers
+forward and backward as PyTorch operators. `attention` has the public functions, `modules` the
+modules and their factories.
+"""
+
+from importlib.metadata import version as _version
+
+from dilated_sparse.attention import (
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+)
+from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.dilated import from_dilated, is_exact_for
+from dilated_sparse.pattern.generators import (
+    PatternType,
+    dilated_sparse,
+    global_local,
+    hierarchical,
+    local_window,
+    pattern_of_type,
+    random_blocks,
+)
+
+__version__ = _version("dilated-sparse")
+
+__all__ = [
+    # attention
+    "block_sparse_attention",
+    "block_sparse_attention_with_lse",
+    # patterns
+    "BlockPattern",
+    "PatternType",
+    "dilated_sparse",
+    "from_dilated",
+    "global_local",
+    "hierarchical",
+    "is_exact_for",
+    "local_window",
+    "pattern_of_type",
+    "random_blocks",
+]

@@ -1,0 +1,166 @@
+"""Block-sparse attention as functions: check the inputs, attend, return the merged result."""
+
+from __future__ import annotations
+
+import torch
+from dilated_core import AttentionOutput, DilatedPattern
+from dilated_core.checks import check_bool, check_integer
+from dilated_core.inputs import (
+    check_backend_name,
+    check_cu_seqlens,
+    check_dropout,
+    check_inputs,
+    check_key_padding_mask,
+    check_scale,
+)
+
+from dilated_sparse.ops import attend
+from dilated_sparse.pattern.blocks import BlockPattern
+
+# `check_inputs` checks tensors beside a pattern of core; this one has no part in the call.
+_ANY_PATTERN = DilatedPattern([1], [1])
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: BlockPattern,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of each query over the keys of the blocks that a pattern keeps.
+
+    One softmax per query over all kept keys, exactly, forward and backward: equal to dense
+    attention under the mask of the pattern. Compute and memory are linear in the number of kept
+    blocks.
+
+    Under `torch.autocast` q, k and v are cast to its dtype, as PyTorch's own attention does.
+
+    Args:
+        q: `(B, S, H, D)`: batch, sequence, heads, head_dim. Any S, any strides; the last block may
+            be short. With `cu_seqlens` `(T, H, D)`; k, v likewise.
+        k, v: `(B, S, H_kv, D)`; H_kv divides H, and H/H_kv consecutive heads of q share one of k
+            and v. One floating dtype and one device with q.
+        pattern: The kept blocks, of ⌈S / block_size⌉ blocks. It lists one head, which all share, or
+            a number of heads that divides H.
+        block_size: Positions of a block.
+        is_causal: Query i sees only keys j ≤ i: blocks above the diagonal are skipped, whether the
+            pattern keeps them or not.
+        scale: Factor of the scores; 1/√D if None.
+        dropout_p: Probability of dropping each attention probability; the others are divided by
+            1 − `dropout_p`. Reproducible under `torch.manual_seed`.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees. Its rows are queries all
+            the same. A query left without keys gives 0. Blocks are counted from position 0 on, so
+            with padding before a sequence they begin in the padding; packed documents have none.
+        cu_seqlens: `(M + 1,)` int32 or int64, where each of M documents that are packed one after
+            another begins, and where the last one ends. Blocks are counted from the first position
+            of each document, which takes the first rows and columns of the pattern; the pattern
+            is for the longest document or a longer one.
+        backend: `"auto"` or a name of `dilated_core.available_backends()`. A named backend is used
+            or refused, never replaced.
+
+    Returns:
+        `(B, S, H, D)` in the dtype of q.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or dtypes differ or are not floating.
+        ValueError: If shapes, heads, devices or the length of the pattern do not fit, a number is
+            out of range, a causal row keeps no block, or the backend cannot run the inputs.
+
+    Example:
+        >>> from dilated_sparse import dilated_sparse
+        >>> q, k, v = torch.randn(3, 1, 1000, 4, 16).unbind()  # 16 blocks, the last one short
+        >>> pattern = dilated_sparse(16, sparsity_ratio=0.25)
+        >>> block_sparse_attention(q, k, v, pattern, block_size=64, is_causal=True).shape
+        torch.Size([1, 1000, 4, 16])
+    """
+    return block_sparse_attention_with_lse(
+        q,
+        k,
+        v,
+        pattern,
+        block_size,
+        is_causal,
+        scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    ).out
+
+
+def block_sparse_attention_with_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: BlockPattern,
+    block_size: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    key_padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`block_sparse_attention` that also returns the log of the softmax denominators.
+
+    `dilated_core.merge_partials` merges it with results over other keys. Gradients flow through out
+    and lse.
+
+    Args, errors: As for `block_sparse_attention`.
+
+    Returns:
+        `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
+        (float64 for float64 inputs).
+    """
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
+                "so give one of the two."
+            )
+    check_bool("is_causal", is_causal)
+    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(
+            f"pattern is a {type(pattern).__name__}; it must be a BlockPattern, such as "
+            f"dilated_sparse.local_window(num_blocks, window=1)."
+        )
+    pattern.check_heads(q.shape[-2])
+    size = check_integer("block_size", block_size, at_least=1)
+    check_backend_name(backend)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, q)
+    dropout_p = check_dropout(dropout_p)
+    # The seed is a tensor drawn here: torch.manual_seed determines it, a compiled graph draws a new
+    # one at each call, and activation checkpointing draws the same one when it recomputes.
+    dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+    if cu_seqlens is not None:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, lse = attend(
+        q,
+        k,
+        v,
+        pattern,
+        block_size=size,
+        is_causal=is_causal,
+        scale=check_scale(scale, q.shape[-1]),
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])

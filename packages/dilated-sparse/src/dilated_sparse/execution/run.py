@@ -1,0 +1,333 @@
+"""Run the tasks of a plan on a backend and combine their results, forward and backward.
+
+Shapes: B batch, S positions, N blocks, n query blocks of a task, H heads, K heads of k and v, D
+head_dim. Backward calls the backend with the out and lse of all kept blocks together, as core does
+with the branches of a pattern, so that each task's probabilities are those of the one softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
+from dilated_core.inputs import document_bounds
+from dilated_core.merge import accumulation_dtype
+from dilated_core.strips.view import viewable
+from torch.nn.functional import pad
+
+from dilated_sparse.execution.plan import Geometry, Task, plan_tasks
+from dilated_sparse.pattern.blocks import BlockPattern
+
+
+class Call(NamedTuple):
+    """Everything that determines a call, apart from its tensors.
+
+    Attributes:
+        backend: Runs forward and backward.
+        pattern: The kept blocks.
+        block_size: Positions of a block.
+        options: `key_padding_mask` is `(B, S)`; `is_causal` is that of the whole call.
+    """
+
+    backend: AttentionBackend
+    pattern: BlockPattern
+    block_size: int
+    options: AttentionOptions
+
+
+def forward(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> AttentionOutput:
+    """Contiguous out `(B, S, H, D)` and lse `(B, S, H)`, not differentiable.
+
+    Args:
+        call: The options.
+        q: `(B, S, H, D)`; `(1, T, H, D)` if packed.
+        k, v: The same with K heads.
+        cu_seqlens: Where each document of a packed sequence begins, and T; None if not packed.
+
+    Raises:
+        ValueError: If the pattern or `cu_seqlens` does not fit.
+    """
+    wide = accumulation_dtype(q.dtype)
+    into = AttentionOutput(q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:-1], dtype=wide))
+    for part, span in _sequences(call, q, cu_seqlens):
+        sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
+        out, lse = into.out[:, span], into.lse[:, span]
+        for i, task in enumerate(sequence.tasks):
+            queries = sequence.queries(task)
+            result = part.backend.forward(
+                queries(sequence.q), *sequence.keys(task), sequence.options(task, i)
+            )
+            if task.is_first:
+                queries.put(out, result.out)
+                queries.put(lse, result.lse)
+            else:
+                merged = AttentionOutput(queries(out), queries(lse))
+                fold_(merged, result)
+                queries.put(out, merged.out)
+                queries.put(lse, merged.lse)
+            del result  # before the next one is made
+    return AttentionOutput(into.out.to(q.dtype), into.lse)
+
+
+def backward(
+    call: Call,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> Gradients:
+    """Contiguous gradients of q, k, v from those of out and, unless None, of lse."""
+    wide = accumulation_dtype(q.dtype)
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    dout, out = dout.contiguous(), out.contiguous()
+    # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    delta = (dout.to(wide) * out.to(wide)).sum(-1)
+    for part, span in _sequences(call, q, cu_seqlens):
+        sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
+        dq = q.new_empty(q[:, span].shape, dtype=wide)
+        dk, dv = (
+            torch.zeros(x.shape, dtype=wide, device=x.device) for x in (sequence.k, sequence.v)
+        )
+        for i, task in enumerate(sequence.tasks):
+            queries = sequence.queries(task)
+            dout_rows, out_rows, lse_rows, delta_rows = (
+                queries(x[:, span]) for x in (dout, out, lse, delta)
+            )
+            q_rows, (k_rows, v_rows) = queries(sequence.q), sequence.keys(task)
+            options = sequence.options(task, i)
+            dq_rows, dk_rows, dv_rows = part.backend.backward(
+                dout_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, options, delta=delta_rows
+            )
+            if dlse is not None:
+                dlse_rows = queries(dlse[:, span])
+                more = _through_lse(part, options, dlse_rows, q_rows, k_rows, lse_rows)
+                dq_rows, dk_rows = dq_rows + more[0], dk_rows + more[1]
+            queries.put(dq, dq_rows if task.is_first else queries(dq) + dq_rows)
+            sequence.add_to_keys(dk, task, dk_rows)
+            sequence.add_to_keys(dv, task, dv_rows)
+        length = span.stop - span.start
+        for grad, x in zip(grads, (dq, dk[:, :length], dv[:, :length]), strict=True):
+            grad[:, span] = x
+    if (mask := call.options.key_padding_mask) is not None:
+        for grad in grads[1:]:
+            grad.masked_fill_(mask[:, :, None, None], 0)
+    return grads[0], grads[1], grads[2]
+
+
+def _through_lse(
+    call: Call,
+    options: AttentionOptions,
+    dlse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a gradient of lse adds to the gradients of the rows of q and k: ds += p · dlse.
+
+    Every backend can compute the two products: p·k is a forward with k in the place of v, and
+    (p · dlse)ᵀ·q is the dv of a backward whose dout is dlse · q. Dropout comes after the softmax,
+    so the lse does not depend on dropout.
+    """
+    options = options._replace(dropout_p=0.0)
+    dlse = (dlse * options.scale).unsqueeze(-1)
+    partial = call.backend.forward(q, k, k, options)
+    weight = (partial.lse - lse).exp_().unsqueeze(-1)
+    dout, zeros = (dlse * q).to(q.dtype), torch.zeros_like(q)
+    dk = call.backend.backward(
+        dout, q, k, torch.zeros_like(k), zeros, lse, options, delta=torch.zeros_like(lse)
+    )[2]
+    return dlse * weight * partial.out, dk
+
+
+def _split(x: torch.Tensor, dim: int, sizes: tuple[int, int]) -> torch.Tensor:
+    """`Tensor.unflatten`, whose type PyTorch leaves open."""
+    return x.unflatten(dim, sizes)  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """The rows of `(B, S, H, …)` tensors that are the query blocks of a task."""
+
+    task: Task
+    block_size: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """These rows as `(B·n, M, heads, …)`: a view where the blocks and batch rows allow one."""
+        return self._blocks(x).flatten(0, 1)
+
+    def put(self, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write `rows` there, unless they are a view of x."""
+        rows = _split(rows, 0, (x.shape[0], -1))
+        if self.task.first_row is not None:
+            self._blocks(x).copy_(rows)
+        else:
+            self._all(x)[:, self.task.rows, :, self.task.heads] = rows.to(x.dtype)
+
+    def _blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B, n, M, heads, …)`."""
+        task = self.task
+        if task.first_row is None:
+            return self._all(x)[:, :, :, task.heads].index_select(1, task.rows)
+        n, start = task.rows.shape[0], task.first_row * self.block_size
+        rows = x[:, start : start + n * task.num_queries, task.heads]
+        return _split(rows, 1, (n, task.num_queries))
+
+    def _all(self, x: torch.Tensor) -> torch.Tensor:
+        """The full blocks of x: `(B, N, block_size, H, …)`."""
+        num_full = x.shape[1] // self.block_size
+        return _split(x[:, : num_full * self.block_size], 1, (num_full, self.block_size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """The tensors of one sequence, whole blocks of keys, and its tasks.
+
+    Attributes:
+        call: With the pattern of this length.
+        tasks: See `plan_tasks`.
+        q: `(B, S, H, D)`.
+        k, v: `(B, N·block_size, K, D)`, with 0 in padding and in masked rows.
+        mask: `(B, N·block_size)` bool or None.
+        buffers: Where keys and values of a task are gathered.
+    """
+
+    call: Call
+    tasks: tuple[Task, ...]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    buffers: tuple[torch.Tensor, torch.Tensor]
+
+    def queries(self, task: Task) -> _Queries:
+        return _Queries(task, self.call.block_size)
+
+    def keys(self, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of k and v of a task: `(B·n, num_keys, kv_heads, D)`."""
+        k, v = (
+            self._taken(x, task, buffer)
+            for x, buffer in zip((self.k, self.v), self.buffers, strict=True)
+        )
+        return k, v
+
+    def options(self, task: Task, index: int) -> AttentionOptions:
+        """The options of the call of a task; each task drops by a seed of its own."""
+        options, mask = self.call.options, self.mask
+        if mask is not None:
+            blocks = _split(mask, 1, (-1, self.call.block_size)).index_select(1, task.columns)
+            n = mask.shape[0] * task.rows.shape[0]
+            num_kv_heads = task.kv_heads.stop - task.kv_heads.start
+            mask = blocks.reshape(n, -1)[:, : task.num_keys, None].expand(-1, -1, num_kv_heads)
+        return options._replace(
+            is_causal=task.is_causal,
+            dropout_seed=options.dropout_seed + index,
+            key_padding_mask=mask,
+        )
+
+    def add_to_keys(self, grad: torch.Tensor, task: Task, rows: torch.Tensor) -> None:
+        """Add gradients of the rows of `keys` to `grad` `(B, N·block_size, K, D)`."""
+        size = self.call.block_size
+        missing = task.count * size - task.num_keys
+        rows = pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+        grad = _split(grad[:, :, task.kv_heads], 1, (-1, size))
+        B, n = grad.shape[0], task.rows.shape[0]
+        rows = rows.reshape(B, n * task.count, size, *rows.shape[2:]).to(grad.dtype)
+        grad.index_add_(1, task.columns, rows)
+
+    def _taken(self, x: torch.Tensor, task: Task, buffer: torch.Tensor) -> torch.Tensor:
+        size = self.call.block_size
+        x = x[:, :, task.kv_heads]
+        B, n = x.shape[0], task.rows.shape[0]
+        if task.first_column is not None and B == 1:
+            # Backends only read k and v, so the keys of two rows may overlap in memory.
+            row, *rest = x.stride()[1:]
+            return x.as_strided(
+                (n, task.num_keys, *x.shape[2:]),
+                (task.column_step * size * row, row, *rest),
+                x.storage_offset() + task.first_column * size * row,
+            )
+        blocks = _split(x, 1, (-1, size))
+        room = buffer[: B * n * task.count * size * x.shape[2] * x.shape[3]]
+        room = room.view(B, n * task.count, *blocks.shape[2:])
+        torch.index_select(blocks, 1, task.columns, out=room)
+        return room.view(B * n, task.count * size, *x.shape[2:])[:, : task.num_keys]
+
+
+def _sequence(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Sequence:
+    B, S, K, D = k.shape
+    size, mask = call.block_size, call.options.key_padding_mask
+    geometry = Geometry(
+        S, size, call.options.is_causal, q.shape[2], K, B * D * k.element_size(), q.device
+    )
+    tasks = plan_tasks(call.pattern, geometry)
+    q, k, v = viewable(q), viewable(k), viewable(v)
+    missing = call.pattern.num_blocks * size - S
+    if mask is not None:
+        # In masked rows, probability 0 times NaN would be NaN.
+        k, v = (x.masked_fill(mask[:, :, None, None], 0) for x in (k, v))
+        mask = pad(mask, (0, missing), value=True)
+    if missing:
+        k, v = (pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v))
+    largest = max(
+        (B * t.columns.shape[0] * (t.kv_heads.stop - t.kv_heads.start) for t in tasks), default=0
+    )
+    buffers = k.new_empty(largest * size * D), v.new_empty(largest * size * D)
+    return _Sequence(call, tasks, q, k, v, mask, buffers)
+
+
+def _sequences(
+    call: Call, q: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> Iterator[tuple[Call, slice]]:
+    """The whole call, or each document of a packed one, and its positions.
+
+    Raises:
+        ValueError: If the pattern is for another number of blocks.
+    """
+    S, pattern, size = q.shape[1], call.pattern, call.block_size
+    if cu_seqlens is None:
+        if pattern.num_blocks != (needed := max(1, -(-S // size))):
+            raise ValueError(
+                f"the pattern has {pattern.num_blocks} blocks; {S} positions in blocks of {size} "
+                f"are {needed}, so build it for that number."
+            )
+        if q.numel():
+            yield call, slice(0, S)
+        return
+    bounds = document_bounds(cu_seqlens, S)
+    longest = max(b - a for a, b in pairwise(bounds))
+    if pattern.num_blocks < -(-longest // size):
+        raise ValueError(
+            f"the pattern has {pattern.num_blocks} blocks; the longest document has {longest} "
+            f"positions, which in blocks of {size} are {-(-longest // size)}. Build it for the "
+            f"longest document; shorter ones take its first rows and columns."
+        )
+    first_seed = call.options.dropout_seed
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        if stop > start and q.numel():
+            # A document has less tasks than this, so no two tasks of a call share a seed.
+            options = call.options._replace(dropout_seed=first_seed + (i << 32))
+            shorter = _leading(pattern, -(-(stop - start) // size))
+            yield call._replace(pattern=shorter, options=options), slice(start, stop)
+
+
+@lru_cache(maxsize=64)
+def _leading(pattern: BlockPattern, num_blocks: int) -> BlockPattern:
+    """`BlockPattern.leading`; many documents have one length."""
+    return pattern.leading(num_blocks)

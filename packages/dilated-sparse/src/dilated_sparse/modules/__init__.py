@@ -1,0 +1,1 @@
+"""Block-sparse attention as PyTorch modules, with their options and factories."""

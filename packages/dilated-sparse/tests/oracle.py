@@ -1,0 +1,34 @@
+"""Dense attention in float64 under the mask of a block pattern: the oracle."""
+
+import torch
+from dilated_sparse import BlockPattern
+
+
+def position_mask(
+    pattern: BlockPattern, S: int, block_size: int, num_heads: int, *, is_causal: bool
+) -> torch.Tensor:
+    """Which keys each query sees: `(H, S, S)` bool."""
+    mask = pattern.materialize(num_heads=num_heads)
+    mask = mask.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[:, :S, :S]
+    return mask.tril() if is_causal else mask
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse in float64, differentiable, for mask `(H, S, S)` or `(B, H, S, S)`."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
+    scores = scores.masked_fill(~mask, -torch.inf)
+    sees = mask.any(-1, keepdim=True)
+    p = scores.masked_fill(~sees, 0).softmax(-1).masked_fill(~sees, 0)
+    lse = scores.logsumexp(-1).transpose(1, 2)
+    return torch.einsum("bhst,bthd->bshd", p, v), lse

@@ -18,7 +18,10 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 def pack(exchange: Exchange, parcel: Parcel, k: torch.Tensor, v: torch.Tensor) -> KeysAndValues:
     """The rows of a parcel, from the tensors `(B, L, H_kv, D)` of its owner."""
-    return pack_rows(exchange, parcel, k), pack_rows(exchange, parcel, v)
+    packed = zeros_of(exchange, parcel, k, k.dtype)
+    _pack_rows_(packed[0], exchange, parcel, k, None)
+    _pack_rows_(packed[1], exchange, parcel, v, None)
+    return packed
 
 
 def pack_rows(
@@ -29,13 +32,19 @@ def pack_rows(
     `at`: Index in x of the first position of the sequence; None: x is the owner's tensor.
     """
     packed = x.new_zeros(x.shape[0], parcel.num_rows, parcel.num_pairs, *x.shape[3:])
+    _pack_rows_(packed, exchange, parcel, x, at)
+    return packed
+
+
+def _pack_rows_(
+    packed: torch.Tensor, exchange: Exchange, parcel: Parcel, x: torch.Tensor, at: int | None
+) -> None:
     rows = _rows_of(exchange, parcel, at)
     x = x[:, rows]
     rate = exchange.pattern.dilation_rates[parcel.branch]
     for kept in _kept(exchange, parcel):
         kv_heads, pairs = _index(kept.lane.kv_heads), _index(kept.lane.pairs)
         packed[:, : kept.num_rows, pairs] = x[:, kept.first :: rate][:, : kept.num_rows, kv_heads]
-    return packed
 
 
 def add_packed_(
@@ -53,8 +62,22 @@ def add_packed_(
 
 
 def join(parcels: Iterable[KeysAndValues]) -> torch.Tensor:
-    """One flat tensor of several parcels."""
-    return torch.cat([x.reshape(-1) for pair in parcels for x in pair])
+    """One flat tensor of several parcels; of a single one, a view.
+
+    A dense ring passes on as many rows as a rank holds, and a copy would be another shard.
+    """
+    pairs = list(parcels)
+    if len(pairs) == 1:
+        k, v = pairs[0]
+        # zeros_of and split make such pairs.
+        if v.storage_offset() == k.storage_offset() + k.numel() and _share_storage(k, v):
+            return k.as_strided((2 * k.numel(),), (1,))
+    return torch.cat([x.reshape(-1) for pair in pairs for x in pair])
+
+
+def _share_storage(k: torch.Tensor, v: torch.Tensor) -> bool:
+    storages = k.untyped_storage(), v.untyped_storage()
+    return storages[0].data_ptr() == storages[1].data_ptr() and k.is_contiguous()
 
 
 def split(
@@ -81,9 +104,10 @@ def message_length(exchange: Exchange, numbers: Iterable[int], batch_size: int, 
 def zeros_of(
     exchange: Exchange, parcel: Parcel, like: torch.Tensor, dtype: torch.dtype
 ) -> KeysAndValues:
-    """Gradients of a parcel, before anything is added to them."""
-    shape = (like.shape[0], parcel.num_rows, parcel.num_pairs, like.shape[3])
-    return like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
+    """Zeros of a parcel of k and v, or of its gradients: two halves of one tensor."""
+    shape = (2, like.shape[0], parcel.num_rows, parcel.num_pairs, like.shape[3])
+    first, second = like.new_zeros(shape, dtype=dtype)
+    return first, second
 
 
 def add_(grads: Gradients | KeysAndValues, others: KeysAndValues) -> None:

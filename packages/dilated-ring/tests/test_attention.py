@@ -89,6 +89,22 @@ def test_some_of_the_heads(exchange: str) -> None:
         assert (some - whole[:, :, 4:10]).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_nothing_to_attend_to(exchange: str) -> None:
+    """Results and gradients are empty, and every gradient is there."""
+    pattern = DilatedPattern([4, 10], [1, 2])
+    for shape, options in (
+        ((0, 10, 4, 8), {}),
+        ((2, 0, 4, 8), {}),
+        ((0, 4, 8), {"cu_seqlens": torch.tensor([0, 0])}),
+    ):
+        q, k, v = (torch.zeros(shape, requires_grad=True) for _ in range(3))
+        out = simulated_ring_attention(q, k, v, pattern, ring_size=3, exchange=exchange, **options)
+        assert out.shape == shape
+        for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+            assert grad.shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_error_of_half_precision_does_not_grow_with_the_ring(dtype: torch.dtype) -> None:
     """One rounding at the end, not one per hop."""

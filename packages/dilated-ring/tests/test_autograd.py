@@ -85,3 +85,27 @@ def test_the_default_device_does_not_matter() -> None:
     for device, message in run_processes(on_another_default_device, 2):
         assert device == "cpu"
         assert "is_causal is False on rank 0; True on rank 1" in message
+
+
+def unlike_losses(exchange: str) -> list[float]:
+    """Each rank has another tensor without a gradient, and another result in its loss."""
+    rank, rows = dist.get_rank(), my_half()
+    dout, dlse = upstream()
+    x = shards()
+    x[rank].requires_grad_(False)
+    out = ring_dilated_attention(*x, PATTERN, exchange=exchange)
+    differentiated = [t for t in x if t.requires_grad]
+    got = torch.autograd.grad(out, differentiated, dout[:, rows])
+    want = of_one_device(dout, torch.zeros_like(dlse))
+    errors = [worst(list(got), [g for t, g in zip(x, want, strict=True) if t.requires_grad])]
+    # Out on rank 0 alone, lse on rank 1 alone.
+    dout[:, 35:], dlse[:, :35] = 0, 0
+    out, lse = ring_dilated_attention_with_lse(*(x := shards()), PATTERN, exchange=exchange)
+    loss = (out * dout[:, rows]).sum() if rank == 0 else (lse * dlse[:, rows]).sum()
+    errors.append(worst(list(torch.autograd.grad(loss, x)), of_one_device(dout, dlse)))
+    return errors
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_ranks_may_differentiate_other_tensors(exchange: str) -> None:
+    assert max(max(errors) for errors in run_processes(unlike_losses, 2, exchange)) < 1e-9

@@ -133,6 +133,29 @@ def test_uneven_shards() -> None:
     assert max(run_processes(uneven_shards, 3)) < 1e-9
 
 
+def documents_on_some_ranks() -> float:
+    """One dense document: "auto" exchanges heads, also on the rank that holds nothing."""
+    bounds = [0, 0, 20, 45, 70]
+    pattern, cu_seqlens = DilatedPattern([70], [1]), torch.tensor([0, 70])
+    case = Case(seq_len=70, num_heads=4, pattern=pattern, documents=(70,))
+    q, k, v, dout = case.tensors(dtype=torch.float64)
+    exact = dilated_attention(q, k, v, pattern, cu_seqlens=cu_seqlens)
+    want = torch.autograd.grad(exact, (q, k, v), dout)
+    rows = slice(bounds[dist.get_rank()], bounds[dist.get_rank() + 1])
+    local = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
+    errors: list[float] = []
+    for exchange in EXCHANGES:
+        out = ring_dilated_attention(*local, pattern, cu_seqlens=cu_seqlens, exchange=exchange)
+        grads = torch.autograd.grad(out, local, dout[rows])
+        pairs = [(out, exact), *zip(grads, want, strict=True)]
+        errors.extend(float((a - b[rows]).detach().abs().sum()) for a, b in pairs)
+    return max(errors)
+
+
+def test_documents_on_some_ranks() -> None:
+    assert max(run_processes(documents_on_some_ranks, 4)) < 1e-9
+
+
 def bits(exchange: Any) -> list[torch.Tensor]:
     """Results of two runs, in bfloat16 with dropout."""
     rank = dist.get_rank()

@@ -71,7 +71,7 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
 
     Args:
         call: The options.
-        q: Of any rank.
+        q: `(B, L, H, D)`, or `(L, H, D)` with documents; of any rank.
         has_mask: Whether keys are masked.
 
     Raises:
@@ -80,10 +80,14 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
     size = len(call.ranks)
     heads = call.heads
     is_packed = call.bounds is not None
-    if is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed):
+    # A packed q has no batch, and as many positions as this rank holds.
+    batch_size = 1 if is_packed else q.shape[0]
+    if not batch_size or is_aligned(
+        call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed
+    ):
         return Way("alone")
     exchange = plan_call(call, size)
-    sizes = Sizes(q.shape[0], q.shape[-1], q.dtype.itemsize)
+    sizes = Sizes(batch_size, q.shape[-1], q.dtype.itemsize)
     if choose_exchange(call.exchange, exchange, call.ranks, sizes).kind == "heads":
         return Way("heads")
     inputs = AttentionInputs(
@@ -172,13 +176,10 @@ def run_on_two_levels(
     parts = parts_of_heads(heads.num_heads, heads.num_kv_heads, n)
     q_parts, kv_parts = [part for part, _ in parts], [part for _, part in parts]
     where = places(call.ranks[i * n : (i + 1) * n])
-    (queries,) = to_heads(inside, where, q_parts, [q])
-    (keys,) = to_heads(inside, where, kv_parts, [k])
-    (values,) = to_heads(inside, where, kv_parts, [v])
+    queries, keys, values = to_heads(inside, where, (q_parts, kv_parts, kv_parts), ([q], [k], [v]))
     masks = None if mask is None else [_all_positions(inside, where, [mask])]
-    (result,) = run_call(across_call, way, across, [queries], [keys], [values], masks)
-    (out,) = to_positions(inside, where, q_parts, [result.out])
-    (lse,) = to_positions(inside, where, q_parts, [result.lse])
+    (result,) = run_call(across_call, way, across, queries, keys, values, masks)
+    (out,), (lse,) = to_positions(inside, where, (q_parts, q_parts), ([result.out], [result.lse]))
     return AttentionOutput(out, lse)
 
 
@@ -250,17 +251,16 @@ def _over_heads(
     parts = parts_of_heads(heads.num_heads, heads.num_kv_heads, transport.size)
     q_parts, kv_parts = [part for part, _ in parts], [part for _, part in parts]
     where = places(call.ranks)
-    queries = to_heads(transport, where, q_parts, q)
-    keys = to_heads(transport, where, kv_parts, k)
-    values = to_heads(transport, where, kv_parts, v)
+    queries, keys, values = to_heads(transport, where, (q_parts, kv_parts, kv_parts), (q, k, v))
     results = [
         _attend(call, tensors, call.bounds, hidden, q_parts[rank].start)
         for rank, tensors in zip(
             transport.hosted, zip(queries, keys, values, strict=True), strict=True
         )
     ]
-    outs = to_positions(transport, where, q_parts, [result.out for result in results])
-    lses = to_positions(transport, where, q_parts, [result.lse for result in results])
+    outs, lses = to_positions(
+        transport, where, (q_parts, q_parts), list(zip(*results, strict=True))
+    )
     return [AttentionOutput(*pair) for pair in zip(outs, lses, strict=True)]
 
 
@@ -272,8 +272,8 @@ def _gather_masks(call: Call, transport: Transport, masks: Shards) -> torch.Tens
 def _all_positions(transport: Transport, where: Places, masks: Shards) -> torch.Tensor:
     # With one head that every rank gets, this is what gathering positions does.
     x = [mask.to(torch.uint8).unsqueeze(-1) for mask in masks]
-    gathered = to_heads(transport, where, [slice(0, 1)] * transport.size, x)
-    return gathered[0].squeeze(-1).bool()
+    ((gathered, *_),) = to_heads(transport, where, [[slice(0, 1)] * transport.size], [x])
+    return gathered.squeeze(-1).bool()
 
 
 def _with_local_documents(
@@ -287,7 +287,8 @@ def _with_local_documents(
         crossing = attend_shards(work, q, k, v)
     results: list[AttentionOutput] = []
     bounds = _numbers(call.bounds)
-    for rank, over_ranks, *tensors in zip(work.transport.hosted, crossing, q, k, v, strict=True):
+    for rank, over_ranks, *qkv in zip(work.transport.hosted, crossing, q, k, v, strict=True):
+        tensors = (qkv[0], qkv[1], qkv[2])
         parts: list[tuple[int, AttentionOutput]] = []
         for documents in local_documents(call.ranks[rank], bounds):
             parts.append((documents.at, _attend_locally(call, documents, *tensors)))
@@ -297,13 +298,12 @@ def _with_local_documents(
                     rows = piece.rows
                     part = AttentionOutput(over_ranks.out[:, rows], over_ranks.lse[:, rows])
                     parts.append((piece.at, part))
+        if not parts:
+            # No positions, but a result that backward runs through, as on the other ranks.
+            parts.append((0, _attend(call, tensors, call.bounds.new_zeros(2))))
         parts.sort(key=lambda part: part[0])
-        if parts:
-            outs, lses = zip(*(part for _, part in parts), strict=True)
-            results.append(AttentionOutput(torch.cat(outs, 1), torch.cat(lses, 1)))
-        else:
-            wide = torch.promote_types(tensors[0].dtype, torch.float32)
-            results.append(AttentionOutput(tensors[0] * 1, tensors[0].sum(-1, dtype=wide)))
+        outs, lses = zip(*(part for _, part in parts), strict=True)
+        results.append(AttentionOutput(torch.cat(outs, 1), torch.cat(lses, 1)))
     return results
 
 

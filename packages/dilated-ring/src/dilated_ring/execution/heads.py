@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from dilated_ring.layout import joined
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.transport.contract import Pending, Transport
 from dilated_ring.transport.faults import reporting_failures
+
+Parts = Sequence[Sequence[slice]]
+"""For each tensor, the heads that each rank gets."""
 
 
 class Places(NamedTuple):
@@ -44,26 +47,36 @@ def places(ranks: Spans) -> Places:
 
 
 def to_heads(
-    transport: Transport, where: Places, heads: Sequence[slice], shards: Shards
-) -> list[torch.Tensor]:
-    """`(B, L, H, …)` of each hosted rank as `(B, where.length, its heads, …)`; differentiable."""
-    return list(_ToHeads.apply(transport, where, heads, *shards))  # pyright: ignore
+    transport: Transport, where: Places, parts: Parts, tensors: Sequence[Shards]
+) -> list[tuple[torch.Tensor, ...]]:
+    """`(B, L, H, …)` of each hosted rank as `(B, where.length, its heads, …)`; differentiable.
+
+    Backward sends the gradients of all tensors on every rank, zeros where a rank has none, since
+    other ranks wait for them.
+
+    Args:
+        transport: Between the ranks.
+        where: Of `places`.
+        parts: For each tensor, the heads that each rank gets.
+        tensors: For each tensor, the shards of the hosted ranks.
+    """
+    return _by_tensor(_ToHeads.apply(transport, where, parts, *chain(*tensors)), len(parts))
 
 
 def to_positions(
-    transport: Transport, where: Places, heads: Sequence[slice], shards: Shards
-) -> list[torch.Tensor]:
-    """The way back of `to_heads`; differentiable."""
-    return list(_ToPositions.apply(transport, where, heads, *shards))  # pyright: ignore
+    transport: Transport, where: Places, parts: Parts, tensors: Sequence[Shards]
+) -> list[tuple[torch.Tensor, ...]]:
+    """The inverse of `to_heads`; differentiable, as it is."""
+    return _by_tensor(_ToPositions.apply(transport, where, parts, *chain(*tensors)), len(parts))
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, transport: Transport, where: Places, heads: Sequence[slice], *shards: torch.Tensor
+        ctx: Any, transport: Transport, where: Places, parts: Parts, *shards: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.arguments = transport, where, heads
-        return _gather_positions(transport, where, heads, shards)
+        ctx.arguments = transport, where, parts
+        return _gather_positions(transport, where, parts, shards)
 
     @staticmethod
     @once_differentiable
@@ -78,10 +91,10 @@ class _ToHeads(torch.autograd.Function):
 class _ToPositions(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, transport: Transport, where: Places, heads: Sequence[slice], *shards: torch.Tensor
+        ctx: Any, transport: Transport, where: Places, parts: Parts, *shards: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.arguments = transport, where, heads
-        return _gather_heads(transport, where, heads, shards)
+        ctx.arguments = transport, where, parts
+        return _gather_heads(transport, where, parts, shards)
 
     @staticmethod
     @once_differentiable
@@ -94,59 +107,71 @@ class _ToPositions(torch.autograd.Function):
 
 
 def _gather_positions(
-    transport: Transport, where: Places, heads: Sequence[slice], shards: Shards
+    transport: Transport, where: Places, parts: Parts, shards: Shards
 ) -> tuple[torch.Tensor, ...]:
-    results: list[torch.Tensor] = []
     pending: list[Pending] = []
-    for rank, x in zip(transport.hosted, shards, strict=True):
-        mine = heads[rank]
-        width = mine.stop - mine.start
-        sends = {
-            other: x[:, :, heads[other]].contiguous()
-            for other in range(transport.size)
-            if other != rank
-        }
+    for number, rank, x in _numbered(transport, shards):
+        heads = parts[number]
+        width = heads[rank].stop - heads[rank].start
+        others = [other for other in range(transport.size) if other != rank]
+        sends = {other: x[:, :, heads[other]].contiguous() for other in others}
         receives = {
             other: x.new_empty(x.shape[0], _length(where, other), width, *x.shape[3:])
-            for other in range(transport.size)
-            if other != rank
+            for other in others
         }
-        pending.append(transport.start(rank, sends, receives, step="positions for heads"))
-        results.append(x.new_empty(x.shape[0], where.length, width, *x.shape[3:]))
-    for rank, x, y, messages in zip(transport.hosted, shards, results, pending, strict=True):
-        parts = {**messages.wait(), rank: x[:, :, heads[rank]]}
-        for other, part in parts.items():
+        step = f"positions for heads, tensor {number + 1} of {len(parts)}"
+        pending.append(transport.start(rank, sends, receives, step=step))
+    results: list[torch.Tensor] = []
+    for (number, rank, x), messages in zip(_numbered(transport, shards), pending, strict=True):
+        own = x[:, :, parts[number][rank]]
+        y = x.new_empty(x.shape[0], where.length, *own.shape[2:])
+        for other, part in {**messages.wait(), rank: own}.items():
             at = 0
             for rows in where.of_rank[other]:
                 length = rows.stop - rows.start
                 y[:, rows] = part[:, at : at + length]
                 at += length
+        results.append(y)
     return tuple(results)
 
 
 def _gather_heads(
-    transport: Transport, where: Places, heads: Sequence[slice], shards: Shards
+    transport: Transport, where: Places, parts: Parts, shards: Shards
 ) -> tuple[torch.Tensor, ...]:
-    results: list[torch.Tensor] = []
     pending: list[Pending] = []
-    num_heads = max(part.stop for part in heads)
-    for rank, y in zip(transport.hosted, shards, strict=True):
+    for number, rank, y in _numbered(transport, shards):
         length = _length(where, rank)
-        sends = {other: _rows(y, where, other) for other in range(transport.size) if other != rank}
+        others = [other for other in range(transport.size) if other != rank]
+        sends = {other: _rows(y, where, other) for other in others}
+        widths = {other: parts[number][other].stop - parts[number][other].start for other in others}
         receives = {
-            other: y.new_empty(
-                y.shape[0], length, heads[other].stop - heads[other].start, *y.shape[3:]
-            )
-            for other in range(transport.size)
-            if other != rank
+            other: y.new_empty(y.shape[0], length, width, *y.shape[3:])
+            for other, width in widths.items()
         }
-        pending.append(transport.start(rank, sends, receives, step="heads for positions"))
-        results.append(y.new_empty(y.shape[0], length, num_heads, *y.shape[3:]))
-    for rank, y, x, messages in zip(transport.hosted, shards, results, pending, strict=True):
-        parts = {**messages.wait(), rank: _rows(y, where, rank)}
-        for other, part in parts.items():
-            x[:, :, heads[other]] = part
+        step = f"heads for positions, tensor {number + 1} of {len(parts)}"
+        pending.append(transport.start(rank, sends, receives, step=step))
+    results: list[torch.Tensor] = []
+    for (number, rank, y), messages in zip(_numbered(transport, shards), pending, strict=True):
+        num_heads = max(part.stop for part in parts[number])
+        x = y.new_empty(y.shape[0], _length(where, rank), num_heads, *y.shape[3:])
+        for other, part in {**messages.wait(), rank: _rows(y, where, rank)}.items():
+            x[:, :, parts[number][other]] = part
+        results.append(x)
     return tuple(results)
+
+
+def _numbered(transport: Transport, shards: Shards) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The number of the tensor, the rank, and its shard, for all tensors and hosted ranks."""
+    n = len(transport.hosted)
+    for i, x in enumerate(shards):
+        yield i // n, transport.hosted[i % n], x
+
+
+def _by_tensor(
+    shards: tuple[torch.Tensor, ...], num_tensors: int
+) -> list[tuple[torch.Tensor, ...]]:
+    n = len(shards) // num_tensors
+    return [shards[i * n : (i + 1) * n] for i in range(num_tensors)]
 
 
 def _length(where: Places, rank: int) -> int:

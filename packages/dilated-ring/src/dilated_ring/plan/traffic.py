@@ -70,7 +70,7 @@ def traffic_of_rows(exchange: Exchange, sizes: Sizes) -> Traffic:
 
 
 def traffic_of_heads(ranks: Spans, heads: Heads, sizes: Sizes) -> Traffic:
-    """q, k and v go from positions to heads and out comes back; gradients the other way.
+    """q, k and v go from positions to heads, out and lse come back; gradients the other way.
 
     Raises:
         ValueError: If there are fewer heads of k and v than ranks.
@@ -86,9 +86,9 @@ def traffic_of_heads(ranks: Spans, heads: Heads, sizes: Sizes) -> Traffic:
         # (positions) x (heads) of one tensor of q's heads that leave, and of one of k's heads.
         q_out, kv_out = mine * (heads.num_heads - q_heads), mine * (heads.num_kv_heads - kv_heads)
         q_back, kv_back = (seq_len - mine) * q_heads, (seq_len - mine) * kv_heads
-        out_and_lse = q_back * (row + sizes.wide_itemsize)
-        forward.append(sizes.batch_size * ((q_out + 2 * kv_out) * row + out_and_lse))
-        backward.append(sizes.batch_size * (q_out + q_back + 2 * kv_back) * row)
+        out_and_lse = row + sizes.wide_itemsize
+        forward.append(sizes.batch_size * ((q_out + 2 * kv_out) * row + q_back * out_and_lse))
+        backward.append(sizes.batch_size * (q_out * out_and_lse + (q_back + 2 * kv_back) * row))
     return Traffic(tuple(forward), tuple(backward))
 
 

@@ -12,6 +12,10 @@ from dilated_sparse.attention import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
 )
+from dilated_sparse.modules.attention import BlockSparseAttention
+from dilated_sparse.modules.config import BlockSparseAttentionConfig, SparsePatternConfig
+from dilated_sparse.modules.factory import create_block_sparse_attention
+from dilated_sparse.modules.multihead import BlockSparseMultiheadAttention
 from dilated_sparse.pattern.blocks import BlockPattern
 from dilated_sparse.pattern.dilated import from_dilated, is_exact_for
 from dilated_sparse.pattern.generators import (
@@ -30,6 +34,12 @@ __all__ = [
     # attention
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
+    # modules
+    "BlockSparseAttention",
+    "BlockSparseAttentionConfig",
+    "BlockSparseMultiheadAttention",
+    "SparsePatternConfig",
+    "create_block_sparse_attention",
     # patterns
     "BlockPattern",
     "PatternType",

@@ -63,7 +63,7 @@ def dilated_sparse(
 
     Example:
         >>> dilated_sparse(8, sparsity_ratio=0.5).row(4)
-        tensor([3, 4, 5, 6])
+        tensor([2, 3, 4, 5])
         >>> dilated_sparse(64, sparsity_ratio=0.125, is_causal=True).row(63)
         tensor([31, 47, 55, 59, 60, 61, 62, 63])
     """

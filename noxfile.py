@@ -134,13 +134,14 @@ def multigpu(session: nox.Session) -> None:
     backend, processes = ("nccl", gpus) if gpus >= 2 else ("gloo", 4)
     session.log(f"{gpus} GPUs visible: {processes} processes over {backend}")
     torchrun = ["torchrun", "--standalone", f"--nproc-per-node={processes}"]
-    session.run(
-        *torchrun,
-        "tests-integration/ddp_gradients.py",
-        "--backend",
-        backend,
-        env={"OMP_NUM_THREADS": "1"},  # torchrun's own default, without its warning
-    )
+    for script in ["ddp_gradients.py", "ring_gradients.py"]:
+        session.run(
+            *torchrun,
+            f"tests-integration/{script}",
+            "--backend",
+            backend,
+            env={"OMP_NUM_THREADS": "1"},  # torchrun's own default, without its warning
+        )
 
 
 @nox.session

@@ -113,6 +113,10 @@ def largest_difference(engine: str, mesh: DeviceMesh, layout: str, alone) -> flo
         fully_shard(parallel, **over)
     # DDP and FSDP average over all ranks. The sum is needed, so the loss is multiplied by them.
     factor = 1 if engine == "by hand" else RANKS
+    if engine == "fsdp" and mesh.size(0) == RANKS:  # or the average is switched off
+        factor = 1
+        for module in (parallel, *trained.blocks):
+            module.set_gradient_divide_factor(1.0)
     optimizer = optimizer_of(parallel)
     rows = slice(mesh.get_local_rank("dp") * ROWS // mesh.size(0), None)
     rows = slice(rows.start, rows.start + ROWS // mesh.size(0))

@@ -38,8 +38,8 @@ def chunked_cross_entropy(
     their gradients, however unevenly labels are spread. So gradients must be summed over the ranks:
 
     - DistributedDataParallel and FSDP divide the sum by the number N of ranks that they reduce
-      over. Multiply the loss by N, or for FSDP2 call
-      `model.set_gradient_divide_factor(1.0)` once.
+      over. Multiply the loss by N, or for FSDP2 call `set_gradient_divide_factor(1.0)` on each
+      module that `fully_shard` has wrapped; a call does not reach the modules inside.
     - With data parallelism beside context parallelism, pass the group of all dp × cp ranks, so that
       the mean is over the batch of all of them.
     - To report the loss, add the shares: `dist.all_reduce(loss.detach())`.

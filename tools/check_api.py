@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_origin
 
 from tools.packages import ROOT, Package, find_packages
 from tools.report import report
@@ -51,7 +52,9 @@ def public_modules(source: Path) -> list[str]:
 def describe(name: str, value: object) -> Iterator[str]:
     """The line of one name; a class is followed by its own public methods and properties."""
     if not inspect.isclass(value):
-        yield name + (signature(value) if callable(value) else "")
+        # The alias of a type can be called, but is no function.
+        is_function = callable(value) and get_origin(value) is None
+        yield name + (signature(value) if is_function else "")
         return
     yield f"class {name}{signature(value)}"
     for member, attribute in sorted(vars(value).items()):

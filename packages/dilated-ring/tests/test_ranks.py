@@ -115,22 +115,26 @@ def test_two_levels() -> None:
 
 
 def uneven_shards() -> float:
-    """Contiguous shards may have any lengths, also none."""
-    rank = dist.get_rank()
+    """Contiguous shards may have any lengths, also none; four ranks are two nodes."""
+    rank, group = dist.get_rank(), None
     bounds = [0, 31, 31, 70]
+    if dist.get_world_size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("across", "inside"))
+        group, bounds = (mesh["across"], mesh["inside"]), [0, 31, 31, 47, 70]
     q, k, v, dout = CASE.tensors(dtype=torch.float64)
     exact = dilated_attention(q, k, v, CASE.pattern, is_causal=True)
     want = torch.autograd.grad(exact, (q, k, v), dout)
     rows = slice(bounds[rank], bounds[rank + 1])
     local = [x.detach()[:, rows].requires_grad_() for x in (q, k, v)]
-    out = ring_dilated_attention(*local, CASE.pattern, is_causal=True)
+    out = ring_dilated_attention(*local, CASE.pattern, group=group, is_causal=True)
     grads = torch.autograd.grad(out, local, dout[:, rows])
     pairs = [(out, exact), *zip(grads, want, strict=True)]
     return max(float((a - b[:, rows]).detach().abs().sum()) for a, b in pairs)
 
 
-def test_uneven_shards() -> None:
-    assert max(run_processes(uneven_shards, 3)) < 1e-9
+@pytest.mark.parametrize("num_processes", [3, 4])
+def test_uneven_shards(num_processes: int) -> None:
+    assert max(run_processes(uneven_shards, num_processes)) < 1e-9
 
 
 def documents_on_some_ranks() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,7 @@ from dilated_ring.sharding.positions import positions_of
 from dilated_ring.transport.agreement import check_agreement
 from dilated_ring.transport.contract import Transport
 from dilated_ring.transport.distributed import DistributedTransport
+from dilated_ring.transport.errors import DisagreementError
 from dilated_ring.transport.faults import reporting_failures
 from dilated_ring.transport.in_process import InProcessTransport
 
@@ -103,8 +105,9 @@ def ring_dilated_attention(
             ranks. Only documents that cross a border are exchanged.
         head_range: (first, total), if the tensors hold the heads from `first` on of `total`.
         seq_len: S, if `shard_sequence` cut the sequence. Then ranks neither exchange their lengths
-            nor compare their arguments: a mistake in one rank's arguments may hang. None: they do,
-            by one small message for each pair of ranks.
+            nor compare their arguments: after a mistake the other ranks raise `RankFailure`, at the
+            latest after `timeout_s`, and the group is closed. None: ranks do both, by one small
+            message for each pair of ranks.
         backend: As for `dilated_attention`.
         timeout_s: Seconds that a rank waits for another one; see `DistributedTransport`.
 
@@ -163,7 +166,10 @@ def ring_dilated_attention_with_lse(
     ranks = resolve_group(group)
     transport = _transport(ranks, timeout_s)
     options, lengths = _agree(transport, ranks, arguments, seq_len)
-    spans = spans_of_lengths(options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len)
+    with _own_mistakes(transport, seq_len):
+        spans = spans_of_lengths(
+            options.layout, ranks.size, ranks.rank, q.shape[-3], lengths, seq_len
+        )
     call = _call(options, spans, q, k, cu_seqlens)
     way = choose_way(call, q, has_mask=key_padding_mask is not None)
     masks = None if key_padding_mask is None else [key_padding_mask]
@@ -246,19 +252,27 @@ def _on_two_levels(
         )
     across, inside = (resolve_group(group) for group in groups)
     near, far = _transport(inside, timeout_s), _transport(across, timeout_s)
-    options, lengths = _agree(near, inside, arguments, seq_len)
-    if options.exchange == "all_to_all":
-        raise ValueError(
-            "exchange is 'all_to_all' and group a pair of groups; heads are exchanged inside, so "
-            "choose 'ring', 'all_gather' or 'auto' for what goes across."
-        )
-    held = None if lengths is None else sum(lengths)
-    options, lengths = _agree(far, across, arguments, seq_len, local_len=held)
-    if seq_len is None and lengths is not None:
-        seq_len = sum(lengths)
+    try:
+        options, lengths = _agree(near, inside, arguments, seq_len)
+        if options.exchange == "all_to_all":
+            raise ValueError(
+                "exchange is 'all_to_all' and group a pair of groups; heads are exchanged inside, "
+                "so choose 'ring', 'all_gather' or 'auto' for what goes across."
+            )
+    except (TypeError, ValueError) as error:
+        # The other nodes wait for this one.
+        with reporting_failures(far, across.rank):
+            if seq_len is not None:
+                raise
+            check_agreement(far, across.rank, {"arguments": str(error)}, 0)
+        raise
+    _, sizes = _agree(far, across, arguments, seq_len, local_len=inside.size)
+    if lengths is not None and sizes is not None:
+        lengths = _lengths_of_nodes(far, across, sizes, lengths)
     (q, k, v), (mask, cu_seqlens) = arguments[:3], arguments[9:11]
     size, rank = across.size * inside.size, across.rank * inside.size + inside.rank
-    spans = spans_of_lengths(options.layout, size, rank, q.shape[-3], None, seq_len)
+    with _own_mistakes(far, seq_len), _own_mistakes(near, seq_len):
+        spans = spans_of_lengths(options.layout, size, rank, q.shape[-3], lengths, seq_len)
     call = _call(options, spans, q, k, cu_seqlens)
     outer = call_across(call, inside.rank, inside.size)
     way = choose_way(outer, q, has_mask=mask is not None)
@@ -305,8 +319,32 @@ def _agree(
             lengths = check_agreement(transport, ranks.rank, description, local_len or 0)
     if options is None:
         assert mistake is not None
-        raise mistake
+        with _own_mistakes(transport, seq_len):
+            raise mistake
     return options, lengths
+
+
+def _own_mistakes(transport: Transport, seq_len: int | None) -> AbstractContextManager[None]:
+    """Report mistakes in arguments that the ranks do not compare.
+
+    Where they compare them, all raise the same error and the group stays usable.
+    """
+    if seq_len is None:
+        return nullcontext()
+    return reporting_failures(transport, transport.hosted[0])
+
+
+def _lengths_of_nodes(
+    far: Transport, across: RankGroup, sizes: list[int], lengths: list[int]
+) -> list[int]:
+    """How many positions each rank holds, node by node, from the lengths of this node."""
+    if len(set(sizes)) > 1:
+        raise DisagreementError(
+            f"the nodes have {sizes} ranks in their group inside; all must have as many."
+        )
+    with reporting_failures(far, across.rank):
+        nodes = far.all_gather(across.rank, torch.tensor(lengths, device="cpu"))
+    return [int(length) for node in nodes for length in node]
 
 
 def _run(

@@ -61,6 +61,9 @@ def _disagreement(descriptions: Sequence[Mapping[str, str]], names: Sequence[int
     fields = dict.fromkeys(field for description in descriptions for field in description)
     differences: list[str] = []
     for field in fields:
+        # A rank with wrong arguments describes nothing else.
+        if differences and any(field not in description for description in descriptions):
+            continue
         ranks_by_value: dict[str, list[int]] = {}
         for name, description in zip(names, descriptions, strict=True):
             ranks_by_value.setdefault(description.get(field, "nothing"), []).append(name)

@@ -34,6 +34,7 @@ def reporting_failures(transport: Transport, rank: int) -> Generator[None]:
 
     Raises:
         RankFailure: If a rank has failed before.
+        RuntimeError: If another thread is in such a block of the same group.
     """
     watch = transport.watch if isinstance(transport, DistributedTransport) else None
     if watch is None:
@@ -41,7 +42,8 @@ def reporting_failures(transport: Transport, rank: int) -> Generator[None]:
         return
     watch.begin_call()
     try:
-        yield
+        with watch.one_thread():
+            yield
     except (RankFailure, DisagreementError, _StopRecomputationError):
         # Non-reentrant checkpointing raises the last one, on all ranks alike, to leave the block
         # once it has recomputed what backward needs.

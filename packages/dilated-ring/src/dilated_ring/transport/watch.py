@@ -16,8 +16,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -72,6 +72,8 @@ class GroupWatch:
         # The rank and the cause that the thread shall publish.
         self._suspect: tuple[int, str] | None = None
         self._ended = threading.Event()
+        # Of the thread that is in a call; calls in one thread may nest.
+        self._in_call = threading.RLock()
 
     # The thread that exchanges messages calls these.
 
@@ -84,6 +86,26 @@ class GroupWatch:
         self.refuse_after_failure()
         now = self._now
         self._now = Whereabouts(now.call + 1, now.step, (), limit_s=now.limit_s)
+
+    @contextmanager
+    def one_thread(self) -> Generator[None]:
+        """Refuse a call while another thread of this process is in one.
+
+        Messages meet by the name of their step: with two threads, those of one call would reach the
+        other call, which computes wrong numbers.
+
+        Raises:
+            RuntimeError: If another thread is in a call.
+        """
+        if not self._in_call.acquire(blocking=False):
+            raise RuntimeError(
+                "two threads use one group at the same time, and their messages would mix; make "
+                "the calls in one thread, or give each thread a group of its own."
+            )
+        try:
+            yield
+        finally:
+            self._in_call.release()
 
     def begin_wait(self, step: str, peers: tuple[int, ...], since: float, limit_s: float) -> None:
         """Note which ranks of the group this one waits for."""

@@ -2,6 +2,7 @@ import pickle
 
 import dilated_core
 import dilated_models
+import dilated_ring
 import pytest
 import torch
 
@@ -31,7 +32,8 @@ def test_what_works_exists(row):
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.check], ids=lambda r: r.id)
 def test_documented_calls(row):
-    names = {n: getattr(m, n) for m in (dilated_core, dilated_models) for n in m.__all__}
+    packages = (dilated_core, dilated_models, dilated_ring)
+    names = {n: getattr(m, n) for m in packages for n in m.__all__}
     names |= {"torch": torch, "pickle": pickle}
     names |= {"x3": torch.randn(1, 16, 8), "x4": torch.randn(1, 16, 2, 4)}
     assert eval(row.check, names) is True

@@ -46,7 +46,7 @@ def plugin(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: factory-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[dilated.attention]\n"
-        "ring = factory_plugin:variant\n"
+        "plugin = factory_plugin:variant\n"
         "standard = factory_plugin:variant\n"
         "no_module = factory_plugin_that_is_missing:variant\n"
         "no_attribute = factory_plugin:nothing\n"
@@ -61,11 +61,11 @@ def plugin(tmp_path, monkeypatch):
 
 def test_names_of_other_packages(plugin):
     q, k, v = torch.randn(3, 1, 20, 2, 4).unbind()
-    attention = create_dilated_attention("ring", segment_lengths=[8], dilation_rates=[2])
+    attention = create_dilated_attention("plugin", segment_lengths=[8], dilation_rates=[2])
     expected = DilatedAttention([8], [2])(*(x.flip(1) for x in (q, k, v))).flip(1)
     assert torch.equal(attention(q, k, v), expected)
     mha = create_multihead_dilated_attention(
-        "ring", embed_dim=8, num_heads=2, segment_lengths=[8], dilation_rates=[1], ring_size=8
+        "plugin", embed_dim=8, num_heads=2, segment_lengths=[8], dilation_rates=[1], ring_size=8
     )
     assert (mha.ring_size, mha.num_heads) == (8, 2)
     # No package can change what the names of this one mean.
@@ -87,7 +87,10 @@ def test_packages_that_cannot_be_used_say_why(plugin):
             "'no_variant' is .* factory_plugin:multihead is a function; it must be a di",
         ),
         ("no_library", "'no_library' is .* cannot be loaded: OSError: undefined symbol"),
-        ("best", "'best' is unknown; it must be one of 'auto', .*'no_module'.*'ring', 'standard'"),
+        (
+            "best",
+            "'best' is unknown; it must be one of 'auto', .*'no_module'.*'plugin', .*'standard'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             create_multihead_dilated_attention(name)

@@ -16,6 +16,14 @@ from dilated_ring.attention import (
 )
 from dilated_ring.gradients import TopKCompression, topk_hook
 from dilated_ring.layout import Layout
+from dilated_ring.modules.config import RingAttentionConfig
+from dilated_ring.modules.factory import create_ring_attention
+from dilated_ring.modules.multihead import RingMultiheadDilatedAttention
+from dilated_ring.modules.ring import (
+    DistributedRingAttention,
+    HilbertRingAttention,
+    StandardRingAttention,
+)
 from dilated_ring.plan.cost import BranchPlan, ExchangePlan, Message, RankPlan, exchange_plan
 from dilated_ring.sharding.positions import local_positions
 from dilated_ring.sharding.sequence import shard_sequence, unshard_sequence
@@ -36,6 +44,13 @@ __all__ = [
     "Message",
     "RankPlan",
     "exchange_plan",
+    # modules
+    "DistributedRingAttention",
+    "HilbertRingAttention",
+    "RingAttentionConfig",
+    "RingMultiheadDilatedAttention",
+    "StandardRingAttention",
+    "create_ring_attention",
     # shards of a sequence
     "Layout",
     "local_positions",

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 
 import torch
 from dilated_core import DilatedPattern, Span
-from dilated_core.checks import check_bool, check_choice, check_head_range
+from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
 from dilated_core.inputs import (
     check_backend_name,
     check_cu_seqlens,
@@ -36,11 +36,13 @@ class Options(NamedTuple):
     dropout_p: float
     head_range: tuple[int, int]
     backend: str
+    tile_size: int | None
 
 
 Arguments = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, DilatedPattern, bool, Layout, ExchangeKind,
     float | None, float, torch.Tensor | None, torch.Tensor | None, tuple[int, int] | None, str,
+    int | None,
 ]  # fmt: skip
 """The arguments of `check_arguments`, as users give them."""
 
@@ -59,6 +61,7 @@ def check_arguments(
     cu_seqlens: torch.Tensor | None,
     head_range: tuple[int, int] | None,
     backend: str,
+    tile_size: int | None,
 ) -> Options:
     """The options of a call, as every rank must have them.
 
@@ -88,7 +91,24 @@ def check_arguments(
         check_dropout(dropout_p),
         check_head_range(head_range, q.shape[-2]),
         backend,
+        check_tile_size(tile_size, exchange),
     )
+
+
+def check_tile_size(tile_size: int | None, exchange: ExchangeKind) -> int | None:
+    """The checked size of a tile.
+
+    Raises:
+        TypeError, ValueError: If it is no positive integer, or the exchange has no tiles.
+    """
+    if tile_size is None:
+        return None
+    if exchange == "all_to_all":
+        raise ValueError(
+            f"tile_size is {tile_size} and exchange 'all_to_all', where each rank attends to all "
+            f"positions at once; use another exchange, or leave out tile_size."
+        )
+    return check_integer("tile_size", tile_size, at_least=1)
 
 
 def describe(

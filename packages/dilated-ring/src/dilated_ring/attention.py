@@ -43,7 +43,7 @@ from dilated_ring.transport.in_process import InProcessTransport
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
-def _uncompiled(function: _Function) -> _Function:
+def uncompiled(function: _Function) -> _Function:
     """The function as `torch.compile` must leave it: messages are planned in Python."""
     return torch.compiler.disable(function)  # pyright: ignore
 
@@ -66,6 +66,7 @@ def ring_dilated_attention(
     seq_len: int | None = None,
     backend: str = "auto",
     timeout_s: float | None = None,
+    tile_size: int | None = None,
 ) -> torch.Tensor:
     """Dilated attention over a sequence that is cut over the ranks of a group.
 
@@ -110,6 +111,8 @@ def ring_dilated_attention(
             message for each pair of ranks.
         backend: As for `dilated_attention`.
         timeout_s: Seconds that a rank waits for another one; see `DistributedTransport`.
+        tile_size: Positions of a tile, to work in tiles along a Hilbert curve; None: whole shards.
+            Values differ by rounding only. See `HilbertRingAttention`.
 
     Returns:
         `(B, L, H, D)` in the dtype of q. It can be differentiated once.
@@ -125,11 +128,11 @@ def ring_dilated_attention(
         q, k, v, pattern, group=group, is_causal=is_causal, layout=layout, exchange=exchange,
         scale=scale, dropout_p=dropout_p, key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens, head_range=head_range, seq_len=seq_len, backend=backend,
-        timeout_s=timeout_s,
+        timeout_s=timeout_s, tile_size=tile_size,
     ).out  # fmt: skip
 
 
-@_uncompiled
+@uncompiled
 def ring_dilated_attention_with_lse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -148,6 +151,7 @@ def ring_dilated_attention_with_lse(
     seq_len: int | None = None,
     backend: str = "auto",
     timeout_s: float | None = None,
+    tile_size: int | None = None,
 ) -> AttentionOutput:
     """`ring_dilated_attention` that also returns the log of the softmax denominators.
 
@@ -159,7 +163,7 @@ def ring_dilated_attention_with_lse(
     q, k, v = cast(q, k, v)
     arguments = (
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
-        cu_seqlens, head_range, backend,
+        cu_seqlens, head_range, backend, tile_size,
     )  # fmt: skip
     if isinstance(group, tuple):
         return _on_two_levels(group, arguments, seq_len, timeout_s)
@@ -179,7 +183,7 @@ def ring_dilated_attention_with_lse(
     return result
 
 
-@_uncompiled
+@uncompiled
 def simulated_ring_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -196,6 +200,7 @@ def simulated_ring_attention(
     cu_seqlens: torch.Tensor | None = None,
     head_range: tuple[int, int] | None = None,
     backend: str = "auto",
+    tile_size: int | None = None,
 ) -> torch.Tensor:
     """What `ring_size` ranks compute, one after another in this process, without a process group.
 
@@ -206,7 +211,8 @@ def simulated_ring_attention(
         q, k, v, pattern: The whole sequence, as for `dilated_attention`.
         ring_size: How many ranks.
         is_causal, layout, exchange, scale, dropout_p, key_padding_mask, cu_seqlens, head_range,
-            backend: As for `ring_dilated_attention`, but the mask is that of the whole sequence.
+            backend, tile_size: As for `ring_dilated_attention`, but the mask is that of the whole
+            sequence.
 
     Returns:
         `(B, S, H, D)`, or `(T, H, D)` with `cu_seqlens`.
@@ -224,7 +230,7 @@ def simulated_ring_attention(
     q, k, v = cast(q, k, v)
     options = check_arguments(
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
-        cu_seqlens, head_range, backend,
+        cu_seqlens, head_range, backend, tile_size,
     )  # fmt: skip
     dim = q.dim() - 3
     spans = spans_of_ranks(options.layout, q.shape[dim], ring_size)
@@ -383,4 +389,5 @@ def _call(
         spans,
         seq_len,
         None if cu_seqlens is None else read_document_bounds(cu_seqlens, seq_len),
+        options.tile_size,
     )

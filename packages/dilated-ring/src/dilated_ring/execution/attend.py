@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from dilated_ring.plan.exchange import Exchange, Move
 from dilated_ring.plan.parcels import hop_problems
 from dilated_ring.plan.parts import in_parts
 from dilated_ring.plan.sequences import Piece
+from dilated_ring.plan.tiles import cut_into_tiles, in_order, may_meet
 from dilated_ring.transport.contract import Pending, Transport
 
 
@@ -53,6 +55,7 @@ class Work:
         backend: Runs every problem, forward and backward.
         transport: Carries the parcels.
         hidden: `(B, S)`, the key padding mask over the positions of all ranks, or None.
+        tile_size: Positions of a tile, if this rank works in tiles along a Hilbert curve; or None.
     """
 
     exchange: Exchange
@@ -60,6 +63,7 @@ class Work:
     backend: AttentionBackend
     transport: Transport
     hidden: torch.Tensor | None
+    tile_size: int | None = None
 
 
 Shards = Sequence[torch.Tensor]
@@ -169,34 +173,38 @@ def _local_tasks(
     """Queries of this rank with the keys of this rank."""
     exchange = work.exchange
     for number, sequence in enumerate(exchange.sequences):
-        for queries in sequence.pieces[rank]:
-            for keys in sequence.pieces[rank]:
-                is_whole = queries.rows == keys.rows == slice(0, q.shape[1])
-                problems = plan_problems(
-                    exchange.pattern,
-                    queries=queries.span,
-                    keys=keys.span,
-                    seq_len=sequence.seq_len,
-                    num_heads=exchange.heads.num_heads,
-                    num_kv_heads=exchange.heads.num_kv_heads,
-                    head_range=exchange.heads.head_range,
-                    batch_size=q.shape[0],
-                    is_causal=exchange.is_causal,
-                    is_batch_dense=is_whole,
-                )
-                if not problems:
-                    continue
-                hidden = work.hidden
-                if hidden is not None:
-                    begin = sequence.start + keys.span.start
-                    hidden = hidden[:, begin : begin + keys.span.length]
-                yield _Task(
-                    in_parts(problems, q.shape[:3].numel()),
-                    queries,
-                    (q[:, queries.rows], k[:, keys.rows], v[:, keys.rows]),
-                    _options(work, hidden, number, -1, queries.span.start, keys.span.start),
-                    key_rows=keys.rows,
-                )
+        pieces = cut_into_tiles(sequence.pieces[rank], work.tile_size)
+        for queries, keys in in_order(pieces, pieces, work.tile_size):
+            if not may_meet(
+                exchange.pattern, queries.span, keys.span, is_causal=exchange.is_causal
+            ):
+                continue
+            is_whole = queries.rows == keys.rows == slice(0, q.shape[1])
+            problems = plan_problems(
+                exchange.pattern,
+                queries=queries.span,
+                keys=keys.span,
+                seq_len=sequence.seq_len,
+                num_heads=exchange.heads.num_heads,
+                num_kv_heads=exchange.heads.num_kv_heads,
+                head_range=exchange.heads.head_range,
+                batch_size=q.shape[0],
+                is_causal=exchange.is_causal,
+                is_batch_dense=is_whole,
+            )
+            if not problems:
+                continue
+            hidden = work.hidden
+            if hidden is not None:
+                begin = sequence.start + keys.span.start
+                hidden = hidden[:, begin : begin + keys.span.length]
+            yield _Task(
+                in_parts(problems, q.shape[:3].numel()),
+                queries,
+                (q[:, queries.rows], k[:, keys.rows], v[:, keys.rows]),
+                _options(work, hidden, number, -1, queries.span.start, keys.span.start),
+                key_rows=keys.rows,
+            )
 
 
 def _hop_tasks(
@@ -204,10 +212,12 @@ def _hop_tasks(
 ) -> Iterable[_Task]:
     """Queries of this rank with the keys of parcels of other ranks."""
     exchange = work.exchange
-    for number, (k, v) in parcels.items():
-        parcel = exchange.parcels[number]
-        sequence = exchange.sequences[parcel.sequence]
-        for queries in sequence.pieces[rank]:
+    by_sequence = groupby(parcels, key=lambda number: exchange.parcels[number].sequence)
+    for sequence_number, numbers in by_sequence:
+        sequence = exchange.sequences[sequence_number]
+        pieces = cut_into_tiles(sequence.pieces[rank], work.tile_size)
+        for number, queries in in_order(tuple(numbers), pieces, work.tile_size):
+            parcel = exchange.parcels[number]
             problems = hop_problems(
                 exchange.pattern, parcel.branch, sequence.seq_len, queries.span, parcel.positions,
                 exchange.heads, q.shape[0], exchange.is_causal,
@@ -219,10 +229,11 @@ def _hop_tasks(
                 H_kv = exchange.heads.num_kv_heads
                 hidden = hidden.unsqueeze(-1).expand(-1, -1, H_kv)
                 hidden = pack_rows(exchange, parcel, hidden, at=sequence.start)
-            where = (parcel.sequence, parcel.branch, queries.span.start, parcel.positions.start)
+            where = (sequence_number, parcel.branch, queries.span.start, parcel.positions.start)
             yield _Task(
-                in_parts(problems, q.shape[:3].numel()), queries, (q[:, queries.rows], k, v),
-                _options(work, hidden, *where), parcel=number,
+                in_parts(problems, q.shape[:3].numel()), queries,
+                (q[:, queries.rows], *parcels[number]), _options(work, hidden, *where),
+                parcel=number,
             )  # fmt: skip
 
 

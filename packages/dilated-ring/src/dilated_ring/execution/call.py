@@ -38,6 +38,7 @@ class Call(NamedTuple):
         ranks: The spans of positions that each rank holds.
         seq_len: S, all positions together.
         bounds: The documents, from 0 to S, on the CPU; None: one sequence.
+        tile_size: As for `Work`. Documents of one rank are not cut into tiles.
     """
 
     pattern: DilatedPattern
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     ranks: Spans
     seq_len: int
     bounds: torch.Tensor | None
+    tile_size: int | None = None
 
 
 class Way(NamedTuple):
@@ -82,13 +84,13 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
     is_packed = call.bounds is not None
     # A packed q has no batch, and as many positions as this rank holds.
     batch_size = 1 if is_packed else q.shape[0]
-    if not batch_size or is_aligned(
-        call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed
-    ):
+    aligned = is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed)
+    if not batch_size or (aligned and call.tile_size is None):
         return Way("alone")
     exchange = plan_call(call, size)
     sizes = Sizes(batch_size, q.shape[-1], q.dtype.itemsize)
-    if choose_exchange(call.exchange, exchange, call.ranks, sizes).kind == "heads":
+    choice = choose_exchange(call.exchange, exchange, call.ranks, sizes)
+    if choice.kind == "heads" and call.tile_size is None:
         return Way("heads")
     inputs = AttentionInputs(
         q.device,
@@ -129,7 +131,7 @@ def run_call(
     assert way.exchange is not None
     assert way.backend is not None
     options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
-    work = Work(way.exchange, options, way.backend, transport, hidden)
+    work = Work(way.exchange, options, way.backend, transport, hidden, call.tile_size)
     if call.bounds is None:
         return attend_shards(work, q, k, v)
     return _with_local_documents(call, work, q, k, v)

@@ -1,0 +1,67 @@
+"""Values that are not finite, found on all ranks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from dilated_ring.attention import uncompiled
+from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.transport.distributed import DistributedTransport
+
+
+@uncompiled
+def check_health(
+    tensors: Mapping[str, torch.Tensor],
+    group: Group | tuple[Group, Group],
+    timeout_s: float | None,
+    *,
+    key_padding_mask: torch.Tensor | None = None,
+) -> None:
+    """Raise on every rank of the group if a tensor of one rank holds NaN or an infinity.
+
+    Args:
+        tensors: Local tensors `(B, L, H, D)`, by name.
+        group: The ranks that share the sequence, as in `ring_dilated_attention`.
+        timeout_s: As there.
+        key_padding_mask: `(B, L)`, True where k and v may hold anything.
+
+    Raises:
+        FloatingPointError: With the tensors, the ranks (of the world) and how many values.
+        RankFailure: If a rank has failed, or does not come in time.
+    """
+    counts = [_not_finite(name, x, key_padding_mask) for name, x in tensors.items()]
+    me = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    found = torch.tensor([[me, *counts]], device="cpu")
+    for part in group[::-1] if isinstance(group, tuple) else (group,):
+        found = _gathered(found, part, timeout_s)
+    faults = [
+        f"{name} is not finite in {row[i]} places on rank {row[0]}"
+        for i, name in enumerate(tensors, 1)
+        for row in sorted(map(tuple, found.tolist()))  # pyright: ignore
+        if row[i]
+    ]
+    if faults:
+        raise FloatingPointError(
+            f"{'; '.join(faults)}. Every rank raises this, so all can skip the step, or stop."
+        )
+
+
+def _not_finite(name: str, x: object, mask: object) -> int:
+    """How many values. What attention will refuse, on all ranks at once, counts as none."""
+    if not isinstance(x, torch.Tensor):
+        return 0
+    bad = ~x.detach().isfinite()
+    if name in ("k", "v") and isinstance(mask, torch.Tensor) and mask.shape == x.shape[:2]:
+        bad = bad.masked_fill(mask[..., None, None].bool(), value=False)
+    return int(bad.sum())
+
+
+def _gathered(rows: torch.Tensor, group: Group, timeout_s: float | None) -> torch.Tensor:
+    ranks = resolve_group(group)
+    if ranks.process_group is None:
+        return rows
+    transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
+    return torch.cat(transport.all_gather(ranks.rank, rows))

@@ -1,8 +1,9 @@
 """Factory names build the documented modules, and other packages can add names."""
 
 import copy
+import re
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dilated_core import (
     create_multihead_dilated_attention,
     reference_dilated_attention,
 )
+from dilated_core.modules import factory
 from dilated_core.testing import relative_error
 
 PLUGIN = """
@@ -193,3 +195,11 @@ def test_a_users_own_choice_by_length():
         message = f"attention '{name}' is not installed; it comes with the package dilated-ring."
         with pytest.raises(ValueError, match=message):
             create_optimal_attention(seq_len, num_gpus)
+
+
+def test_a_name_that_the_installed_package_does_not_have(monkeypatch):
+    monkeypatch.setattr(factory, "version", lambda package: "0.1.0")
+    monkeypatch.setattr(factory, "entry_points", lambda **_: EntryPoints())
+    message = "attention 'ring_block_sparse' is not part of the installed dilated-ring 0.1.0."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_dilated_attention("ring_block_sparse")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -129,9 +129,14 @@ def _variant(kind: str) -> AttentionVariant:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=kind):
         return _load(entry_point)
     if kind in _PROVIDERS:
-        raise ValueError(
-            f"attention {kind!r} is not installed; it comes with the package {_PROVIDERS[kind]}."
-        )
+        package = _PROVIDERS[kind]
+        try:
+            release = version(package)
+        except PackageNotFoundError:
+            raise ValueError(
+                f"attention {kind!r} is not installed; it comes with the package {package}."
+            ) from None
+        raise ValueError(f"attention {kind!r} is not part of the installed {package} {release}.")
     installed = sorted({*_OWN, *entry_points(group=ENTRY_POINT_GROUP).names})
     raise ValueError(
         f"attention {kind!r} is unknown; it must be one of {', '.join(map(repr, installed))}."

@@ -7,6 +7,7 @@ SVG is written by hand: the same bytes everywhere, and nothing to install.
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 from dilated_core import DilatedPattern
 from dilated_sparse import (
@@ -54,7 +55,8 @@ def draw(patterns: dict[str, BlockPattern]) -> str:
         lines.append(
             f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="{NOTHING}"/>'
         )
-        for i, j in pattern.materialize()[0].nonzero().tolist():
+        cells = cast("list[list[int]]", pattern.materialize()[0].nonzero().tolist())
+        for i, j in cells:
             lines.append(
                 f'<rect x="{left + j * CELL}" y="{top + i * CELL}" width="{CELL}" '
                 f'height="{CELL}" fill="{KEPT if j <= i else ABOVE}"/>'

@@ -97,6 +97,17 @@ def test_short_sequences(monkeypatch):
     assert row["forward_backward"]["dilated_s"] > 0
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_block_sparse(is_causal):
+    import block_sparse
+
+    rows = block_sparse.measure(512, is_causal)
+    assert len(rows) == len(block_sparse.RATIOS) * len(block_sparse.KINDS)
+    for row in rows:
+        assert row["forward"]["speed_up"] > 0
+        assert abs(row["kept"] - row["sparsity_ratio"]) <= 2 / 8
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equal_flops(monkeypatch, dtype):
     import equal_flops

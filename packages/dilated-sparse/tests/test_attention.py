@@ -78,9 +78,12 @@ def check(
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("S", [24, 23, 21])
+@pytest.mark.parametrize("B", [1, 2])  # runs of blocks are views for one batch row only
 @pytest.mark.parametrize("name", PATTERNS)
-def test_equal_to_dense_attention_under_the_mask(name: str, S: int, is_causal: bool) -> None:
-    check(PATTERNS[name](6), S, is_causal=is_causal)
+def test_equal_to_dense_attention_under_the_mask(
+    name: str, B: int, S: int, is_causal: bool
+) -> None:
+    check(PATTERNS[name](6), S, B=B, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -245,6 +248,17 @@ def test_dropout_follows_the_seed_and_drops_as_much() -> None:
     (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
     torch.testing.assert_close((dv * v).sum(), out.sum())
     assert tensors[2] is v
+
+
+def test_documents_drop_by_seeds_of_their_own() -> None:
+    q, k, v = (x.detach() for x in leaves((32, 2, 8), (32, 2, 8), (32, 2, 8)))
+    twice = [torch.cat([x, x]) for x in (q, k, v)]
+    bounds = torch.tensor([0, 32, 64])
+    pattern = dilated_sparse(4, sparsity_ratio=0.5)
+    out = block_sparse_attention(*twice, pattern, 8, cu_seqlens=bounds)
+    torch.testing.assert_close(out[:32], out[32:])
+    out = block_sparse_attention(*twice, pattern, 8, cu_seqlens=bounds, dropout_p=0.5)
+    assert not torch.allclose(out[:32], out[32:])
 
 
 def test_work_is_that_of_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,13 +61,14 @@ def forward(
     """
     wide = accumulation_dtype(q.dtype)
     into = AttentionOutput(q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:-1], dtype=wide))
+    index = 0
     for part, span in _sequences(call, q, cu_seqlens):
         sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
         out, lse = into.out[:, span], into.lse[:, span]
-        for i, task in enumerate(sequence.tasks):
+        for task in sequence.tasks:
             queries = sequence.queries(task)
             result = part.backend.forward(
-                queries(sequence.q), *sequence.keys(task), sequence.options(task, i)
+                queries(sequence.q), *sequence.keys(task), sequence.options(task, index)
             )
             if task.is_first:
                 queries.put(out, result.out)
@@ -78,6 +79,7 @@ def forward(
                 queries.put(out, merged.out)
                 queries.put(lse, merged.lse)
             del result  # before the next one is made
+            index += 1
     return AttentionOutput(into.out.to(q.dtype), into.lse)
 
 
@@ -99,19 +101,20 @@ def backward(
     # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (dout.to(wide) * out.to(wide)).sum(-1)
+    index = 0
     for part, span in _sequences(call, q, cu_seqlens):
         sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
         dq = q.new_empty(q[:, span].shape, dtype=wide)
         dk, dv = (
             torch.zeros(x.shape, dtype=wide, device=x.device) for x in (sequence.k, sequence.v)
         )
-        for i, task in enumerate(sequence.tasks):
+        for task in sequence.tasks:
             queries = sequence.queries(task)
             dout_rows, out_rows, lse_rows, delta_rows = (
                 queries(x[:, span]) for x in (dout, out, lse, delta)
             )
             q_rows, (k_rows, v_rows) = queries(sequence.q), sequence.keys(task)
-            options = sequence.options(task, i)
+            options = sequence.options(task, index)
             dq_rows, dk_rows, dv_rows = part.backend.backward(
                 dout_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, options, delta=delta_rows
             )
@@ -122,6 +125,7 @@ def backward(
             queries.put(dq, dq_rows if task.is_first else queries(dq) + dq_rows)
             sequence.add_to_keys(dk, task, dk_rows)
             sequence.add_to_keys(dv, task, dv_rows)
+            index += 1
         length = span.stop - span.start
         for grad, x in zip(grads, (dq, dk[:, :length], dv[:, :length]), strict=True):
             grad[:, span] = x
@@ -228,7 +232,10 @@ class _Sequence:
         return k, v
 
     def options(self, task: Task, index: int) -> AttentionOptions:
-        """The options of the call of a task; each task drops by a seed of its own."""
+        """The options of the call of task number `index`; each drops by a seed of its own.
+
+        Seeds are consecutive: PyTorch's generator for CPUs reads their lower 32 bits only.
+        """
         options, mask = self.call.options, self.mask
         if mask is not None:
             blocks = _split(mask, 1, (-1, self.call.block_size)).index_select(1, task.columns)
@@ -318,13 +325,10 @@ def _sequences(
             f"positions, which in blocks of {size} are {-(-longest // size)}. Build it for the "
             f"longest document; shorter ones take its first rows and columns."
         )
-    first_seed = call.options.dropout_seed
-    for i, (start, stop) in enumerate(pairwise(bounds)):
+    for start, stop in pairwise(bounds):
         if stop > start and q.numel():
-            # A document has less tasks than this, so no two tasks of a call share a seed.
-            options = call.options._replace(dropout_seed=first_seed + (i << 32))
             shorter = _leading(pattern, -(-(stop - start) // size))
-            yield call._replace(pattern=shorter, options=options), slice(start, stop)
+            yield call._replace(pattern=shorter), slice(start, stop)
 
 
 @lru_cache(maxsize=64)

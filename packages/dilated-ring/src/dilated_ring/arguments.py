@@ -26,7 +26,7 @@ EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
 
 
 class Options(NamedTuple):
-    """What a caller may choose, checked; the same on all ranks."""
+    """The checked options of a call, equal on all ranks."""
 
     pattern: DilatedPattern
     is_causal: bool
@@ -63,10 +63,10 @@ def check_arguments(
     backend: str,
     tile_size: int | None,
 ) -> Options:
-    """The options of a call, as every rank must have them.
+    """Check the arguments of one rank, and return the options that all ranks must share.
 
     Raises:
-        TypeError, ValueError: As for `ring_dilated_attention`, for what one rank can see.
+        TypeError, ValueError: As for `ring_dilated_attention`, for mistakes that one rank can find.
     """
     check_bool("is_causal", is_causal)
     check_choice("layout", layout, LAYOUTS)
@@ -155,7 +155,10 @@ def spans_of_lengths(
         ValueError: If the lengths are not those of the layout.
     """
     if lengths is not None and seq_len is not None and sum(lengths) != seq_len:
-        raise ValueError(f"seq_len is {seq_len} and the ranks hold {sum(lengths)} positions.")
+        raise ValueError(
+            f"seq_len is {seq_len} and the ranks hold {sum(lengths)} positions together; pass "
+            f"their sum, or leave seq_len out."
+        )
     if layout == "contiguous" and lengths is not None:
         bounds = accumulate(lengths, initial=0)
         return tuple(joined([Span(a, b)]) for a, b in pairwise(bounds))

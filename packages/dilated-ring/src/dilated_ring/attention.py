@@ -44,7 +44,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def uncompiled(function: _Function) -> _Function:
-    """The function as `torch.compile` must leave it: messages are planned in Python."""
+    """Leave the function out of compiled graphs: Python plans its messages."""
     return torch.compiler.disable(function)  # pyright: ignore
 
 
@@ -73,7 +73,7 @@ def ring_dilated_attention(
     Equal to `dilated_core.dilated_attention` of the whole sequence, forward and backward, up to
     rounding. A rank sends the rows that a branch keeps of segments that reach into other ranks, to
     these ranks only; a branch whose segments end where shards end sends nothing. Every rank of the
-    group makes the same calls in the same order, backward too.
+    group makes the same calls in the same order, in one thread, and runs backward if any rank does.
 
     Example:
         On each rank, with tensors `(B, S, H, D)` that all ranks have::
@@ -97,11 +97,11 @@ def ring_dilated_attention(
             `"zigzag"`: as `shard_sequence` cuts, which balances causal attention.
         exchange: `"ring"`: rows travel from rank to rank while each computes. `"all_gather"`: each
             rank sends its rows to all that need them at once. `"all_to_all"`: each rank gets all
-            positions of some heads. `"auto"`: what sends the fewest bytes; small rows go directly,
-            large ones around the ring.
-        scale, dropout_p: As for `dilated_attention`. Which probabilities are dropped is drawn on
-            each rank for its own queries.
-        key_padding_mask: `(B, L)` bool, True for local keys that nobody sees.
+            positions of some heads. `"auto"`: the exchange that sends the fewest bytes; few rows
+            go to all ranks that need them at once, many from rank to rank.
+        scale, dropout_p: As for `dilated_attention`. Each rank draws the dropped probabilities of
+            its own queries.
+        key_padding_mask: `(B, L)` bool, True for local keys that no query sees.
         cu_seqlens: `(N + 1,)`, the bounds of the documents of the *whole* sequence, the same on all
             ranks. Only documents that cross a border are exchanged.
         head_range: (first, total), if the tensors hold the heads from `first` on of `total`.
@@ -121,6 +121,7 @@ def ring_dilated_attention(
         TypeError, ValueError: As for `dilated_attention`; if ranks disagree in an argument; if the
             lengths do not fit the layout; if `"all_to_all"` has fewer heads of k and v than ranks.
         RankFailure: If another rank failed or did not answer, with its number and the cause.
+        RuntimeError: If two threads use one group at the same time.
 
     Source: arXiv 2307.02486, section 3.1, gathers kept rows; rings and layouts are this library's.
     """
@@ -177,7 +178,7 @@ def ring_dilated_attention_with_lse(
     call = _call(options, spans, q, k, cu_seqlens)
     way = choose_way(call, q, has_mask=key_padding_mask is not None)
     masks = None if key_padding_mask is None else [key_padding_mask]
-    # What every rank finds out alike was raised before: errors from here on are of this rank.
+    # Errors that all ranks raise alike were raised above; from here on, errors are this rank's.
     with reporting_failures(transport, ranks.rank):
         (result,) = _run(call, way, transport, [q], [k], [v], masks)
     return result
@@ -202,9 +203,9 @@ def simulated_ring_attention(
     backend: str = "auto",
     tile_size: int | None = None,
 ) -> torch.Tensor:
-    """What `ring_size` ranks compute, one after another in this process, without a process group.
+    """Run `ring_size` ranks one after another in this process, without a process group.
 
-    For tests and for trying a layout: all steps and messages are those of real ranks, and the
+    For tests and for trying a layout: steps and messages are those of real ranks, and the
     result is that of `dilated_core.dilated_attention` up to rounding. It saves no memory.
 
     Args:
@@ -305,7 +306,7 @@ def _agree(
 ) -> tuple[Options, list[int] | None]:
     """The options, and how many positions each rank holds unless `seq_len` is given.
 
-    A rank with a mistake in its arguments takes part, so that the others learn of it at once.
+    A rank with a mistake in its arguments takes part, so that all ranks raise it at once.
     """
     options, mistake = None, None
     try:

@@ -8,7 +8,7 @@ from dilated_core import Problem, Rows, Span, plan_problems, visible_keys
 from dilated_core.testing.cases import Case, random_cases
 from dilated_ring.layout import spans_of_ranks
 from dilated_ring.plan.exchange import Exchange, plan_exchange
-from dilated_ring.plan.parcels import Heads, hop_problems, kept_of_part
+from dilated_ring.plan.parcels import Heads, kept_of_part, parcel_problems
 from dilated_ring.plan.parts import in_parts
 from dilated_ring.plan.sequences import cut_sequence
 from hypothesis import given, settings
@@ -79,7 +79,7 @@ def count_everything(exchange: Exchange, seq_len: int) -> tuple[Counter, Counter
                 }
                 is_used = False
                 for piece in sequence.pieces[destination]:
-                    for problem in hop_problems(
+                    for problem in parcel_problems(
                         pattern, parcel.branch, seq_len, piece.span, parcel.positions, heads, 1,
                         exchange.is_causal,
                     ):  # fmt: skip

@@ -38,7 +38,7 @@ from dilated_ring.execution.parcels import (
     zeros_of,
 )
 from dilated_ring.plan.exchange import Exchange, Move
-from dilated_ring.plan.parcels import hop_problems
+from dilated_ring.plan.parcels import parcel_problems
 from dilated_ring.plan.parts import in_parts
 from dilated_ring.plan.sequences import Piece
 from dilated_ring.plan.tiles import cut_into_tiles, in_order, may_meet
@@ -90,7 +90,7 @@ def forward(work: Work, q: Shards, k: Shards, v: Shards) -> list[AttentionOutput
         held = _received(work, exchange.moves[step], k, pending)
         pending = _start_rows(work, step + 1, k, held)
         for rank, into, x, parcels in zip(ranks, results, q, held, strict=True):
-            for task in _hop_tasks(work, rank, x, parcels):
+            for task in _parcel_tasks(work, rank, x, parcels):
                 attend_(task.rows_of(into), task.problems, *task.tensors, task.options,
                         backend=work.backend)  # fmt: skip
     return results
@@ -134,7 +134,7 @@ def backward(
             mine: dict[int, KeysAndValues] = {}
             for number in parcels:
                 mine[number] = zeros_of(exchange, exchange.parcels[number], k[0], wide)
-            for task in _hop_tasks(work, rank, x, parcels):
+            for task in _parcel_tasks(work, rank, x, parcels):
                 dk, dv = mine[task.parcel]
                 _differentiate(work, task, result, (task.queries(into[0]), dk, dv))
             sums.append(mine)
@@ -207,7 +207,7 @@ def _local_tasks(
             )
 
 
-def _hop_tasks(
+def _parcel_tasks(
     work: Work, rank: int, q: torch.Tensor, parcels: Mapping[int, KeysAndValues]
 ) -> Iterable[_Task]:
     """Queries of this rank with the keys of parcels of other ranks."""
@@ -218,7 +218,7 @@ def _hop_tasks(
         pieces = cut_into_tiles(sequence.pieces[rank], work.tile_size)
         for number, queries in in_order(tuple(numbers), pieces, work.tile_size):
             parcel = exchange.parcels[number]
-            problems = hop_problems(
+            problems = parcel_problems(
                 exchange.pattern, parcel.branch, sequence.seq_len, queries.span, parcel.positions,
                 exchange.heads, q.shape[0], exchange.is_causal,
             )  # fmt: skip
@@ -274,7 +274,7 @@ def _own_parcels(
 def _start_rows(
     work: Work, step: int, k: Shards, held: list[dict[int, KeysAndValues]]
 ) -> list[Pending]:
-    """Send on the rows held, for a step; nothing after the last one."""
+    """Start the messages of a step with the rows held; none after the last step."""
     if step >= work.exchange.num_steps:
         return []
     name = f"step {step + 1} of {work.exchange.num_steps} with rows of k and v"
@@ -340,7 +340,7 @@ def _take_returns(
     sums: list[dict[int, KeysAndValues]],
     grads: list[Gradients],
 ) -> None:
-    """Add the gradients that have come: to those that travel on, or at home."""
+    """Add received gradients: to sums that travel on, or to the gradients of their owner."""
     exchange = work.exchange
     for rank, x, messages, mine, own in zip(
         work.transport.hosted, k, pending, sums, grads, strict=True

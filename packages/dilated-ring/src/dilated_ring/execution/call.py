@@ -69,7 +69,7 @@ class Way(NamedTuple):
 
 
 def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
-    """How the call runs. No message is sent, and every rank comes to the same result.
+    """Choose how the call runs: no messages are sent, and all ranks choose alike.
 
     Args:
         call: The options.

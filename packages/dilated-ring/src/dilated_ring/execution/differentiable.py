@@ -46,7 +46,7 @@ class _RingAttention(torch.autograd.Function):
         saved: tuple[torch.Tensor, ...] = ctx.saved_tensors
         q, k, v = _thirds(saved[: 3 * n])
         out, lse = saved[3 * n : 4 * n], saved[4 * n :]
-        # A rank whose results nobody used takes part all the same: others wait for its rows.
+        # A rank whose out is not used runs its steps too, because other ranks wait for its rows.
         dout = [
             torch.zeros_like(x) if g is None else g.contiguous()
             for g, x in zip(grads[:n], out, strict=True)

@@ -16,7 +16,7 @@ from dilated_ring.plan.sequences import CutSequence, Piece
 ExchangeKind = Literal["auto", "ring", "all_gather", "all_to_all"]
 Route = Literal["ring", "all_gather", "auto"]
 
-Hop = tuple[int, int, int]
+Transfer = tuple[int, int, int]
 """A rank, the rank that it sends to, and the number of the parcel."""
 
 _RELAYED_ROWS = 4096
@@ -85,7 +85,7 @@ class Exchange:
     @cached_property
     def moves(self) -> tuple[tuple[Move, ...], ...]:
         """The messages with rows of k and v, for each step; ordered by source and destination."""
-        steps: list[list[Hop]] = [[] for _ in range(self.num_steps)]
+        steps: list[list[Transfer]] = [[] for _ in range(self.num_steps)]
         for number, parcel in enumerate(self.parcels):
             if not self.is_relayed(parcel):
                 steps[0].extend((parcel.owner, user, number) for user in parcel.users)
@@ -102,7 +102,7 @@ class Exchange:
         On a ring the sums travel on with the rows and from the last user home; otherwise each user
         sends its share to the owner.
         """
-        steps: list[list[Hop]] = [[] for _ in range(self.num_steps)]
+        steps: list[list[Transfer]] = [[] for _ in range(self.num_steps)]
         for number, parcel in enumerate(self.parcels):
             if not self.is_relayed(parcel):
                 steps[0].extend((user, parcel.owner, number) for user in parcel.users)
@@ -227,7 +227,7 @@ def _lanes_with_zero_keys(
     )
 
 
-def _grouped(moves: list[Hop]) -> tuple[Move, ...]:
+def _grouped(moves: list[Transfer]) -> tuple[Move, ...]:
     by_pair: dict[tuple[int, int], list[int]] = {}
     for source, destination, parcel in sorted(moves):
         by_pair.setdefault((source, destination), []).append(parcel)

@@ -118,7 +118,7 @@ def parcel_shape(
 
 
 @lru_cache(maxsize=4096)
-def hop_problems(
+def parcel_problems(
     pattern: DilatedPattern,
     branch: int,
     seq_len: int,

@@ -1,4 +1,4 @@
-"""How many bytes each rank sends, and which exchange "auto" takes: plan and executor ask here."""
+"""How many bytes each rank sends, and which exchange "auto" takes: for plan and execution."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def check_agreement(
 ) -> list[int]:
     """Compare the arguments of a call over all ranks, and collect the lengths of the shards.
 
-    One exchange of 16 bytes a rank. Only ranks that disagree exchange what they passed.
+    Each pair of ranks exchanges 16 bytes. Only where arguments differ, ranks exchange them.
 
     Example::
 

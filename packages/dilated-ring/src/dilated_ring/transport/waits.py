@@ -56,7 +56,7 @@ class Whereabouts:
         call: As in `Report`.
         step: As in `Report`.
         peers: As in `Report`.
-        since: When that began, by `time.monotonic`.
+        since: When this wait, or the time between two waits, began, by `time.monotonic`.
         limit_s: Seconds that a wait may take.
         thread: The thread.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from dilated_core import AttentionOutput, DilatedPattern
@@ -44,8 +45,16 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Leave the function out of compiled graphs: Python plans its messages."""
-    return torch.compiler.disable(function)  # pyright: ignore
+    """The function as `torch.compile` must leave it: messages are planned in Python."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **options)
+        # Not when the package is imported: this would load the compiler.
+        return torch.compiler.disable(function)(*args, **options)  # pyright: ignore
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def ring_dilated_attention(

@@ -241,7 +241,8 @@ def _options(work: Work, hidden: torch.Tensor | None, *where: int) -> AttentionO
     """The options of a task. Its dropout depends on the positions, not on the order of steps."""
     seed = work.options.dropout_seed
     if work.options.dropout_p:
-        seed = (seed + (zlib.crc32(repr(where).encode()) << 24)) % 2**62
+        # Generators read the lower 32 bits of a seed.
+        seed = (seed + zlib.crc32(repr(where).encode())) % 2**62
     return work.options._replace(dropout_seed=seed, key_padding_mask=hidden)
 
 

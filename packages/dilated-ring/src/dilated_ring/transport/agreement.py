@@ -60,9 +60,10 @@ def _gather_texts(transport: Transport, rank: int, text: bytes) -> list[bytes]:
 def _disagreement(descriptions: Sequence[Mapping[str, str]], names: Sequence[int]) -> str:
     fields = dict.fromkeys(field for description in descriptions for field in description)
     differences: list[str] = []
+    # A rank with wrong arguments describes nothing else.
+    has_mistake = len({description.get("arguments") for description in descriptions}) > 1
     for field in fields:
-        # A rank with wrong arguments describes nothing else.
-        if differences and any(field not in description for description in descriptions):
+        if has_mistake and any(field not in description for description in descriptions):
             continue
         ranks_by_value: dict[str, list[int]] = {}
         for name, description in zip(names, descriptions, strict=True):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Any, TypeVar
 
 import torch
 from dilated_core import AttentionOutput, DilatedPattern
@@ -28,6 +25,7 @@ from dilated_ring.execution.call import (
     run_call,
     run_on_two_levels,
 )
+from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.layout import Layout, num_positions, spans_of_ranks
 from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.parcels import Heads
@@ -40,21 +38,6 @@ from dilated_ring.transport.distributed import DistributedTransport
 from dilated_ring.transport.errors import DisagreementError
 from dilated_ring.transport.faults import reporting_failures
 from dilated_ring.transport.in_process import InProcessTransport
-
-_Function = TypeVar("_Function", bound=Callable[..., object])
-
-
-def uncompiled(function: _Function) -> _Function:
-    """The function as `torch.compile` must leave it: messages are planned in Python."""
-
-    @wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return function(*args, **options)
-        # Not when the package is imported: this would load the compiler.
-        return torch.compiler.disable(function)(*args, **options)  # pyright: ignore
-
-    return call  # pyright: ignore[reportReturnType]
 
 
 def ring_dilated_attention(

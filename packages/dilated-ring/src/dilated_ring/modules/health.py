@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from dilated_ring.attention import uncompiled
+from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.transport.distributed import DistributedTransport
 

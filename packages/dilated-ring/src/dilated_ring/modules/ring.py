@@ -18,8 +18,8 @@ from dilated_core.modules.options import check_forward_names, from_options
 from dilated_ring.attention import (
     ring_dilated_attention,
     simulated_ring_attention,
-    uncompiled,
 )
+from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.modules.config import RING_ARGUMENTS, RingArguments, RingAttentionConfig
 from dilated_ring.modules.health import check_health
 from dilated_ring.sharding.group import Group, resolve_group

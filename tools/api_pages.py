@@ -20,7 +20,7 @@ from tools.packages import ROOT, Package, find_packages
 FOLDER = ROOT / "docs" / "reference"
 Documented = ast.ClassDef | ast.FunctionDef
 
-_SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields)( \(.*\))?:")
+_SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields)( \(.*\))?::?")
 _LISTS = ("Args", "Attributes", "Raises")
 _LONGEST_LINE = 88
 
@@ -112,19 +112,31 @@ def markdown(docstring: str) -> str:
     lines: list[str] = []
     section = ""
     for line in inspect.cleandoc(docstring).splitlines():
-        if match := _SECTION.fullmatch(line):
-            section = match[1]
-            lines += ["", f"**{section}**", ""]
-            lines += ["```pycon"] if section == "Example" else []
-        elif section and line and not line.startswith(" "):
-            lines += ["```", ""] if section == "Example" else [""]
+        match = _SECTION.fullmatch(line)
+        if section and line and not line.startswith(" "):
+            lines += _end_of(section, lines)
             section = ""
-            lines.append(line)
-        else:
+        if match:
+            section = match[1]
+            # "Example::" is code that is not typed at a prompt.
+            language = "python" if line.endswith("::") else "pycon"
+            lines += ["", f"**{section}**", ""]
+            lines += [f"```{language}"] if section == "Example" else []
+        elif line or not lines[-1].startswith("```"):
             lines.append(_in_section(line, section) if section else line)
+    lines += _end_of(section, lines)
     while lines and not lines[-1]:
         lines.pop()
-    return "\n".join([*lines, "```"] if section == "Example" else lines)
+    return "\n".join(lines)
+
+
+def _end_of(section: str, lines: list[str]) -> list[str]:
+    """What ends a section; empty lines at the end of a block of code are removed from `lines`."""
+    if section != "Example":
+        return []
+    while not lines[-1]:
+        lines.pop()
+    return ["```", ""]
 
 
 def _in_section(line: str, section: str) -> str:

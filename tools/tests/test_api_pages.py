@@ -1,5 +1,7 @@
 """The API reference has every public name, with its docstring as Markdown."""
 
+import re
+
 import pytest
 
 from tools.api_pages import markdown, page, read_modules
@@ -37,13 +39,26 @@ def test_google_sections_become_lists_and_blocks():
     ]
 
 
+def test_an_example_ends_where_the_next_section_begins():
+    text = (
+        "Add.\n\nExample::\n\n    # On each rank.\n    add(1, 2)\n\nArgs:\n    a: First.\n\nMore."
+    )
+    assert markdown(text).split("\n") == [
+        *("Add.", "", "", "**Example**", ""),
+        *("```python", "# On each rank.", "add(1, 2)", "```", ""),
+        *("", "**Args**", "", "- `a`: First.", "", "More."),
+    ]
+
+
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_every_public_name_is_on_its_page(package):
     modules = read_modules(package)
     text = page(package, modules, {"dilated_attention": "dilated-core"})
+    # Every second part is a block of code, if each block that begins also ends.
+    outside_of_code = "".join(re.split(r"^```.*$", text, flags=re.MULTILINE)[::2])
     for entries in modules.values():
         for entry in entries:
-            assert f"### {entry.name} {{ #{entry.name} }}" in text
+            assert f"### {entry.name} {{ #{entry.name} }}" in outside_of_code
             assert entry.definition is not None or not entry.signature, entry.name
 
 

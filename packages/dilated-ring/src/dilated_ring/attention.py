@@ -67,12 +67,12 @@ def ring_dilated_attention(
     these ranks only; a branch whose segments end where shards end sends nothing. Every rank of the
     group makes the same calls in the same order, in one thread, and runs backward if any rank does.
 
-    Example:
-        On each rank, with tensors `(B, S, H, D)` that all ranks have::
+    Example::
 
-            q, k, v = (shard_sequence(x, dim=1) for x in (q, k, v))
-            out = ring_dilated_attention(q, k, v, pattern, is_causal=True)
-            whole = unshard_sequence(out, dim=1)
+        # On each rank, with tensors (B, S, H, D) that all ranks have.
+        q, k, v = (shard_sequence(x, dim=1) for x in (q, k, v))
+        out = ring_dilated_attention(q, k, v, pattern, is_causal=True)
+        whole = unshard_sequence(out, dim=1)
 
     Args:
         q: `(B, L, H, D)`, the L positions that this rank holds; `(L, H, D)` with `cu_seqlens`. L

@@ -36,12 +36,12 @@ class Shard(NamedTuple):
 class ContextParallel:
     """How the sequence of a call of `LongNetLM` is spread over ranks; needs dilated-ring.
 
-    Example:
-        On each rank, with the same `tokens` `(B, S)` on all of them::
+    Example::
 
-            context_parallel = ContextParallel(group=mesh["cp"], layout="zigzag")
-            local = shard_sequence(tokens, group=mesh["cp"], layout="zigzag")
-            logits = model(local, context_parallel=context_parallel)  # of the local tokens
+        # On each rank, with the same tokens (B, S) on all of them.
+        context_parallel = ContextParallel(group=mesh["cp"], layout="zigzag")
+        local = shard_sequence(tokens, group=mesh["cp"], layout="zigzag")
+        logits = model(local, context_parallel=context_parallel)  # of the local tokens
 
     Args:
         group: The ranks that share a sequence: a ProcessGroup, a DeviceMesh with a dimension "cp"

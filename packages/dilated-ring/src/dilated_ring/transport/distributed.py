@@ -34,11 +34,11 @@ class DistributedTransport:
     If a rank fails, all others raise `RankFailure`, which names it and the cause. The group is then
     closed: no message is ever sent twice.
 
-    Example:
-        On rank 1 of 3, pass k on to rank 2 and receive that of rank 0::
+    Example::
 
-            pending = transport.start(1, {2: k}, {0: buffer}, step="hop 1 of k")
-            pending.wait()[0]
+        # On rank 1 of 3: pass k on to rank 2 and receive that of rank 0.
+        pending = transport.start(1, {2: k}, {0: buffer}, step="hop 1 of k")
+        pending.wait()[0]
 
     Attributes:
         size: Ranks of the group.

@@ -5,12 +5,12 @@ after the backward pass every rank compares every parameter's gradient with that
 that sees the whole batch. In float64, so that only a wrong sum can make a difference.
 """
 
-import argparse
-import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from dilated_core import MultiheadDilatedAttention
+from over_ranks import run
 from torch.nn.parallel import DistributedDataParallel
 
 SEQUENCES_PER_RANK, SEQ_LEN, EMBED_DIM, NUM_HEADS = 2, 96, 32, 4
@@ -69,29 +69,10 @@ def compare(device: torch.device, rank: int, world_size: int) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True)) / scale
 
 
-def main() -> None:
-    """Compare on every rank; one rank that differs fails the run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=["gloo", "nccl"], required=True)
-    backend = parser.parse_args().backend
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if backend == "nccl":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
-    dist.init_process_group(backend)
-    try:
-        worst = compare(device, rank, world_size)
-        if not worst <= TOLERANCE:
-            raise SystemExit(f"rank {rank}: gradients differ by {worst:.1e}, at most {TOLERANCE}")
-        dist.barrier()  # rank 0 speaks for all only once all have compared
-        if rank == 0:
-            print(f"{world_size} ranks over {backend}: same gradients within {TOLERANCE}")
-    finally:
-        dist.destroy_process_group()
+def differences(device: torch.device) -> Iterator[tuple[str, float]]:
+    """Of all gradients."""
+    yield "gradients", compare(device, dist.get_rank(), dist.get_world_size())
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, differences, tolerance=TOLERANCE)

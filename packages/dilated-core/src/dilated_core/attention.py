@@ -10,6 +10,7 @@ import torch
 from dilated_core.checks import check_bool, check_head_range, check_names
 from dilated_core.dispatch import attend
 from dilated_core.inputs import (
+    cast_for_autocast,
     check_backend_name,
     check_cu_seqlens,
     check_dropout,
@@ -60,8 +61,7 @@ def dilated_attention_with_lse(
                 "so give one of the two."
             )
     check_bool("is_causal", is_causal)
-    if (dtype := _autocast_dtype(q)) is not None:
-        q, k, v = _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
+    q, k, v = cast_for_autocast(q, k, v)
     check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
     check_max_workspace_bytes(max_workspace_bytes)
     check_backend_name(backend)
@@ -169,19 +169,3 @@ def dilated_attention(
 _ARGUMENTS = tuple(
     name for name in inspect.signature(dilated_attention).parameters if name != "unknown"
 )
-
-
-def _autocast_dtype(q: torch.Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region around the call, if there is one for the device of q."""
-    if not isinstance(q, torch.Tensor):
-        return None
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor as autocast casts it: float64 and integers stay, as in PyTorch's operators."""
-    is_cast = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if is_cast else x

@@ -76,6 +76,27 @@ def check_inputs(
         raise ValueError(f"q has shape {tuple(q.shape)}; head_dim must be at least 1.")
 
 
+def cast_for_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as autocast casts them, if a region of autocast is around the call.
+
+    The device is that of the first. float64 and integers stay, as in PyTorch's operators, and so
+    does what is no tensor, for checks to refuse.
+    """
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor):
+        return list(tensors)
+    kind = first.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        x.to(dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    ]
+
+
 def _listed(values: Iterable[object]) -> str:
     """Two values or more as `a, b and c`."""
     *others, last = map(str, values)

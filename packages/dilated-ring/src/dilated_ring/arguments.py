@@ -174,17 +174,3 @@ def spans_of_lengths(
                 f"{size} ranks it holds {num_positions(held)}, so cut them with shard_sequence."
             )
     return spans
-
-
-def cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors as `dilated_attention` casts them under autocast: float64 stays."""
-    first = tensors[0]
-    if not isinstance(first, torch.Tensor):
-        return list(tensors)
-    kind = first.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [
-        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    ]

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.checks import check_integer
-from dilated_core.inputs import read_document_bounds
+from dilated_core.inputs import cast_for_autocast, read_document_bounds
 
 from dilated_ring.arguments import (
     Arguments,
     Options,
-    cast,
     check_arguments,
     describe,
     spans_of_lengths,
@@ -153,7 +152,7 @@ def ring_dilated_attention_with_lse(
     Returns:
         `out` and `lse` `(B, L, H)`, as of `dilated_core.dilated_attention_with_lse`.
     """
-    q, k, v = cast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     arguments = (
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
         cu_seqlens, head_range, backend, tile_size,
@@ -220,7 +219,7 @@ def simulated_ring_attention(
         torch.Size([1, 100, 4, 16])
     """
     check_integer("ring_size", ring_size, at_least=1)
-    q, k, v = cast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     options = check_arguments(
         q, k, v, pattern, is_causal, layout, exchange, scale, dropout_p, key_padding_mask,
         cu_seqlens, head_range, backend, tile_size,

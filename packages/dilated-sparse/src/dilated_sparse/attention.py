@@ -6,6 +6,7 @@ import torch
 from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.checks import check_bool, check_integer
 from dilated_core.inputs import (
+    cast_for_autocast,
     check_backend_name,
     check_cu_seqlens,
     check_dropout,
@@ -129,9 +130,7 @@ def block_sparse_attention_with_lse(
                 "so give one of the two."
             )
     check_bool("is_causal", is_causal)
-    if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    q, k, v = cast_for_autocast(q, k, v)
     check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
     if not isinstance(pattern, BlockPattern):
         raise TypeError(

@@ -43,8 +43,9 @@ def attend_(
     """Merge the results of some problems into `into`, in place.
 
     Args:
-        into: `out` `(B, M, H, D)` and `lse` `(B, M, H)`, contiguous, in the `accumulation_dtype` of
-            q; what `dilated_core.merge.empty_partial` returns, or the result over other keys.
+        into: `out` `(B, M, H, D)` and `lse` `(B, M, H)`, contiguous or positions of contiguous
+            tensors, in the `accumulation_dtype` of q; what `dilated_core.merge.empty_partial`
+            returns, or the result over other keys.
         problems: As `plan_problems` returns them for these tensors.
         q: `(B, M, H, D)`, the positions of the span of queries.
         k, v: `(B, N, H_kv, D)`, the positions of the span of keys.
@@ -140,8 +141,8 @@ def differentiate_(
     """Add the gradients of some problems to `into`, in place.
 
     Args:
-        into: dq `(B, M, H, D)`, dk and dv `(B, N, H_kv, D)`, contiguous, in the
-            `accumulation_dtype` of q.
+        into: dq `(B, M, H, D)`, dk and dv `(B, N, H_kv, D)`, contiguous or positions of contiguous
+            tensors, in the `accumulation_dtype` of q.
         problems, q, k, v, options, backend: As for `attend_`.
         dout: Gradient of out, as q.
         out, lse: The result over all keys that the queries see, those of other calls included.

@@ -94,6 +94,16 @@ class Rows:
         start = self.start + first * self.segment_length
         return replace(self, num_batches=1, start=start, num_segments=count, is_everything=False)
 
+    def of_heads(self, first: int, count: int) -> Rows:
+        """The view without the heads before `first` and after `first + count`."""
+        return replace(
+            self,
+            start=self.start + first * self.offset_step,
+            first_head=self.first_head + first * self.head_step,
+            num_heads=count,
+            is_everything=False,
+        )
+
 
 def viewable(x: torch.Tensor) -> torch.Tensor:
     """`x` itself if it `is_viewable`, else a contiguous copy."""

@@ -60,50 +60,41 @@ def to_heads(
         parts: For each tensor, the heads that each rank gets.
         tensors: For each tensor, the shards of the hosted ranks.
     """
-    return _by_tensor(_ToHeads.apply(transport, where, parts, *chain(*tensors)), len(parts))
+    return _by_tensor(_Regroup.apply(True, transport, where, parts, *chain(*tensors)), len(parts))
 
 
 def to_positions(
     transport: Transport, where: Places, parts: Parts, tensors: Sequence[Shards]
 ) -> list[tuple[torch.Tensor, ...]]:
     """The inverse of `to_heads`; differentiable, as it is."""
-    return _by_tensor(_ToPositions.apply(transport, where, parts, *chain(*tensors)), len(parts))
+    return _by_tensor(_Regroup.apply(False, transport, where, parts, *chain(*tensors)), len(parts))
 
 
-class _ToHeads(torch.autograd.Function):
+class _Regroup(torch.autograd.Function):
+    """Positions for heads, or heads for positions; the gradient of one is the other."""
+
     @staticmethod
     def forward(
-        ctx: Any, transport: Transport, where: Places, parts: Parts, *shards: torch.Tensor
+        ctx: Any,
+        is_to_heads: bool,
+        transport: Transport,
+        where: Places,
+        parts: Parts,
+        *shards: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.arguments = transport, where, parts
-        return _gather_positions(transport, where, parts, shards)
+        ctx.arguments = is_to_heads, transport, where, parts
+        gather = _gather_positions if is_to_heads else _gather_heads
+        return gather(transport, where, parts, shards)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        transport: Transport = ctx.arguments[0]
+        is_to_heads, transport, where, parts = ctx.arguments
+        gather = _gather_heads if is_to_heads else _gather_positions
         with reporting_failures(transport, transport.hosted[0]):
-            return None, None, None, *_gather_heads(*ctx.arguments, shards=grads)  # pyright: ignore
-
-
-class _ToPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, transport: Transport, where: Places, parts: Parts, *shards: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.arguments = transport, where, parts
-        return _gather_heads(transport, where, parts, shards)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        transport: Transport = ctx.arguments[0]
-        with reporting_failures(transport, transport.hosted[0]):
-            return None, None, None, *_gather_positions(*ctx.arguments, shards=grads)  # pyright: ignore
+            return None, None, None, None, *gather(transport, where, parts, grads)
 
 
 def _gather_positions(

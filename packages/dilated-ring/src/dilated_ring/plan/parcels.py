@@ -174,17 +174,10 @@ def _over_pairs(problem: Problem, pairs: list[int]) -> list[Problem]:
     if len(steps) <= 1 and all(step > 0 for step in steps):
         return [replace(problem, keys=_packed(problem.keys, pairs[0], len(pairs), *steps))]
     group = problem.queries.num_heads // len(pairs)
-    queries = problem.queries
     return [
         replace(
             problem,
-            queries=replace(
-                queries,
-                start=queries.start + i * group * queries.offset_step,
-                first_head=queries.first_head + i * group * queries.head_step,
-                num_heads=group,
-                is_everything=False,
-            ),
+            queries=problem.queries.of_heads(i * group, group),
             keys=_packed(problem.keys, pair, 1),
         )
         for i, pair in enumerate(pairs)

@@ -39,22 +39,6 @@ def _by_heads(problem: Problem) -> list[Problem]:
         return [problem]
     group = queries.num_heads // keys.num_heads
     return [
-        replace(
-            problem,
-            queries=replace(
-                queries,
-                start=queries.start + i * group * queries.offset_step,
-                first_head=queries.first_head + i * group * queries.head_step,
-                num_heads=group,
-                is_everything=False,
-            ),
-            keys=replace(
-                keys,
-                start=keys.start + i * keys.offset_step,
-                first_head=keys.first_head + i * keys.head_step,
-                num_heads=1,
-                is_everything=False,
-            ),
-        )
+        replace(problem, queries=queries.of_heads(i * group, group), keys=keys.of_heads(i, 1))
         for i in range(keys.num_heads)
     ]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from dilated_core.checks import check_integer, check_tensor
+from dilated_core.inputs import cast_for_autocast
 from dilated_core.merge import accumulation_dtype
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from dilated_ring.arguments import cast
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.sharding.shards import reporting, transport_of
 
@@ -78,7 +78,7 @@ def chunked_cross_entropy(
     for name, x in tensors.items():
         check_tensor(name, x)
     # Here, so that backward has the dtypes of forward, whether autocast is on or not.
-    tensors = dict(zip(tensors, cast(*tensors.values()), strict=True))
+    tensors = dict(zip(tensors, cast_for_autocast(*tensors.values()), strict=True))
     _check_inputs(tensors, labels)
     hidden = tensors["hidden"]
     ranks = resolve_group(group)

@@ -195,5 +195,5 @@ def test_a_compiled_function_breaks_its_graph_here() -> None:
 
 def test_autocast_casts_no_integers() -> None:
     x = torch.ones(1, 8, 2, 4, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="dtype torch.int64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="have dtype"):
         simulated_ring_attention(x, x, x, DilatedPattern([8], [1]), ring_size=2)

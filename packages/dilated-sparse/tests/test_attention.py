@@ -331,5 +331,5 @@ def test_documents_longer_than_the_pattern_are_refused() -> None:
 
 def test_autocast_casts_no_integers():
     x = torch.ones(1, 8, 2, 4, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="dtype torch.int64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="have dtype"):
         block_sparse_attention(x, x, x, local_window(1, window=0), block_size=8)

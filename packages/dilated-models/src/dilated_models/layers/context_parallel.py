@@ -49,8 +49,9 @@ class ContextParallel:
         layout: Which positions each rank holds, `"contiguous"` or `"zigzag"`, as in
             `dilated_ring.shard_sequence`, which must have cut the tokens.
         exchange: As in `dilated_ring.ring_dilated_attention`.
-        seq_len: S, if known. Ranks then neither exchange their lengths nor compare their arguments,
-            so a mistake on one rank may hang. None: they do, once for each call of the model.
+        seq_len: S, if known. Ranks then neither exchange their lengths nor compare their arguments:
+            after a mistake on one rank the others raise `RankFailure`, at the latest after
+            `timeout_s`. None: they do both, once for each call of the model.
         timeout_s: As in `dilated_ring.ring_dilated_attention`.
 
     Raises:

@@ -17,9 +17,9 @@ def test_the_committed_page_is_current(capsys):
 
 def test_a_changed_row_is_noticed(tmp_path):
     data = tmp_path / "compatibility.toml"
-    data.write_text(DATA.read_text().replace("and one pool leave", "leave"))
+    data.write_text(DATA.read_text().replace("one function and one module", "one function"))
     assert main(["--check", "--data", str(data)]) == 1
-    reason = "Because one function, one module leave nothing to share, wrap, cache or convert: "
+    reason = "Because one function leave nothing to share, wrap, cache or convert: "
     assert f"{reason}MemoryPoolConfig (CFG-06), " in page(data)
 
 

@@ -63,7 +63,6 @@ def test_public_names():
         "Segments",
         "Span",
         "VisibleKeys",
-        "WorkspacePool",
         "alibi_bias",
         "alibi_slopes",
         "attend_",

@@ -53,7 +53,6 @@ from dilated_core.reference import (
     reference_dilated_attention,
     reference_dilated_attention_with_lse,
 )
-from dilated_core.streaming.pool import WorkspacePool
 from dilated_core.streaming.stream import dilated_attention_streamed
 from dilated_core.streaming.tensors import MappedTensor, tensor_sink, tensor_source
 from dilated_core.strips.attend import attend_, differentiate_
@@ -134,6 +133,5 @@ __all__ = [
     "tensor_source",
     # memory
     "MemoryProfile",
-    "WorkspacePool",
     "memory_profile",
 ]

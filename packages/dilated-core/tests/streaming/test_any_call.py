@@ -5,7 +5,6 @@ import torch
 from dilated_core import (
     DilatedPattern,
     MappedTensor,
-    WorkspacePool,
     dilated_attention_streamed,
     reference_dilated_attention,
     tensor_sink,
@@ -98,8 +97,6 @@ def test_the_tensors_decide_on_the_device(meta_by_default, tmp_path):
     file = MappedTensor(tmp_path / "out", q.shape, q.dtype, mode="w")
     dilated_attention_streamed(tensor_source(q, k, v), tensor_sink(file), UNEVEN, **options)
     assert torch.equal(file.rows(0, S), out)
-    with WorkspacePool().borrow((3, 4)) as buffer:
-        assert buffer.device.type == "cpu"
 
 
 def test_an_empty_batch_is_streamed():
@@ -116,16 +113,12 @@ def test_integers_of_other_libraries(tmp_path):
     assert torch.equal(out, streamed(q, k, v, chunk_length=17))
     file = MappedTensor(tmp_path / "x", [Index(n) for n in q.shape], q.dtype, mode="w")
     assert file.rows(Index(1), Index(3)).shape == (2, 2, H, D)
-    with WorkspacePool(Index(2**20)).borrow([Index(3), 4]) as buffer:
-        assert buffer.shape == (3, 4)
 
 
 @pytest.mark.parametrize("value", ["False", None, 0, 1])
 def test_a_bool_is_a_bool(value):
     with pytest.raises(TypeError, match=f"is_causal is {value!r}; it must be True or False"):
         streamed(*random_qkv(), is_causal=value)
-    with pytest.raises(TypeError, match=f"pin_memory is {value!r}; it must be True or False"):
-        WorkspacePool(pin_memory=value)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +137,6 @@ def test_a_bool_is_a_bool(value):
          lambda path: MappedTensor(path, (1, 2, 2, 4), torch.float32, mode="w")),
         (TypeError, "start is 0.0; it must be an integer",
          lambda path: MappedTensor(path / "y", (1, 2, 2, 4), torch.float32, mode="w").rows(0.0, 1)),
-        (TypeError, r"shape\[0\] is 2.5; it must be an integer",
-         lambda path: WorkspacePool().borrow((2.5,)).__enter__()),
-        (TypeError, "dtype is 3; it must be a dtype",
-         lambda path: WorkspacePool().borrow((2,), dtype=3).__enter__()),
     ],
 )  # fmt: skip
 def test_mistakes(error, message, call, tmp_path):

@@ -13,6 +13,25 @@ def position_mask(
     return mask.tril() if is_causal else mask
 
 
+def masked_rows(
+    pattern: BlockPattern, mask: torch.Tensor, block_size: int, num_heads: int, *, is_causal: bool
+) -> torch.Tensor:
+    """Which keys each query sees beside a mask of keys `(B, S)`: `(B, H, S, S)` bool.
+
+    The blocks of a batch row are counted from its first visible key.
+    """
+    B, S = mask.shape
+    visible = torch.zeros(B, num_heads, S, S, dtype=torch.bool)
+    for row, hidden in zip(visible, mask, strict=True):
+        if not hidden.all():
+            first = int((~hidden).nonzero()[0])
+            length = S - first
+            own = pattern.leading(-(-length // block_size))
+            seen = position_mask(own, length, block_size, num_heads, is_causal=is_causal)
+            row[:, first:, first:] = seen & ~hidden[first:]
+    return visible
+
+
 def dense_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dilated_core import DilatedPattern, dilated_attention, merge_partials
+from dilated_core.strips.view import is_viewable
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
 from dilated_sparse import (
     BlockPattern,
@@ -19,7 +20,7 @@ from dilated_sparse import (
     pattern_of_type,
     random_blocks,
 )
-from oracle import dense_attention, position_mask
+from oracle import dense_attention, masked_rows, position_mask
 
 PATTERNS: dict[str, Callable[[int], BlockPattern]] = {
     "window": lambda n: local_window(n, window=1),
@@ -58,9 +59,10 @@ def check(
 ) -> None:
     """Out, lse and the gradients through both, to rounding in float64."""
     q, k, v = tensors = leaves((B, S, H, 8), (B, S, K, 8), (B, S, K, 8))
-    visible = position_mask(pattern, S, block_size, H, is_causal=is_causal).expand(B, H, S, S)
-    if mask is not None:
-        visible = visible & ~mask[:, None, None]
+    if mask is None:
+        visible = position_mask(pattern, S, block_size, H, is_causal=is_causal).expand(B, H, S, S)
+    else:
+        visible = masked_rows(pattern, mask, block_size, H, is_causal=is_causal)
         options["key_padding_mask"] = mask
     out, lse = block_sparse_attention_with_lse(q, k, v, pattern, block_size, is_causal, **options)
     expected, expected_lse = dense_attention(q, k, v, visible, scale=options.get("scale"))
@@ -113,6 +115,10 @@ def test_keys_that_nobody_sees(name: str, is_causal: bool) -> None:
     mask[1, [3, 4, 17, 21]] = True
     check(PATTERNS[name](6), 22, is_causal=is_causal, mask=mask)
     check(PATTERNS[name](6), 22, is_causal=is_causal, mask=mask | True)
+    # Neighbouring batch rows that begin at one position, with a hole in one of them.
+    mask = torch.zeros(4, 22, dtype=torch.bool)
+    mask[0, :2] = mask[1, :2] = mask[3, :2] = mask[1, 7] = mask[2, 14:] = True
+    check(PATTERNS[name](6), 22, B=4, is_causal=is_causal, mask=mask)
 
 
 def test_masked_rows_may_hold_anything() -> None:
@@ -153,6 +159,27 @@ def test_blocks_begin_where_documents_begin(is_causal: bool) -> None:
     expected = torch.autograd.grad(torch.cat([x.out[0] for x in alone]), tensors, dout)
     for got, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("first", [1, 3, 4, 13, 22])
+def test_padding_before_a_sequence_does_not_shift_its_blocks(first: int, is_causal: bool) -> None:
+    q, k, v = tensors = leaves((1, 23, 4, 8), (1, 23, 2, 8), (1, 23, 2, 8))
+    mask = torch.arange(23)[None] < first
+    pattern = global_local(6, window=1, num_global=1)
+    padded = block_sparse_attention_with_lse(q, k, v, pattern, 4, is_causal, key_padding_mask=mask)
+    alone = block_sparse_attention_with_lse(
+        *(x[:, first:] for x in tensors), pattern.leading(-(-(23 - first) // 4)), 4, is_causal
+    )
+    assert torch.equal(padded.out[:, first:], alone.out)
+    assert torch.equal(padded.lse[:, first:], alone.lse)
+    assert not padded.out[:, :first].any()
+    assert (padded.lse[:, :first] == -torch.inf).all()
+    dout = torch.randn_like(q)
+    got = torch.autograd.grad(padded.out, tensors, dout)
+    expected = torch.autograd.grad(alone.out, tensors, dout[:, first:])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_future_never_leaks() -> None:
@@ -227,6 +254,32 @@ def test_parts_of_a_pattern_merge_to_the_whole() -> None:
     whole = block_sparse_attention_with_lse(q, k, v, near | far, 4)
     torch.testing.assert_close(merged.out, whole.out)
     torch.testing.assert_close(merged.lse, whole.lse)
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_backends_get_views_that_the_contract_allows(
+    name: str, B: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dilated_core.backends.sdpa import SdpaBackend
+
+    forward, backward = SdpaBackend.forward, SdpaBackend.backward
+
+    def forward_checked(self, *arguments):
+        assert all(is_viewable(x) for x in arguments[:3])
+        return forward(self, *arguments)
+
+    def backward_checked(self, *arguments, **options):
+        assert all(is_viewable(x) for x in arguments[:5])
+        return backward(self, *arguments, **options)
+
+    monkeypatch.setattr(SdpaBackend, "forward", forward_checked)
+    monkeypatch.setattr(SdpaBackend, "backward", backward_checked)
+    for is_causal in (False, True):
+        q, k, v = leaves((B, 46, 4, 8), (B, 46, 4, 8), (B, 46, 4, 8), dtype=torch.float32)
+        pattern = PATTERNS[name](12)
+        out = block_sparse_attention(q, k, v, pattern, 4, is_causal, backend="sdpa")
+        out.backward(torch.randn(46, 8, 4, B).permute(3, 0, 2, 1))
 
 
 def test_dropout_follows_the_seed_and_drops_as_much() -> None:

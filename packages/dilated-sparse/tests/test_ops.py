@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from dilated_sparse import block_sparse_attention, dilated_sparse
+from dilated_sparse import BlockSparseAttention, block_sparse_attention, dilated_sparse
 from dilated_sparse.ops import block_sparse_backward, block_sparse_forward
+from dilated_sparse.pattern.rule import PatternRule
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 PATTERN = dilated_sparse(5, sparsity_ratio=0.5)
@@ -17,16 +19,18 @@ def tensors(S: int = 20) -> list[torch.Tensor]:
 # opcheck reads .grad of the tensors it compares, leaves or not.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_are_registered_rightly() -> None:
-    options = repr((4, True, _choice()))
     lists = (PATTERN.row_offsets, PATTERN.block_indices)
-    arguments = (*lists, 0.3, 0.0, options, None, None, None)
-    q, k, v = tensors()
-    torch.library.opcheck(block_sparse_forward, (q, k, v, *arguments))
-    with torch.no_grad():
-        out, lse = block_sparse_forward(q, k, v, *arguments)
-        for dlse in (None, torch.randn_like(lse)):
-            backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
-            torch.library.opcheck(block_sparse_backward, tuple(_detached(backward)))
+    rule = PatternRule.of("dilated_sparse", 0.5, is_causal=True).text
+    for pattern in ((*lists, None), (None, None, rule)):
+        options = repr((4, True, _choice(), pattern[2]))
+        arguments = (*pattern[:2], 0.3, 0.0, options, None, None, None)
+        q, k, v = tensors()
+        torch.library.opcheck(block_sparse_forward, (q, k, v, *arguments))
+        with torch.no_grad():
+            out, lse = block_sparse_forward(q, k, v, *arguments)
+            for dlse in (None, torch.randn_like(lse)):
+                backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
+                torch.library.opcheck(block_sparse_backward, tuple(_detached(backward)))
 
 
 def _detached(values: tuple) -> list:
@@ -60,6 +64,30 @@ def test_one_graph_serves_several_lengths() -> None:
         grads = [torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected)]
         torch.testing.assert_close(*grads)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_of_a_module_serves_all_lengths_and_masks(dynamic: bool | None) -> None:
+    counter = CompileCounter()
+    attention = BlockSparseAttention(sparsity_ratio=0.4, block_size=4)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend=counter)
+
+    def check(S: int, **options) -> None:
+        leaves = [torch.randn(2, S, 2, 8, requires_grad=True) for _ in range(3)]
+        results = [f(*leaves, is_causal=True, **options) for f in (compiled, attention)]
+        assert torch.equal(*results)
+        grads = [torch.autograd.grad(x.square().sum(), leaves) for x in results]
+        torch.testing.assert_close(*grads)
+
+    # The first graph is for one length, and the second for all, unless lengths are symbolic.
+    for_all = 1 if dynamic else 2
+    for S in (20, 31, 2, 5, 64, 23):
+        check(S)
+    assert counter.frame_count == for_all
+    for S in (23, 40, 3):
+        for share in (0.1, 0.9):
+            check(S, key_padding_mask=torch.rand(2, S) < share)
+    assert counter.frame_count == 2 * for_all  # calls with a mask have graphs of their own
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

@@ -17,6 +17,7 @@ from dilated_core.inputs import (
 
 from dilated_sparse.ops import attend
 from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.rule import PatternRule
 
 # `check_inputs` checks tensors beside a pattern of core; this one has no part in the call.
 _ANY_PATTERN = DilatedPattern([1], [1])
@@ -57,9 +58,10 @@ def block_sparse_attention(
         scale: Factor of the scores; 1/√D if None.
         dropout_p: Probability of dropping each attention probability; the others are divided by
             1 − `dropout_p`. Reproducible under `torch.manual_seed`.
-        key_padding_mask: `(B, S)` bool, True for keys that nobody sees. Its rows are queries all
-            the same. A query left without keys gives 0. Blocks are counted from position 0 on, so
-            with padding before a sequence they begin in the padding; packed documents have none.
+        key_padding_mask: `(B, S)` bool, True for keys that nobody sees. Blocks are counted from the
+            first visible key of each batch row, so padding before a sequence does not shift them;
+            the row takes the first rows and columns of the pattern. Queries before that key give 0.
+            Later ones are queries all the same, and give 0 if no key is left for them.
         cu_seqlens: `(M + 1,)` int32 or int64, where each of M documents that are packed one after
             another begins, and where the last one ends. Blocks are counted from the first position
             of each document, which takes the first rows and columns of the pattern; the pattern
@@ -122,6 +124,36 @@ def block_sparse_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
+    return attend_checked(
+        q,
+        k,
+        v,
+        pattern,
+        block_size,
+        is_causal,
+        scale,
+        dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+
+
+def attend_checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: BlockPattern | PatternRule,
+    block_size: int,
+    is_causal: bool,
+    scale: float | None,
+    *,
+    dropout_p: float,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: str,
+) -> AttentionOutput:
+    """`block_sparse_attention_with_lse`, also with the rule of a pattern: check and attend."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
         if key_padding_mask is not None:
@@ -132,12 +164,13 @@ def block_sparse_attention_with_lse(
     check_bool("is_causal", is_causal)
     q, k, v = cast_for_autocast(q, k, v)
     check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
-    if not isinstance(pattern, BlockPattern):
+    if isinstance(pattern, BlockPattern):
+        pattern.check_heads(q.shape[-2])
+    elif not isinstance(pattern, PatternRule):
         raise TypeError(
             f"pattern is a {type(pattern).__name__}; it must be a BlockPattern, such as "
             f"dilated_sparse.local_window(num_blocks, window=1)."
         )
-    pattern.check_heads(q.shape[-2])
     size = check_integer("block_size", block_size, at_least=1)
     check_backend_name(backend)
     if key_padding_mask is not None:

@@ -1,7 +1,8 @@
 """Forward and backward as PyTorch operators, so that compilers and checkpointing see one node.
 
-The lists of the pattern are tensor arguments: a compiled graph then serves every pattern and, with
-a symbolic S, every length.
+The lists of a pattern are tensor arguments: a compiled graph then serves every pattern and, with
+a symbolic S, every length. A rule of a pattern is part of the options, and the operator builds the
+pattern of each sequence, so a graph with a rule serves every length too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.autograd.function import once_differentiable
 
 from dilated_sparse.execution.run import Call, backward, forward
 from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.rule import PatternRule
 
 # Every argument of an operator costs microseconds at each call. Options that are neither tensors
 # nor symbolic numbers of a compiler are therefore joined into one string.
 _OPTIONS = (
-    "Tensor row_offsets, Tensor block_indices, float scale, float dropout_p, str options, "
+    "Tensor? row_offsets, Tensor? block_indices, float scale, float dropout_p, str options, "
     "Tensor? dropout_seed, Tensor? key_padding_mask, Tensor? cu_seqlens"
 )
 
@@ -34,7 +36,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: BlockPattern,
+    pattern: BlockPattern | PatternRule,
     *,
     block_size: int,
     is_causal: bool,
@@ -50,7 +52,7 @@ def attend(
     Args:
         q: `(B, S, H, D)`; `(1, T, H, D)` if packed.
         k, v: The same with H_kv heads.
-        pattern: The kept blocks.
+        pattern: The kept blocks, or their rule.
         block_size, is_causal, scale, dropout_p, key_padding_mask, cu_seqlens, backend: As users
             give them, checked; scale is a number.
         dropout_seed: int64 scalar on the CPU; None without dropout.
@@ -64,9 +66,14 @@ def attend(
         *(index(q.shape[2]), index(q.shape[3]), index(k.shape[2])),
         *(dropout_seed is not None, key_padding_mask is not None),
     )
+    lists, rule = (None, None), None
+    if isinstance(pattern, BlockPattern):
+        lists = (pattern.row_offsets, pattern.block_indices)
+    else:
+        rule = pattern.text
     arguments = (
-        *(q, k, v, pattern.row_offsets, pattern.block_indices, scale, dropout_p),
-        *(repr((block_size, is_causal, choice)), dropout_seed, key_padding_mask, cu_seqlens),
+        *(q, k, v, *lists, scale, dropout_p),
+        *(repr((block_size, is_causal, choice, rule)), dropout_seed, key_padding_mask, cu_seqlens),
     )
     # The first call of any custom operator imports the compiler, which takes seconds.
     out, lse = (_PlainAttention.apply if is_plain(q, k, v) else block_sparse_forward)(*arguments)
@@ -104,15 +111,16 @@ _recorded_choice._dynamo_marked_constant = True  # pyright: ignore
 
 
 @lru_cache(maxsize=1024)
-def _decode(text: str) -> tuple[int, bool, Any]:
-    """block_size, is_causal and the backend."""
-    block_size, is_causal, choice = literal_eval(text)
-    return block_size, is_causal, recorded_backend(choice)
+def _decode(text: str) -> tuple[int, bool, Any, PatternRule | None]:
+    """block_size, is_causal, the backend and the rule of the pattern."""
+    block_size, is_causal, choice, rule = literal_eval(text)
+    rule = None if rule is None else PatternRule(rule)
+    return block_size, is_causal, recorded_backend(choice), rule
 
 
 def _call_of(
-    row_offsets: torch.Tensor,
-    block_indices: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
     scale: float,
     dropout_p: float,
     options: str,
@@ -120,11 +128,15 @@ def _call_of(
     key_padding_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Call:
-    block_size, is_causal, backend = _decode(options)
+    block_size, is_causal, backend, pattern = _decode(options)
     seed = 0 if dropout_seed is None else int(dropout_seed)
+    if pattern is None:
+        assert row_offsets is not None
+        assert block_indices is not None
+        pattern = BlockPattern.of_lists(row_offsets, block_indices)
     return Call(
         backend,
-        BlockPattern.of_lists(row_offsets, block_indices),
+        pattern,
         block_size,
         AttentionOptions(is_causal, scale, dropout_p, seed, key_padding_mask),
     )

@@ -24,17 +24,38 @@ def test_a_module_is_the_function_with_its_pattern(kind, is_causal: bool) -> Non
     expected = block_sparse_attention(q, k, v, pattern, 8, is_causal, 0.2)
     assert torch.equal(attention(q, k, v, is_causal), expected)
     mask = torch.rand(2, 90) < 0.2
+    mask[:, 0] = mask[:, -1] = False
     expected = block_sparse_attention(q, k, v, pattern, 8, is_causal, 0.2, key_padding_mask=mask)
     assert torch.equal(attention(q, k, v, is_causal, key_padding_mask=mask), expected)
 
 
-def test_documents_take_the_pattern_of_the_longest() -> None:
-    q, k, v = torch.randn(3, 90, 4, 8).unbind()
-    bounds = torch.tensor([0, 20, 70, 90])
-    attention = BlockSparseAttention(sparsity_ratio=0.4, block_size=8)
-    pattern = pattern_of_type("dilated_sparse", 7, sparsity_ratio=0.4, is_causal=True)
-    expected = block_sparse_attention(q, k, v, pattern, 8, is_causal=True, cu_seqlens=bounds)
-    assert torch.equal(attention(q, k, v, is_causal=True, cu_seqlens=bounds), expected)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_and_padded_rows_are_as_alone(kind, is_causal: bool) -> None:
+    q, k, v = (torch.randn(180, 4, 8, requires_grad=True) for _ in range(3))
+    attention = BlockSparseAttention(pattern_type=kind, sparsity_ratio=0.4, block_size=8)
+    spans = [(0, 20), (20, 121), (121, 122), (122, 180)]
+    alone = torch.cat(
+        [attention(*(x[None, a:b] for x in (q, k, v)), is_causal)[0] for a, b in spans]
+    )
+    bounds = torch.tensor([0, *(b for _, b in spans)])
+    packed = attention(q, k, v, is_causal, cu_seqlens=bounds)
+    assert torch.equal(packed, alone)
+    # Padded on the left, on the right and on both sides.
+    places = [(0, 20), (9, 110), (109, 110), (50, 108)]
+    mask = torch.ones(4, 110, dtype=torch.bool)
+    index = torch.zeros(4, 110, dtype=torch.int64)
+    for row, (place, span) in enumerate(zip(places, spans, strict=True)):
+        mask[row, slice(*place)] = False
+        index[row, slice(*place)] = torch.arange(*span)
+    padded = attention(*(x[index] for x in (q, k, v)), is_causal, key_padding_mask=mask)
+    assert torch.equal(padded[~mask], alone)
+    assert not padded[mask].any()
+    dout = torch.randn(180, 4, 8)
+    expected = torch.autograd.grad(alone, (q, k, v), dout)
+    for got in (packed, padded[~mask]):
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), dout), expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_dropout_is_for_training_only() -> None:
@@ -73,7 +94,7 @@ def test_with_all_blocks_it_is_dense_attention() -> None:
     y, none = mha(x, x, x, key_padding_mask=mask, need_weights=False)
     assert none is None
     expected = dense(x, x, x, key_padding_mask=mask)[0]
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(y[~mask], expected[~mask], atol=1e-5, rtol=1e-4)
 
 
 def test_factory_names_of_core() -> None:

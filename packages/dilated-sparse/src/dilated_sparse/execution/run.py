@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
-from dilated_core.inputs import document_bounds
-from dilated_core.merge import accumulation_dtype
+from dilated_core.merge import accumulation_dtype, empty_partial
 from dilated_core.strips.view import viewable
 from torch.nn.functional import pad
 
 from dilated_sparse.execution.plan import Geometry, Task, plan_tasks
+from dilated_sparse.execution.sequences import Sequences, sequences_of
 from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.rule import PatternRule
 
 
 class Call(NamedTuple):
@@ -30,15 +29,25 @@ class Call(NamedTuple):
 
     Attributes:
         backend: Runs forward and backward.
-        pattern: The kept blocks.
+        pattern: The kept blocks, or the rule that gives each sequence its own.
         block_size: Positions of a block.
         options: `key_padding_mask` is `(B, S)`; `is_causal` is that of the whole call.
     """
 
     backend: AttentionBackend
-    pattern: BlockPattern
+    pattern: BlockPattern | PatternRule
     block_size: int
     options: AttentionOptions
+
+    def sequences(
+        self, q: torch.Tensor, cu_seqlens: torch.Tensor | None
+    ) -> Iterator[tuple[Sequences, tuple[slice, slice]]]:
+        """The sequences of the call, and the index of each in `(B, S, …)` tensors."""
+        mask = self.options.key_padding_mask
+        for part in sequences_of(
+            q, self.pattern, self.block_size, cu_seqlens=cu_seqlens, key_padding_mask=mask
+        ):
+            yield part, (part.rows, part.span)
 
 
 def forward(
@@ -60,14 +69,18 @@ def forward(
         ValueError: If the pattern or `cu_seqlens` does not fit.
     """
     wide = accumulation_dtype(q.dtype)
-    into = AttentionOutput(q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[:-1], dtype=wide))
+    if call.options.key_padding_mask is None:
+        into = AttentionOutput(*(q.new_empty(x, dtype=wide) for x in (q.shape, q.shape[:-1])))
+    else:
+        # No sequence has the padding.
+        into = empty_partial(q.shape, dtype=q.dtype, device=q.device)
     index = 0
-    for part, span in _sequences(call, q, cu_seqlens):
-        sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
-        out, lse = into.out[:, span], into.lse[:, span]
+    for part, at in call.sequences(q, cu_seqlens):
+        sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
+        out, lse = into.out[at], into.lse[at]
         for task in sequence.tasks:
             queries = sequence.queries(task)
-            result = part.backend.forward(
+            result = call.backend.forward(
                 queries(sequence.q), *sequence.keys(task), sequence.options(task, index)
             )
             if task.is_first:
@@ -96,39 +109,43 @@ def backward(
 ) -> Gradients:
     """Contiguous gradients of q, k, v from those of out and, unless None, of lse."""
     wide = accumulation_dtype(q.dtype)
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    has_padding = call.options.key_padding_mask is not None
+    grads = tuple(
+        (torch.zeros if has_padding else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
+        for x in (q, k, v)
+    )
     dout, out = dout.contiguous(), out.contiguous()
     # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (dout.to(wide) * out.to(wide)).sum(-1)
     index = 0
-    for part, span in _sequences(call, q, cu_seqlens):
-        sequence = _sequence(part, *(x[:, span] for x in (q, k, v)))
-        dq = q.new_empty(q[:, span].shape, dtype=wide)
+    for part, at in call.sequences(q, cu_seqlens):
+        sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
+        dq = q.new_empty(sequence.q.shape, dtype=wide)
         dk, dv = (
             torch.zeros(x.shape, dtype=wide, device=x.device) for x in (sequence.k, sequence.v)
         )
         for task in sequence.tasks:
             queries = sequence.queries(task)
             dout_rows, out_rows, lse_rows, delta_rows = (
-                queries(x[:, span]) for x in (dout, out, lse, delta)
+                queries(x[at]) for x in (dout, out, lse, delta)
             )
             q_rows, (k_rows, v_rows) = queries(sequence.q), sequence.keys(task)
             options = sequence.options(task, index)
-            dq_rows, dk_rows, dv_rows = part.backend.backward(
+            dq_rows, dk_rows, dv_rows = call.backend.backward(
                 dout_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, options, delta=delta_rows
             )
             if dlse is not None:
-                dlse_rows = queries(dlse[:, span])
-                more = _through_lse(part, options, dlse_rows, q_rows, k_rows, lse_rows)
+                dlse_rows = queries(dlse[at])
+                more = _through_lse(call, options, dlse_rows, q_rows, k_rows, lse_rows)
                 dq_rows, dk_rows = dq_rows + more[0], dk_rows + more[1]
             queries.put(dq, dq_rows if task.is_first else queries(dq) + dq_rows)
             sequence.add_to_keys(dk, task, dk_rows)
             sequence.add_to_keys(dv, task, dv_rows)
             index += 1
-        length = span.stop - span.start
+        length = dq.shape[1]
         for grad, x in zip(grads, (dq, dk[:, :length], dv[:, :length]), strict=True):
-            grad[:, span] = x
+            grad[at] = x
     if (mask := call.options.key_padding_mask) is not None:
         for grad in grads[1:]:
             grad.masked_fill_(mask[:, :, None, None], 0)
@@ -204,7 +221,8 @@ class _Sequence:
     """The tensors of one sequence, whole blocks of keys, and its tasks.
 
     Attributes:
-        call: With the pattern of this length.
+        block_size: Positions of a block.
+        call_options: The options of the whole call.
         tasks: See `plan_tasks`.
         q: `(B, S, H, D)`.
         k, v: `(B, N·block_size, K, D)`, with 0 in padding and in masked rows.
@@ -212,7 +230,8 @@ class _Sequence:
         buffers: Where keys and values of a task are gathered.
     """
 
-    call: Call
+    block_size: int
+    call_options: AttentionOptions
     tasks: tuple[Task, ...]
     q: torch.Tensor
     k: torch.Tensor
@@ -221,7 +240,7 @@ class _Sequence:
     buffers: tuple[torch.Tensor, torch.Tensor]
 
     def queries(self, task: Task) -> _Queries:
-        return _Queries(task, self.call.block_size)
+        return _Queries(task, self.block_size)
 
     def keys(self, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of k and v of a task: `(B·n, num_keys, kv_heads, D)`."""
@@ -236,9 +255,9 @@ class _Sequence:
 
         Seeds are consecutive: PyTorch's generator for CPUs reads their lower 32 bits only.
         """
-        options, mask = self.call.options, self.mask
+        options, mask = self.call_options, self.mask
         if mask is not None:
-            blocks = _split(mask, 1, (-1, self.call.block_size)).index_select(1, task.columns)
+            blocks = _split(mask, 1, (-1, self.block_size)).index_select(1, task.columns)
             n = mask.shape[0] * task.rows.shape[0]
             num_kv_heads = task.kv_heads.stop - task.kv_heads.start
             mask = blocks.reshape(n, -1)[:, : task.num_keys, None].expand(-1, -1, num_kv_heads)
@@ -250,7 +269,7 @@ class _Sequence:
 
     def add_to_keys(self, grad: torch.Tensor, task: Task, rows: torch.Tensor) -> None:
         """Add gradients of the rows of `keys` to `grad` `(B, N·block_size, K, D)`."""
-        size = self.call.block_size
+        size = self.block_size
         missing = task.count * size - task.num_keys
         rows = pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
         grad = _split(grad[:, :, task.kv_heads], 1, (-1, size))
@@ -259,11 +278,13 @@ class _Sequence:
         grad.index_add_(1, task.columns, rows)
 
     def _taken(self, x: torch.Tensor, task: Task, buffer: torch.Tensor) -> torch.Tensor:
-        size = self.call.block_size
+        size = self.block_size
         x = x[:, :, task.kv_heads]
         B, n = x.shape[0], task.rows.shape[0]
-        if task.first_column is not None and B == 1:
-            # Backends only read k and v, so the keys of two rows may overlap in memory.
+        if task.first_column is not None and n == 1:
+            return x.narrow(1, task.first_column * size, task.num_keys)
+        # The contract of backends: no two elements of a view share memory.
+        if task.first_column is not None and B == 1 and task.column_step >= task.count:
             row, *rest = x.stride()[1:]
             return x.as_strided(
                 (n, task.num_keys, *x.shape[2:]),
@@ -277,15 +298,17 @@ class _Sequence:
         return room.view(B * n, task.count * size, *x.shape[2:])[:, : task.num_keys]
 
 
-def _sequence(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Sequence:
+def _sequence(
+    call: Call, part: Sequences, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> _Sequence:
     B, S, K, D = k.shape
-    size, mask = call.block_size, call.options.key_padding_mask
+    size, mask = call.block_size, part.key_padding_mask
     geometry = Geometry(
         S, size, call.options.is_causal, q.shape[2], K, B * D * k.element_size(), q.device
     )
-    tasks = plan_tasks(call.pattern, geometry)
+    tasks = plan_tasks(part.pattern, geometry)
     q, k, v = viewable(q), viewable(k), viewable(v)
-    missing = call.pattern.num_blocks * size - S
+    missing = part.pattern.num_blocks * size - S
     if mask is not None:
         # In masked rows, probability 0 times NaN would be NaN.
         k, v = (x.masked_fill(mask[:, :, None, None], 0) for x in (k, v))
@@ -296,42 +319,4 @@ def _sequence(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
         (B * t.columns.shape[0] * (t.kv_heads.stop - t.kv_heads.start) for t in tasks), default=0
     )
     buffers = k.new_empty(largest * size * D), v.new_empty(largest * size * D)
-    return _Sequence(call, tasks, q, k, v, mask, buffers)
-
-
-def _sequences(
-    call: Call, q: torch.Tensor, cu_seqlens: torch.Tensor | None
-) -> Iterator[tuple[Call, slice]]:
-    """The whole call, or each document of a packed one, and its positions.
-
-    Raises:
-        ValueError: If the pattern is for another number of blocks.
-    """
-    S, pattern, size = q.shape[1], call.pattern, call.block_size
-    if cu_seqlens is None:
-        if pattern.num_blocks != (needed := max(1, -(-S // size))):
-            raise ValueError(
-                f"the pattern has {pattern.num_blocks} blocks; {S} positions in blocks of {size} "
-                f"are {needed}, so build it for that number."
-            )
-        if q.numel():
-            yield call, slice(0, S)
-        return
-    bounds = document_bounds(cu_seqlens, S)
-    longest = max(b - a for a, b in pairwise(bounds))
-    if pattern.num_blocks < -(-longest // size):
-        raise ValueError(
-            f"the pattern has {pattern.num_blocks} blocks; the longest document has {longest} "
-            f"positions, which in blocks of {size} are {-(-longest // size)}. Build it for the "
-            f"longest document; shorter ones take its first rows and columns."
-        )
-    for start, stop in pairwise(bounds):
-        if stop > start and q.numel():
-            shorter = _leading(pattern, -(-(stop - start) // size))
-            yield call._replace(pattern=shorter), slice(start, stop)
-
-
-@lru_cache(maxsize=64)
-def _leading(pattern: BlockPattern, num_blocks: int) -> BlockPattern:
-    """`BlockPattern.leading`; many documents have one length."""
-    return pattern.leading(num_blocks)
+    return _Sequence(size, call.options, tasks, q, k, v, mask, buffers)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Never
 
 import torch
-from dilated_core.checks import check_tensor
-from dilated_core.inputs import check_cu_seqlens, document_bounds
 from dilated_core.modules.config import FORWARD_ARGUMENTS
 from dilated_core.modules.options import check_forward_names, from_options, show_options
 from torch import nn
 
-from dilated_sparse.attention import block_sparse_attention
+from dilated_sparse.attention import attend_checked
 from dilated_sparse.modules.config import BlockSparseAttentionConfig
+from dilated_sparse.pattern.rule import PatternRule
 
 
 class BlockSparseAttention(nn.Module):
@@ -39,6 +37,10 @@ class BlockSparseAttention(nn.Module):
     def __init__(self, config: BlockSparseAttentionConfig) -> None:
         super().__init__()
         self.config = config
+        self._rule, self._causal_rule = (
+            PatternRule.of(config.pattern_type, config.sparsity_ratio, is_causal)
+            for is_causal in (False, True)
+        )
 
     def forward(
         self,
@@ -53,21 +55,20 @@ class BlockSparseAttention(nn.Module):
     ) -> torch.Tensor:
         """`(B, S, H, D)` q, `(B, S, H_kv, D)` k, v -> `(B, S, H, D)`.
 
-        See `block_sparse_attention`. With `cu_seqlens` the pattern is that of the longest document,
-        and shorter ones take its first rows and columns.
+        See `block_sparse_attention`. Each document has the pattern of its own length. With
+        `key_padding_mask` each batch row is the document from its first to its last visible key:
+        the result there is that without padding, and 0 outside.
+
+        Compiled with a symbolic S, one graph serves all lengths, documents and masks; `is_causal`,
+        whether there are documents, and whether there is a mask have a graph each.
         """
         check_forward_names(self, unknown, FORWARD_ARGUMENTS, self.config)
-        check_tensor("q", q)
         config = self.config
-        seq_len = q.shape[1] if q.dim() == 4 else q.shape[0]
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens)
-            seq_len = max(b - a for a, b in pairwise(document_bounds(cu_seqlens, q.shape[0])))
-        return block_sparse_attention(
+        return attend_checked(
             q,
             k,
             v,
-            config.pattern_for(seq_len, is_causal=is_causal),
+            self._causal_rule if is_causal else self._rule,
             config.block_size,
             is_causal,
             config.scale,
@@ -75,7 +76,7 @@ class BlockSparseAttention(nn.Module):
             key_padding_mask=key_padding_mask,
             cu_seqlens=cu_seqlens,
             backend=config.backend,
-        )
+        ).out
 
     def extra_repr(self) -> str:
         """The pattern and the options that differ from their defaults, for `repr`."""

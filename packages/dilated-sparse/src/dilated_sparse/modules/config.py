@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from dilated_core import MultiheadConfig
 from dilated_core.checks import answers_names, check_choice, check_integer
@@ -11,8 +10,9 @@ from dilated_core.inputs import check_backend_name, check_dropout, check_scale
 from dilated_core.modules.config import FORWARD_ARGUMENTS
 
 from dilated_sparse.pattern.blocks import BlockPattern
-from dilated_sparse.pattern.generators import PATTERN_TYPES, PatternType, pattern_of_type
+from dilated_sparse.pattern.generators import PATTERN_TYPES, PatternType
 from dilated_sparse.pattern.ratio import check_ratio
+from dilated_sparse.pattern.rule import PatternRule
 
 
 @answers_names(FORWARD_ARGUMENTS)
@@ -52,13 +52,8 @@ class SparsePatternConfig:
             seq_len: S.
             is_causal: Whether the attention is causal.
         """
-        num_blocks = max(1, -(-seq_len // self.block_size))
-        return _pattern(self.pattern_type, num_blocks, self.sparsity_ratio, is_causal)
-
-
-@lru_cache(maxsize=64)
-def _pattern(kind: PatternType, num_blocks: int, ratio: float, is_causal: bool) -> BlockPattern:
-    return pattern_of_type(kind, num_blocks, sparsity_ratio=ratio, is_causal=is_causal)
+        rule = PatternRule.of(self.pattern_type, self.sparsity_ratio, is_causal)
+        return rule.pattern(max(1, -(-seq_len // self.block_size)))
 
 
 @answers_names(FORWARD_ARGUMENTS)

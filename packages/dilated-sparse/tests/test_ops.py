@@ -3,7 +3,8 @@
 import pytest
 import torch
 from dilated_sparse import BlockSparseAttention, block_sparse_attention, dilated_sparse
-from dilated_sparse.ops import block_sparse_backward, block_sparse_forward
+from dilated_sparse.operators import choice_for
+from dilated_sparse.ops import BLOCK_SPARSE
 from dilated_sparse.pattern.rule import PatternRule
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -21,26 +22,21 @@ def tensors(S: int = 20) -> list[torch.Tensor]:
 def test_operators_are_registered_rightly() -> None:
     lists = (PATTERN.row_offsets, PATTERN.block_indices)
     rule = PatternRule.of("dilated_sparse", 0.5, is_causal=True).text
+    q, k, v = tensors()
+    choice = choice_for("sdpa", q, k, has_dropout=False, has_mask=False)
     for pattern in ((*lists, None), (None, None, rule)):
-        options = repr((4, True, _choice(), pattern[2]))
+        options = repr((4, True, choice, pattern[2]))
         arguments = (*pattern[:2], 0.3, 0.0, options, None, None, None)
-        q, k, v = tensors()
-        torch.library.opcheck(block_sparse_forward, (q, k, v, *arguments))
+        torch.library.opcheck(BLOCK_SPARSE.forward, (q, k, v, *arguments))
         with torch.no_grad():
-            out, lse = block_sparse_forward(q, k, v, *arguments)
+            out, lse = BLOCK_SPARSE.forward(q, k, v, *arguments)
             for dlse in (None, torch.randn_like(lse)):
                 backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
-                torch.library.opcheck(block_sparse_backward, tuple(_detached(backward)))
+                torch.library.opcheck(BLOCK_SPARSE.backward, tuple(_detached(backward)))
 
 
 def _detached(values: tuple) -> list:
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in values]
-
-
-def _choice() -> tuple[str, int]:
-    from dilated_sparse.ops import _recorded_choice
-
-    return _recorded_choice("sdpa", "cpu", None, "float32", 2, 8, 2, False, False)
 
 
 def test_one_graph_serves_several_lengths() -> None:

@@ -1,9 +1,10 @@
 """Exact block-sparse attention: patterns of blocks, and attention that pays for kept blocks only.
 
 The rooms, in the order to read them: `pattern` lists which blocks of the attention matrix are kept.
-`execution` plans which rows a backend attends to in one call, and runs the calls. `ops` registers
-forward and backward as PyTorch operators. `attention` has the public functions, `modules` the
-modules and their factories.
+`execution` plans which rows a backend attends to in one call, and runs the calls. `operators`
+defines forward and backward as PyTorch operators, and `ops` does so for block-sparse attention.
+`attention` has the public functions, `windowed` dilated attention with a sliding window, `modules`
+the modules and their factories.
 """
 
 from importlib.metadata import version as _version
@@ -16,6 +17,10 @@ from dilated_sparse.modules.attention import BlockSparseAttention
 from dilated_sparse.modules.config import BlockSparseAttentionConfig, SparsePatternConfig
 from dilated_sparse.modules.factory import create_block_sparse_attention
 from dilated_sparse.modules.multihead import BlockSparseMultiheadAttention
+from dilated_sparse.modules.windowed import (
+    WindowedDilatedAttention,
+    WindowedDilatedAttentionConfig,
+)
 from dilated_sparse.pattern.blocks import BlockPattern
 from dilated_sparse.pattern.dilated import from_dilated, is_exact_for
 from dilated_sparse.pattern.generators import (
@@ -27,6 +32,10 @@ from dilated_sparse.pattern.generators import (
     pattern_of_type,
     random_blocks,
 )
+from dilated_sparse.windowed.attention import (
+    windowed_dilated_attention,
+    windowed_dilated_attention_with_lse,
+)
 
 __version__ = _version("dilated-sparse")
 
@@ -34,11 +43,15 @@ __all__ = [
     # attention
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
+    "windowed_dilated_attention",
+    "windowed_dilated_attention_with_lse",
     # modules
     "BlockSparseAttention",
     "BlockSparseAttentionConfig",
     "BlockSparseMultiheadAttention",
     "SparsePatternConfig",
+    "WindowedDilatedAttention",
+    "WindowedDilatedAttentionConfig",
     "create_block_sparse_attention",
     # patterns
     "BlockPattern",

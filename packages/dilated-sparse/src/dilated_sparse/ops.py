@@ -8,28 +8,17 @@ pattern of each sequence, so a graph with a rule serves every length too.
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Callable
 from functools import lru_cache
-from operator import index
 from typing import Any
 
 import torch
-from dilated_core import AttentionInputs, AttentionOptions, AttentionOutput, Gradients
-from dilated_core.backends.registry import choose_backend, record_choice, recorded_backend
-from dilated_core.dispatch import is_plain
-from dilated_core.merge import accumulation_dtype
-from torch.autograd.function import once_differentiable
+from dilated_core import AttentionOptions, AttentionOutput, Gradients
+from dilated_core.backends.registry import recorded_backend
 
 from dilated_sparse.execution.run import Call, backward, forward
+from dilated_sparse.operators import AttentionOperator, choice_for
 from dilated_sparse.pattern.blocks import BlockPattern
 from dilated_sparse.pattern.rule import PatternRule
-
-# Every argument of an operator costs microseconds at each call. Options that are neither tensors
-# nor symbolic numbers of a compiler are therefore joined into one string.
-_OPTIONS = (
-    "Tensor? row_offsets, Tensor? block_indices, float scale, float dropout_p, str options, "
-    "Tensor? dropout_seed, Tensor? key_padding_mask, Tensor? cu_seqlens"
-)
 
 
 def attend(
@@ -60,54 +49,21 @@ def attend(
     Raises:
         ValueError: If no backend can run, or the pattern is for another length.
     """
-    choice = _recorded_choice(
-        *(backend, q.device.type, q.device.index, str(q.dtype).removeprefix("torch.")),
-        # operator.index fixes a symbolic size to its number; int() would not.
-        *(index(q.shape[2]), index(q.shape[3]), index(k.shape[2])),
-        *(dropout_seed is not None, key_padding_mask is not None),
+    choice = choice_for(
+        *(backend, q, k),
+        has_dropout=dropout_seed is not None,
+        has_mask=key_padding_mask is not None,
     )
     lists, rule = (None, None), None
     if isinstance(pattern, BlockPattern):
         lists = (pattern.row_offsets, pattern.block_indices)
     else:
         rule = pattern.text
-    arguments = (
-        *(q, k, v, *lists, scale, dropout_p),
-        *(repr((block_size, is_causal, choice, rule)), dropout_seed, key_padding_mask, cu_seqlens),
+    options = repr((block_size, is_causal, choice, rule))
+    return BLOCK_SPARSE(
+        *(q, k, v, *lists, scale, dropout_p, options),
+        *(dropout_seed, key_padding_mask, cu_seqlens),
     )
-    # The first call of any custom operator imports the compiler, which takes seconds.
-    out, lse = (_PlainAttention.apply if is_plain(q, k, v) else block_sparse_forward)(*arguments)
-    return AttentionOutput(out, lse)
-
-
-def _recorded_choice(
-    name: str,
-    device_type: str,
-    device_index: int | None,
-    dtype: str,
-    num_heads: int,
-    head_dim: int,
-    num_kv_heads: int,
-    has_dropout: bool,
-    has_key_padding_mask: bool,
-) -> tuple[str, int]:
-    """The chosen backend, for the text of the options: backward runs the backend of forward."""
-    inputs = AttentionInputs(
-        torch.device(device_type if device_index is None else f"{device_type}:{device_index}"),
-        getattr(torch, dtype),
-        num_heads,
-        head_dim,
-        dropout_p=0.5 if has_dropout else 0.0,
-        num_kv_heads=num_kv_heads,
-        has_key_padding_mask=has_key_padding_mask,
-        is_rectangular=True,
-    )
-    return record_choice(choose_backend(name, inputs))
-
-
-# Makes the choice a constant of a compiled graph. `torch.compiler.assume_constant_result` sets the
-# same mark, but first imports the compiler and Triton, which takes seconds.
-_recorded_choice._dynamo_marked_constant = True  # pyright: ignore
 
 
 @lru_cache(maxsize=1024)
@@ -149,21 +105,6 @@ def _forward_operator(
         return forward(_call_of(*options), q, k, v, options[-1])
 
 
-block_sparse_forward = torch.library.custom_op(
-    "dilated_sparse::forward",
-    _forward_operator,
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-
-
-@block_sparse_forward.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-
-
 def _backward_operator(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -178,73 +119,13 @@ def _backward_operator(
         return backward(_call_of(*options), dout, dlse, q, k, v, out, lse, options[-1])
 
 
-block_sparse_backward = torch.library.custom_op(
-    "dilated_sparse::backward",
-    _backward_operator,
-    mutates_args=(),
-    schema=(
-        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-    ),
+BLOCK_SPARSE = AttentionOperator(
+    "dilated_sparse::block_sparse",
+    # Every argument of an operator costs microseconds at each call. Options that are neither
+    # tensors nor symbolic numbers of a compiler are therefore joined into one string.
+    "Tensor? row_offsets, Tensor? block_indices, float scale, float dropout_p, str options, "
+    "Tensor? dropout_seed, Tensor? key_padding_mask, Tensor? cu_seqlens",
+    forward=_forward_operator,
+    backward=_backward_operator,
 )
-
-
-@block_sparse_backward.register_fake
-def _(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *rest: Any,
-) -> Gradients:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, offsets, indices, ctx.scale, ctx.dropout_p, ctx.options, *tensors = inputs
-    ctx.save_for_backward(q, k, v, *output, offsets, indices, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(
-    ctx: Any,
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    differentiate: Callable[..., Gradients],
-) -> tuple[Any, ...]:
-    nothing = (None,) * 8
-    if dout is None and dlse is None:
-        return (None, None, None, *nothing)
-    q, k, v, out, lse, offsets, indices, *tensors = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    options = (offsets, indices, ctx.scale, ctx.dropout_p, ctx.options, *tensors)
-    return (*differentiate(dout, dlse, q, k, v, out, lse, *options), *nothing)
-
-
-def _differentiate_operator(
-    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-) -> tuple[Any, ...]:
-    return _differentiate(ctx, dout, dlse, block_sparse_backward)
-
-
-block_sparse_forward.register_autograd(_differentiate_operator, setup_context=_setup_context)
-
-
-class _PlainAttention(torch.autograd.Function):
-    """The same without the dispatcher, where no compiler, mode or subclass must see it."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward_operator(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-    ) -> tuple[Any, ...]:
-        return _differentiate(ctx, dout, dlse, _backward_operator)
+"""Block-sparse attention as operators."""

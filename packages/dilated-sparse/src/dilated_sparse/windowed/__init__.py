@@ -1,0 +1,1 @@
+"""Dilated branches and a sliding window of near keys in one softmax."""

@@ -17,9 +17,12 @@ MODULES = sorted(
 def test_the_public_names() -> None:
     assert dilated_models.__all__ == [
         "ContextParallel",
+        "DilatedTransformerEncoderLayer",
         "GenerationCache",
         "LongNetConfig",
+        "LongNetEncoder",
         "LongNetLM",
+        "LongNetSlideEncoder",
         "evaluate",
         "generate",
         "generate_batch",

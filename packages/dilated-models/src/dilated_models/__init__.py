@@ -1,11 +1,15 @@
-"""LongNet language models on exact dilated attention.
+"""LongNet models on exact dilated attention: language models, and encoders of slides.
 
 `LongNetConfig` describes a model and `LongNetLM` is the model. The `dilated` command (extra `cli`)
 trains models, scores texts and generates; `load_model`, `evaluate` and `generate` do the same from
 Python. `GenerationCache` lets a model continue texts of any length in bounded memory.
 
-Inside: `config`; above it `text` (bytes and tokens) and `layers` (the parts of a block); above them
-`longnet` (the model and its files), then `training`, then `cli`. Each stands on those below it.
+`LongNetEncoder` maps embeddings to contextual ones, and `LongNetSlideEncoder` the tiles of a slide
+to one embedding. `dilated_models.checkpoints` loads published weights.
+
+Inside: `config`; above it `text` (bytes and tokens), `layers` (the parts of a block) and `encoder`
+(a stack of layers); above them `longnet` (the language model and its files) and `slide` (the slide
+encoder), then `checkpoints`, then `training`, then `cli`. Each stands on those below it.
 """
 
 from importlib import import_module as _import_module
@@ -14,20 +18,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dilated_models.config import LongNetConfig
+    from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
+    from dilated_models.encoder.stack import LongNetEncoder
     from dilated_models.layers.context_parallel import ContextParallel
     from dilated_models.longnet.generation import generate, generate_batch
     from dilated_models.longnet.generation_cache import GenerationCache
     from dilated_models.longnet.language_model import LongNetLM
     from dilated_models.longnet.saving import load_model
+    from dilated_models.slide.encoder import LongNetSlideEncoder
     from dilated_models.training.evaluation import evaluate
 
 __version__ = _version("dilated-models")
 
 __all__ = [
     "ContextParallel",
+    "DilatedTransformerEncoderLayer",
     "GenerationCache",
     "LongNetConfig",
+    "LongNetEncoder",
     "LongNetLM",
+    "LongNetSlideEncoder",
     "evaluate",
     "generate",
     "generate_batch",
@@ -37,9 +47,12 @@ __all__ = [
 # Loaded on first use: `dilated --help` does not wait for torch.
 _MODULES = {
     "ContextParallel": "dilated_models.layers.context_parallel",
+    "DilatedTransformerEncoderLayer": "dilated_models.encoder.layer",
     "GenerationCache": "dilated_models.longnet.generation_cache",
     "LongNetConfig": "dilated_models.config",
+    "LongNetEncoder": "dilated_models.encoder.stack",
     "LongNetLM": "dilated_models.longnet.language_model",
+    "LongNetSlideEncoder": "dilated_models.slide.encoder",
     "evaluate": "dilated_models.training.evaluation",
     "generate": "dilated_models.longnet.generation",
     "generate_batch": "dilated_models.longnet.generation",

@@ -37,6 +37,11 @@ ELSEWHERE = {
 }
 
 
+def magneto_gain(num_layers: int) -> float:
+    """√(log 2L), the gain of a stack of L blocks (arXiv 2210.06423, table 2)."""
+    return math.sqrt(math.log(2 * num_layers))
+
+
 @answers_names(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongNetConfig:
@@ -165,9 +170,14 @@ class LongNetConfig:
         return self.attention.pattern
 
     @property
+    def activation_dropout(self) -> float:
+        """Dropout behind the activation of a feed-forward: `dropout`."""
+        return self.dropout
+
+    @property
     def gamma_init(self) -> float:
         """MAGNETO's gain for a stack of L blocks: √(log 2L) (arXiv 2210.06423, table 2)."""
-        return math.sqrt(math.log(2 * self.num_decoder_layers))
+        return magneto_gain(self.num_decoder_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
-from dilated_models.config import LongNetConfig
+from dilated_models.config import Activation
+
+
+class FeedForwardOptions(Protocol):
+    """What a `FeedForward` reads of the config of a model."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of inputs and outputs."""
+        ...
+
+    @property
+    def dim_feedforward(self) -> int:
+        """Width in between."""
+        ...
+
+    @property
+    def activation(self) -> Activation:
+        """The activation's name."""
+        ...
+
+    @property
+    def activation_dropout(self) -> float:
+        """Probability of dropping a value behind the activation."""
+        ...
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Of the LayerNorm."""
+        ...
+
+    @property
+    def gamma_init(self) -> float:
+        """Gain of the initial weights."""
+        ...
 
 
 class FeedForward(nn.Module):
@@ -22,7 +58,7 @@ class FeedForward(nn.Module):
 
     def __init__(
         self,
-        config: LongNetConfig,
+        config: FeedForwardOptions,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -32,7 +68,7 @@ class FeedForward(nn.Module):
         inner, eps = config.dim_feedforward, config.layer_norm_eps
         self.fc1 = nn.Linear(config.d_model, inner, device=device, dtype=dtype)
         self.layer_norm = nn.LayerNorm(inner, eps=eps, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.activation_dropout)
         self.fc2 = nn.Linear(inner, config.d_model, device=device, dtype=dtype)
         self.reset_parameters()
 

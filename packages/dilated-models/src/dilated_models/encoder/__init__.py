@@ -1,0 +1,1 @@
+"""The encoder of a LongNet: its layer, and a stack of them."""

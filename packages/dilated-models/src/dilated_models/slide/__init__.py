@@ -1,0 +1,1 @@
+"""The slide encoder: tile embeddings with coordinates in, one embedding of the slide out."""

@@ -47,7 +47,8 @@ def attend(
         q: `(B, S, H, D)`; `(1, T, H, D)` if packed.
         k, v: The same with H_kv heads.
         settings: Everything that is no tensor.
-        dropout_seed: int64 scalar on the CPU; None without dropout.
+        dropout_seed: int64 on the CPU, a scalar, or `(2,)`: the seed and the number of the first
+            position, where the tensors are part of a longer sequence; None without dropout.
         key_padding_mask: `(B, S)` bool or None.
         cu_seqlens: `(N + 1,)` if packed, or None.
     """

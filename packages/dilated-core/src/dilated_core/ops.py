@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -57,11 +57,12 @@ def make_call(
     q: torch.Tensor,
     k: torch.Tensor,
     settings: Settings,
-    dropout_seed: torch.Tensor | int | None,
+    dropout_seed: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Call:
-    """The settings with the backend chosen."""
+    """The settings with the backend chosen; the tensors are as for `dispatch.attend`."""
+    seed, dropout_start = (0, 0) if dropout_seed is None else _read_dropout_seed(dropout_seed)
     inputs = AttentionInputs(
         q.device,
         q.dtype,
@@ -79,7 +80,7 @@ def make_call(
         settings.is_causal,
         settings.scale,
         settings.dropout_p,
-        0 if dropout_seed is None else int(dropout_seed),
+        seed,
         key_padding_mask,
     )
     return Call(
@@ -88,7 +89,14 @@ def make_call(
         inputs,
         options,
         settings.head_range or (0, q.shape[2]),
+        dropout_start=dropout_start,
     )
+
+
+def _read_dropout_seed(dropout_seed: torch.Tensor) -> tuple[int, int]:
+    """The seed, and the number of the first position."""
+    seed, *start = cast("list[int]", dropout_seed.reshape(-1).tolist())  # pyright: ignore
+    return seed, start[0] if start else 0
 
 
 def encode_options(
@@ -118,7 +126,7 @@ def encode_call(call: Call) -> tuple[float, float, str, torch.Tensor]:
         max_workspace_bytes=call.inputs.max_workspace_bytes,
         head_range=call.head_range,
     )
-    seed = torch.tensor(call.options.dropout_seed, device="cpu")
+    seed = torch.tensor([call.options.dropout_seed, call.dropout_start], device="cpu")
     return call.options.scale, call.options.dropout_p, text, seed
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from dilated_core.backends.cache_layout import CacheLayout
+from dilated_core.dropout import DropoutRows
 from dilated_core.merge import AttentionOutput, accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern
 
@@ -61,7 +62,11 @@ class AttentionOptions(NamedTuple):
         scale: Factor of the scores; finite, of any sign.
         dropout_p: Each probability is dropped with this probability, and the others are divided by
             1 − `dropout_p`. A backend without dropout refuses it in `why_not`.
-        dropout_seed: Which probabilities are dropped is a function of this number.
+        dropout_seed: Which probabilities are dropped follows from this number and the rows: the
+            same in forward and backward.
+        dropout_rows: For `forward` and `backward`, the numbers of the rows of q and of k by which
+            `dilated_core.dropout` decides instead; None: rows are numbered as they lie. A backend
+            that does not use them refuses dropout where inputs are rectangular.
         key_padding_mask: bool, True for keys to leave out, or None: `(B, N, H_kv)` for `forward`
             and `backward`, `(B, S)` for a whole pattern. A query left without keys has out 0 and
             lse −∞.
@@ -72,6 +77,7 @@ class AttentionOptions(NamedTuple):
     dropout_p: float = 0.0
     dropout_seed: int = 0
     key_padding_mask: torch.Tensor | None = None
+    dropout_rows: DropoutRows | None = None
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -16,6 +16,7 @@ from dilated_core.backends.contract import (
     Gradients,
 )
 from dilated_core.backends.eager_decoding import append_tokens, attend_newest
+from dilated_core.dropout import DropoutRows, dropped, dropped_bytes, key_numbers, query_numbers
 from dilated_core.merge import AttentionOutput, accumulation_dtype
 
 # Scores held at once. 2^24 float32 are 64 MiB: large enough for full-speed products, small beside
@@ -50,11 +51,17 @@ class EagerBackend:
         itemsize = accumulation_dtype(inputs.dtype).itemsize
         tile = _rows_per_tile(num_problems * H, num_queries, num_keys, D)
         tile_scores = num_problems * H * tile * num_keys
+        dropout = 0
+        if inputs.dropout_p:
+            tile_rows = num_problems * H * tile
+            dropout = dropped_bytes(tile_scores, tile_rows) + 4 * (rows + kv_rows)
         # q, k and v in the dtype to accumulate in; out in that dtype and a tile of it; three
-        # numbers per row; scores, their dropout mask, and a causal mask.
-        return itemsize * (
-            3 * rows * D + 2 * kv_rows * D + 3 * rows + (2 if inputs.dropout_p else 1) * tile_scores
-        ) + 2 * tile * (num_keys + num_problems * H)
+        # numbers per row; scores, what of them is dropped, and a causal mask.
+        return (
+            itemsize * (3 * rows * D + 2 * kv_rows * D + 3 * rows + tile_scores)
+            + dropout
+            + 2 * tile * (num_keys + num_problems * H)
+        )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
@@ -66,7 +73,7 @@ class EagerBackend:
         q_BKGMD, out_BKGMD = _grouped(q, G), _grouped(out, G)
         k_BKND, v_BKND = _contiguous(k), _contiguous(v)
         lse_BKGM = _grouped(lse.unsqueeze(-1), G).squeeze(-1)
-        generator = _generator(q.device, options.dropout_seed)
+        numbers = _dropout_numbers(q, k, options)
         for rows in _row_tiles(q_BKGMD, k.shape[1]):
             p = _scores(q_BKGMD, k_BKND, rows, options)
             # A row without any key has the maximum −inf, and −inf − −inf is NaN.
@@ -74,8 +81,9 @@ class EagerBackend:
             largest.masked_fill_(largest == -torch.inf, 0)
             total = p.sub_(largest).exp_().sum(-1, keepdim=True)
             lse_BKGM[..., rows] = (total.log() + largest).squeeze(-1)
-            if options.dropout_p:
-                p.mul_(_dropout_mask(p, options.dropout_p, generator))
+            if numbers is not None:
+                p.masked_fill_(_dropped(numbers, rows, p.shape[-1], options), 0)
+                total.mul_(1 - options.dropout_p)
             tile = _matmul(p, v_BKND[..., : p.shape[-1], :])
             # Normalised after the product: p itself rounds less than p divided by its sum.
             out_BKGMD[..., rows, :] = tile.div_(total.masked_fill_(total == 0, 1))
@@ -104,18 +112,17 @@ class EagerBackend:
         delta_BKGM1, lse_BKGM1 = _grouped(delta.unsqueeze(-1), G), _grouped(lse.unsqueeze(-1), G)
         dq = torch.empty_like(q_BKGMD)
         dk, dv = torch.zeros_like(k_BKND), torch.zeros_like(v_BKND)
-        generator = _generator(q.device, options.dropout_seed)
+        numbers = _dropout_numbers(q, k, options)
         for rows in _row_tiles(q_BKGMD, k.shape[1]):
             s = _scores(q_BKGMD, k_BKND, rows, options)
             keys = slice(s.shape[-1])
             p = s.sub_(lse_BKGM1[..., rows, :]).exp_()
             ds = _matmul(dout_BKGMD[..., rows, :], v_BKND[..., keys, :].mT)
             kept = p
-            if options.dropout_p:
-                # The tiles are those of forward, so the generator gives each its mask again.
-                mask = _dropout_mask(p, options.dropout_p, generator)
-                kept = p * mask
-                ds.mul_(mask)
+            if numbers is not None:
+                mask = _dropped(numbers, rows, s.shape[-1], options)
+                kept = p.div(1 - options.dropout_p).masked_fill_(mask, 0)
+                ds.div_(1 - options.dropout_p).masked_fill_(mask, 0)
             dv[..., keys, :] += _sum_over_group(kept, dout_BKGMD[..., rows, :])
             ds.sub_(delta_BKGM1[..., rows, :]).mul_(p).mul_(options.scale)
             dq[..., rows, :] = _matmul(ds, k_BKND[..., keys, :])
@@ -174,14 +181,27 @@ def _sum_over_group(a_BKGMN: torch.Tensor, b_BKGMD: torch.Tensor) -> torch.Tenso
     return a_BKGMN.flatten(2, 3).mT @ b_BKGMD.flatten(2, 3)
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+def _dropout_numbers(
+    q: torch.Tensor, k: torch.Tensor, options: AttentionOptions
+) -> DropoutRows | None:
+    """The numbers of queries `(B, K, G, M)` and keys `(B, K, 1, N)`; None without dropout."""
+    if not options.dropout_p:
+        return None
+    (B, M, H, _), (N, K) = q.shape, k.shape[1:3]
+    if (rows := options.dropout_rows) is None:
+        seed = options.dropout_seed
+        # Heads are numbered as if they were rows of the batch.
+        queries = query_numbers(seed, B * H, 0, M, q.device).view(B, H, M).transpose(1, 2)
+        rows = DropoutRows(queries, key_numbers(seed, B * K, 0, N, k.device).view(B, K, N).mT)
+    queries = rows.queries.view(B, M, K, H // K).permute(0, 2, 3, 1)
+    return DropoutRows(queries, rows.keys.transpose(1, 2).unsqueeze(2))
 
 
-def _dropout_mask(p: torch.Tensor, dropout_p: float, generator: torch.Generator) -> torch.Tensor:
-    """Factors of probabilities: 0 with probability `dropout_p`, else 1/(1 − `dropout_p`)."""
-    keep = torch.empty_like(p).bernoulli_(1 - dropout_p, generator=generator)
-    return keep.div_(1 - dropout_p)
+def _dropped(
+    numbers: DropoutRows, rows: slice, num_keys: int, options: AttentionOptions
+) -> torch.Tensor:
+    queries, keys = numbers.queries[..., rows], numbers.keys[..., :num_keys]
+    return dropped(queries, keys, options.dropout_p)
 
 
 def _rows_per_tile(num_heads: int, num_queries: int, num_keys: int, head_dim: int) -> int:

@@ -19,6 +19,7 @@ from dilated_core.backends.contract import (
     check_gradients,
     check_output,
 )
+from dilated_core.dropout import DropoutRows, branch_number
 from dilated_core.merge import (
     AttentionOutput,
     accumulation_dtype,
@@ -50,8 +51,8 @@ def attend_(
         q: `(B, M, H, D)`, the positions of the span of queries.
         k, v: `(B, N, H_kv, D)`, the positions of the span of keys.
         options: `key_padding_mask` is `(B, N)`, or `(B, N, H_kv)` if k and v do not hold the same
-            positions for every head. Problem number i has the dropout seed
-            `dropout_seed + i`. `is_causal` is ignored, since each problem has its own.
+            positions for every head; `dropout_rows` likewise. Problem number i has the dropout
+            seed `dropout_seed + i`. `is_causal` is ignored, since each problem has its own.
         backend: As `choose_backend` returns it for these inputs.
     """
     attend(problems, q, k, v, options, backend=backend, into=into)
@@ -284,16 +285,33 @@ def _options(options: AttentionOptions, problem: Problem, index: int) -> Attenti
     """The options of a call of the backend; each problem drops by a seed of its own."""
     keys, mask = problem.keys, options.key_padding_mask
     if mask is not None:
-        mask = mask.contiguous()
-        if mask.dim() == 2:
-            # Every head has the same mask, hence stride 0; their offsets are in the view.
-            num_heads = keys.first_head + (keys.num_heads - 1) * keys.head_step + 1
-            mask = mask.as_strided((*mask.shape, num_heads), (*mask.stride(), 0))
-        mask = keys.view(mask)
+        mask = keys.view(_over_heads(mask, keys))
     return AttentionOptions(
         problem.is_causal,
         options.scale,
         options.dropout_p,
         options.dropout_seed + index,
         mask,
+        _dropout_rows(options, problem),
     )
+
+
+def _dropout_rows(options: AttentionOptions, problem: Problem) -> DropoutRows | None:
+    if not options.dropout_p or (rows := options.dropout_rows) is None:
+        return None
+    queries, keys = problem.queries, problem.keys
+    numbers = queries.view(_over_heads(rows.queries, queries)) + branch_number(problem.branch)
+    if rows.heads is not None:
+        last = queries.first_head + (queries.num_heads - 1) * queries.head_step + 1
+        numbers += rows.heads[queries.first_head : last : queries.head_step]
+    return DropoutRows(numbers, keys.view(_over_heads(rows.keys, keys)))
+
+
+def _over_heads(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """`(B, L)` as `(B, L, H)` for the heads of `rows`; `(B, L, H)` as it is."""
+    x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    # Every head has the same numbers, hence stride 0; their offsets are in the view.
+    num_heads = rows.first_head + (rows.num_heads - 1) * rows.head_step + 1
+    return x.as_strided((*x.shape, num_heads), (*x.stride(), 0))

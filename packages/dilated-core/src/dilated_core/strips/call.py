@@ -20,6 +20,7 @@ from dilated_core.backends.contract import (
     check_output,
     has_capability,
 )
+from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
 from dilated_core.inputs import read_document_bounds
 from dilated_core.merge import AttentionOutput, accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern, clip_pattern
@@ -41,6 +42,8 @@ class Call(NamedTuple):
         head_range: (first, total) as for `plan_problems`.
         span: The positions that the tensors hold, of a sequence of `inputs.seq_len`. Every branch
             begins a segment at `span.start` and ends one at `span.stop`. None: all positions.
+        dropout_start: By which dropout counts the first position: not 0 where the tensors are part
+            of a longer sequence.
     """
 
     backend: AttentionBackend
@@ -49,6 +52,7 @@ class Call(NamedTuple):
     options: AttentionOptions
     head_range: tuple[int, int]
     span: Span | None = None
+    dropout_start: int = 0
 
     def masked(self, key_padding_mask: torch.Tensor | None) -> Call:
         """The call with this mask instead of its own."""
@@ -165,7 +169,7 @@ def _forward_over_strips(
             partial = attend(
                 piece.problems,
                 *(piece.rows(q_), piece.kv_rows(k_), piece.kv_rows(v_)),
-                _options_of(call, piece, index),
+                _options_of(call, sequences, piece, index),
                 backend=call.backend,
             )
             piece.rows(out_).copy_(partial.out)
@@ -191,7 +195,7 @@ def _backward_over_strips(
     """Gradients of q, k and v.
 
     The plan depends only on the strides of q, k and v, so it is the plan of forward. With another
-    plan, problems would get other dropout seeds than in forward.
+    plan, problems would get other dropout seeds than in forward, by which some backends drop.
     """
     call, q, k, v = _prepared(call, q, k, v)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
@@ -218,7 +222,7 @@ def _backward_over_strips(
                 piece.problems,
                 *(piece.rows(dout_), piece.rows(q_), piece.kv_rows(k_), piece.kv_rows(v_)),
                 *(piece.rows(out_), piece.rows(lse_)),
-                _options_of(call, piece, index),
+                _options_of(call, sequences, piece, index),
                 backend=backend,
                 dlse=None if dlse_ is None else piece.rows(dlse_),
             )
@@ -243,7 +247,7 @@ def _check_workspace(
     limit = call.inputs.max_workspace_bytes
     if limit is None:
         return
-    needed = _copied_bytes(q, k, v) + _smallest(call, bounds)
+    needed = _prepared_bytes(call, q, k, v) + _smallest(call, bounds)
     if limit < needed:
         raise ValueError(f"max_workspace_bytes is {limit}; these inputs need at least {needed}.")
 
@@ -251,25 +255,47 @@ def _check_workspace(
 def _prepared(
     call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[Call, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Viewable tensors, and the call with its workspace limit less the bytes of their copies."""
+    """Viewable tensors, and the call with the numbers by which it drops.
+
+    Its workspace limit is less by the bytes of both.
+    """
     inputs = call.inputs
     if inputs.max_workspace_bytes is not None:
-        left = inputs.max_workspace_bytes - _copied_bytes(q, k, v)
+        left = inputs.max_workspace_bytes - _prepared_bytes(call, q, k, v)
         call = call._replace(inputs=inputs._replace(max_workspace_bytes=left))
+    if call.options.dropout_p:
+        seed, where = call.options.dropout_seed, (q.shape[0], call.dropout_start, q.shape[1])
+        rows = DropoutRows(
+            query_numbers(seed, *where, q.device),
+            key_numbers(seed, *where, q.device),
+            head_numbers(seed, call.head_range[0], q.shape[2], q.device),
+        )
+        call = call._replace(options=call.options._replace(dropout_rows=rows))
     return call, viewable(q), viewable(k), viewable(v)
 
 
-def _copied_bytes(*tensors: torch.Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors if not is_viewable(x))
+def _prepared_bytes(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+    copies = sum(x.numel() * x.element_size() for x in (q, k, v) if not is_viewable(x))
+    # Numbers of queries and keys: three of int64 while they are computed, then one of int32.
+    numbers = 28 * q.shape[0] * q.shape[1] if call.options.dropout_p else 0
+    return copies + numbers
 
 
-def _options_of(call: Call, piece: Piece, index: int) -> AttentionOptions:
+def _options_of(call: Call, sequences: Sequences, piece: Piece, index: int) -> AttentionOptions:
     """The options of a piece whose first problem has the number `index` of the call."""
     options = call.options
-    mask = options.key_padding_mask
+    mask, rows = options.key_padding_mask, options.dropout_rows
     if mask is not None and not piece.is_whole:
         mask = mask[piece.batches, piece.positions]
-    return options._replace(dropout_seed=options.dropout_seed + index, key_padding_mask=mask)
+    if rows is not None:
+        queries, keys = (
+            sequences.take(x)[piece.batches, piece.positions] for x in (rows.queries, rows.keys)
+        )
+        assert rows.heads is not None
+        rows = DropoutRows(queries, keys, rows.heads[piece.heads])
+    return options._replace(
+        dropout_seed=options.dropout_seed + index, key_padding_mask=mask, dropout_rows=rows
+    )
 
 
 def _plan(call: Call, *tensors: torch.Tensor) -> tuple[Piece, ...]:

@@ -43,6 +43,7 @@ class Problem:
         is_causal: Query row i sees key rows j ≤ i, of equally many; otherwise all.
         zero_keys: Zero keys that `padding="attended"` adds to each query.
         is_first: No problem earlier in the plan has these queries.
+        branch: Number of the branch in the pattern.
     """
 
     queries: Rows
@@ -50,6 +51,7 @@ class Problem:
     is_causal: bool
     zero_keys: int
     is_first: bool
+    branch: int = 0
 
     def split(self, step: int) -> list[Problem]:
         """Cut it into problems of at most `step` segments and batch rows together."""
@@ -115,8 +117,8 @@ def plan_problems(
     first, total = head_range or (0, num_heads)
     group = num_heads // (num_kv_heads or num_heads)
     problems: list[Problem] = []
-    by_rate = sorted(pattern.branches, key=lambda branch: branch.dilation_rate)
-    for i, (w, r) in enumerate(by_rate):
+    by_rate = sorted(enumerate(pattern.branches), key=lambda item: item[1].dilation_rate)
+    for i, (branch, (w, r)) in enumerate(by_rate):
         w = min(w, seq_len)
         offsets = [head_offset(first + h, r, total, pattern.head_offsets) for h in range(num_heads)]
         head_step = 1 if pattern.head_offsets == "interleaved" else -(-total // r)
@@ -145,6 +147,7 @@ def plan_problems(
                             is_causal=part.is_causal,
                             zero_keys=part.zero_keys,
                             is_first=i == 0 and part.is_first,
+                            branch=branch,
                         )
                         for batches, segments in batching
                     )  # fmt: skip

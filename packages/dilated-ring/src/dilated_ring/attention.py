@@ -23,6 +23,7 @@ from dilated_ring.execution.call import (
     choose_way,
     run_call,
     run_on_two_levels,
+    share_dropout_seed,
 )
 from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.layout import Layout, num_positions, spans_of_ranks
@@ -90,8 +91,8 @@ def ring_dilated_attention(
             rank sends its rows to all that need them at once. `"all_to_all"`: each rank gets all
             positions of some heads. `"auto"`: the exchange that sends the fewest bytes; few rows
             go to all ranks that need them at once, many from rank to rank.
-        scale, dropout_p: As for `dilated_attention`. Each rank draws the dropped probabilities of
-            its own queries.
+        scale, dropout_p: As for `dilated_attention`. What is dropped follows from the seed that
+            rank 0 draws and from the positions in the whole sequence, as on one device.
         key_padding_mask: `(B, L)` bool, True for local keys that no query sees.
         cu_seqlens: `(N + 1,)`, the bounds of the documents of the *whole* sequence, the same on all
             ranks. Only documents that cross a border are exchanged.
@@ -171,6 +172,7 @@ def ring_dilated_attention_with_lse(
     masks = None if key_padding_mask is None else [key_padding_mask]
     # Errors that all ranks raise alike were raised above; from here on, errors are this rank's.
     with reporting_failures(transport, ranks.rank):
+        call = share_dropout_seed(call, (transport, ranks.rank))
         (result,) = _run(call, way, transport, [q], [k], [v], masks)
     return result
 
@@ -277,6 +279,7 @@ def _on_two_levels(
     if cu_seqlens is not None:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     with reporting_failures(far, across.rank), reporting_failures(near, inside.rank):
+        outer = share_dropout_seed(outer, (near, inside.rank), (far, across.rank))
         result = run_on_two_levels(call, outer, way, near, far, q, k, v, mask)
     return result if cu_seqlens is None else AttentionOutput(result.out[0], result.lse[0])
 

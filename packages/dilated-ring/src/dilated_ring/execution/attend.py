@@ -7,7 +7,6 @@ next.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,11 +19,13 @@ from dilated_core import (
     AttentionOutput,
     Gradients,
     Problem,
+    Span,
     attend_,
     differentiate_,
     empty_partial,
     plan_problems,
 )
+from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
 
 from dilated_ring.execution.parcels import (
     KeysAndValues,
@@ -40,7 +41,7 @@ from dilated_ring.execution.parcels import (
 from dilated_ring.plan.exchange import Exchange, Move
 from dilated_ring.plan.parcels import parcel_problems
 from dilated_ring.plan.parts import in_parts
-from dilated_ring.plan.sequences import Piece
+from dilated_ring.plan.sequences import CutSequence, Piece
 from dilated_ring.plan.tiles import cut_into_tiles, in_order, may_meet
 from dilated_ring.transport.contract import Pending, Transport
 
@@ -172,7 +173,7 @@ def _local_tasks(
 ) -> Iterable[_Task]:
     """Queries of this rank with the keys of this rank."""
     exchange = work.exchange
-    for number, sequence in enumerate(exchange.sequences):
+    for sequence in exchange.sequences:
         pieces = cut_into_tiles(sequence.pieces[rank], work.tile_size)
         for queries, keys in in_order(pieces, pieces, work.tile_size):
             if not may_meet(
@@ -198,11 +199,12 @@ def _local_tasks(
             if hidden is not None:
                 begin = sequence.start + keys.span.start
                 hidden = hidden[:, begin : begin + keys.span.length]
+            numbers = _key_numbers(work, sequence, keys.span, q)
             yield _Task(
                 in_parts(problems, q.shape[:3].numel()),
                 queries,
                 (q[:, queries.rows], k[:, keys.rows], v[:, keys.rows]),
-                _options(work, hidden, number, -1, queries.span.start, keys.span.start),
+                _options(work, sequence, queries, q, hidden, numbers),
                 key_rows=keys.rows,
             )
 
@@ -229,21 +231,46 @@ def _parcel_tasks(
                 H_kv = exchange.heads.num_kv_heads
                 hidden = hidden.unsqueeze(-1).expand(-1, -1, H_kv)
                 hidden = pack_rows(exchange, parcel, hidden, at=sequence.start)
-            where = (sequence_number, parcel.branch, queries.span.start, parcel.positions.start)
+            numbers = _key_numbers(work, sequence, parcel.positions, q)
+            if numbers is not None:
+                numbers = numbers.unsqueeze(-1).expand(-1, -1, exchange.heads.num_kv_heads)
+                numbers = pack_rows(exchange, parcel, numbers, at=-parcel.positions.start)
             yield _Task(
                 in_parts(problems, q.shape[:3].numel()), queries,
-                (q[:, queries.rows], *parcels[number]), _options(work, hidden, *where),
-                parcel=number,
+                (q[:, queries.rows], *parcels[number]),
+                _options(work, sequence, queries, q, hidden, numbers), parcel=number,
             )  # fmt: skip
 
 
-def _options(work: Work, hidden: torch.Tensor | None, *where: int) -> AttentionOptions:
-    """The options of a task. Its dropout depends on the positions, not on the order of steps."""
-    seed = work.options.dropout_seed
-    if work.options.dropout_p:
-        # Generators read the lower 32 bits of a seed.
-        seed = (seed + zlib.crc32(repr(where).encode())) % 2**62
-    return work.options._replace(dropout_seed=seed, key_padding_mask=hidden)
+def _key_numbers(
+    work: Work, sequence: CutSequence, positions: Span, q: torch.Tensor
+) -> torch.Tensor | None:
+    """The numbers `(B, N)` by which keys at these positions are dropped; None without dropout."""
+    if not work.options.dropout_p:
+        return None
+    first = sequence.start + positions.start
+    return key_numbers(work.options.dropout_seed, q.shape[0], first, positions.length, q.device)
+
+
+def _options(
+    work: Work,
+    sequence: CutSequence,
+    queries: Piece,
+    q: torch.Tensor,
+    hidden: torch.Tensor | None,
+    dropout_keys: torch.Tensor | None,
+) -> AttentionOptions:
+    """The options of a task. What it drops depends on the positions among those of all ranks."""
+    rows = None
+    if dropout_keys is not None:
+        seed, (first_head, _) = work.options.dropout_seed, work.exchange.heads.head_range
+        first = sequence.start + queries.span.start
+        rows = DropoutRows(
+            query_numbers(seed, q.shape[0], first, queries.span.length, q.device),
+            dropout_keys,
+            head_numbers(seed, first_head, q.shape[2], q.device),
+        )
+    return work.options._replace(key_padding_mask=hidden, dropout_rows=rows)
 
 
 def _differentiate(

@@ -15,6 +15,8 @@ from dilated_core import (
     choose_backend,
     dilated_attention_with_lse,
 )
+from dilated_core.dispatch import attend
+from dilated_core.ops import Settings
 
 from dilated_ring.execution.attend import Shards, Work
 from dilated_ring.execution.differentiable import attend_shards
@@ -28,11 +30,11 @@ from dilated_ring.transport.contract import Transport
 
 
 class Call(NamedTuple):
-    """The options of a call, the same on all ranks apart from `dropout_seed`.
+    """The options of a call, the same on all ranks.
 
     Attributes:
         pattern, is_causal, scale, dropout_p, backend: As for `dilated_attention`, scale a number.
-        dropout_seed: Of this process.
+        dropout_seed: Of rank 0.
         heads: The heads of the tensors.
         exchange: How keys and queries of different ranks meet.
         ranks: The spans of positions that each rank holds.
@@ -85,13 +87,22 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
     # A packed q has no batch, and as many positions as this rank holds.
     batch_size = 1 if is_packed else q.shape[0]
     aligned = is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed)
-    if not batch_size or (aligned and call.tile_size is None):
+    # A zigzag shard has positions that do not follow each other, by which dropout counts.
+    needs_positions = call.dropout_p > 0 and size > 1
+    if not batch_size or (aligned and call.tile_size is None and not needs_positions):
         return Way("alone")
     exchange = plan_call(call, size)
     sizes = Sizes(batch_size, q.shape[-1], q.dtype.itemsize)
     choice = choose_exchange(call.exchange, exchange, call.ranks, sizes)
     if choice.kind == "heads" and call.tile_size is None:
         return Way("heads")
+    return Way("rows", exchange, _choose_backend(call, q, heads, has_mask=has_mask))
+
+
+def _choose_backend(
+    call: Call, q: torch.Tensor, heads: Heads, *, has_mask: bool
+) -> AttentionBackend:
+    """The backend for rows of some ranks with keys of others."""
     inputs = AttentionInputs(
         q.device,
         q.dtype,
@@ -102,7 +113,22 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
         has_key_padding_mask=has_mask,
         is_rectangular=True,
     )
-    return Way("rows", exchange, choose_backend(call.backend, inputs))
+    return choose_backend(call.backend, inputs)
+
+
+def share_dropout_seed(call: Call, *ranks: tuple[Transport, int]) -> Call:
+    """The call with the seed of the first rank: the ranks of a group are seeded as users like.
+
+    Args:
+        call: The options of this rank.
+        ranks: A transport and the rank in it; with several, the first rank of the first ranks.
+    """
+    if not call.dropout_p:
+        return call
+    seed = torch.tensor(call.dropout_seed, device="cpu")
+    for transport, rank in ranks:
+        seed = transport.all_gather(rank, seed)[0]
+    return call._replace(dropout_seed=int(seed))
 
 
 def run_call(
@@ -203,10 +229,29 @@ def _attend(
     bounds: torch.Tensor | None,
     hidden: torch.Tensor | None = None,
     first_head: int = 0,
+    first_position: int = 0,
 ) -> AttentionOutput:
-    """Attention on one device, of tensors with a batch of 1 if packed."""
+    """Attention on one device, of tensors with a batch of 1 if packed.
+
+    `first_position`: Of the tensors, among the positions of all ranks.
+    """
     first, total = call.heads.head_range
     q, k, v = tensors
+    if call.dropout_p:
+        # A backend for rectangles drops by the numbers of rows, and others by rules of their own.
+        heads = Heads(q.shape[2], k.shape[2], (first + first_head, total))
+        backend = _choose_backend(call, q, heads, has_mask=hidden is not None)
+        settings = Settings(
+            call.pattern,
+            call.is_causal,
+            call.scale,
+            call.dropout_p,
+            heads.head_range,
+            None,
+            backend,
+        )
+        seed = torch.tensor([call.dropout_seed, first_position], device="cpu")
+        return AttentionOutput(*attend(q, k, v, settings, seed, hidden, bounds))
     if bounds is not None:
         q, k, v = q[0], k[0], v[0]
     result = dilated_attention_with_lse(
@@ -216,7 +261,6 @@ def _attend(
         call.pattern,
         is_causal=call.is_causal,
         scale=call.scale,
-        dropout_p=call.dropout_p,
         key_padding_mask=hidden,
         cu_seqlens=bounds,
         head_range=(first + first_head, total),
@@ -318,6 +362,7 @@ def _attend_locally(
 ) -> AttentionOutput:
     assert call.bounds is not None
     bounds = call.bounds[documents.bounds.start : documents.bounds.stop]
-    bounds = bounds - bounds[0]
+    first = int(bounds[0])
+    bounds = bounds - first
     rows = slice(documents.at, documents.at + int(bounds[-1]))
-    return _attend(call, (q[:, rows], k[:, rows], v[:, rows]), bounds)
+    return _attend(call, (q[:, rows], k[:, rows], v[:, rows]), bounds, first_position=first)

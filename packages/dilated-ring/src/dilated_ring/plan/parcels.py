@@ -164,7 +164,7 @@ def parcel_problems(
             pair_of[offset + i * keys.offset_step, keys.first_head + i * keys.head_step]
             for i in range(keys.num_heads)
         ]
-        problems.extend(_over_pairs(replace(problem, is_first=False), pairs))
+        problems.extend(_over_pairs(replace(problem, is_first=False, branch=branch), pairs))
     return tuple(problems)
 
 

@@ -39,8 +39,12 @@ def dense_attention(
     mask: torch.Tensor,
     *,
     scale: float | None = None,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out and lse in float64, differentiable, for mask `(H, S, S)` or `(B, H, S, S)`."""
+    """Out and lse in float64, differentiable, for mask `(H, S, S)` or `(B, H, S, S)`.
+
+    `factors`: Of the probabilities, `(B, H, S, S)`: those of dropout.
+    """
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bshd,bthd->bhst", q, k) * (
@@ -49,5 +53,6 @@ def dense_attention(
     scores = scores.masked_fill(~mask, -torch.inf)
     sees = mask.any(-1, keepdim=True)
     p = scores.masked_fill(~sees, 0).softmax(-1).masked_fill(~sees, 0)
+    p = p if factors is None else p * factors
     lse = scores.logsumexp(-1).transpose(1, 2)
     return torch.einsum("bhst,bthd->bshd", p, v), lse

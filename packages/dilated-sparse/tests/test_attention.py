@@ -6,6 +6,7 @@ import pytest
 import torch
 from dilated_core import DilatedPattern, dilated_attention, merge_partials
 from dilated_core.strips.view import is_viewable
+from dilated_core.testing.dropout import kept_pairs
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
 from dilated_sparse import (
     BlockPattern,
@@ -282,36 +283,42 @@ def test_backends_get_views_that_the_contract_allows(
         out.backward(torch.randn(46, 8, 4, B).permute(3, 0, 2, 1))
 
 
-def test_dropout_follows_the_seed_and_drops_as_much() -> None:
-    q, k, v = tensors = leaves((1, 64, 2, 8), (1, 64, 2, 8), (1, 64, 2, 8))
-    pattern = dilated_sparse(8, sparsity_ratio=0.5)
-
-    def drop(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return block_sparse_attention(q, k, v, pattern, 8, is_causal=True, dropout_p=0.3)
-
-    assert torch.equal(drop(1), drop(1))
-    assert not torch.equal(drop(1), drop(2))
-    ones = torch.ones_like(v)
-    torch.manual_seed(0)
-    kept = block_sparse_attention(q * 0, k, ones, pattern, 8, dropout_p=0.3)
-    assert abs(float(kept.detach().mean()) - 1) < 0.05
-    # Backward drops what forward dropped: out is linear in v.
-    out = drop(3)
-    (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
-    torch.testing.assert_close((dv * v).sum(), out.sum())
-    assert tensors[2] is v
+@pytest.mark.parametrize("name", PATTERNS)
+def test_positions_decide_what_is_dropped(name: str) -> None:
+    S, is_causal = 43, name != "coarse"
+    pattern = PATTERNS[name](11)
+    tensors = leaves((2, S, 4, 8), (2, S, 2, 8), (2, S, 2, 8))
+    mask = position_mask(pattern, S, 4, 4, is_causal=is_causal)
+    kept = kept_pairs(_drawn(5), (2, S, 4), dropout_p=0.4)
+    expected, _ = dense_attention(*tensors, mask, factors=kept.double() / 0.6)
+    torch.manual_seed(5)
+    out = block_sparse_attention(*tensors, pattern, 4, is_causal=is_causal, dropout_p=0.4)
+    assert relative_error(out, expected) < 1e-12
+    dout = torch.randn_like(out)
+    grads, want = (torch.autograd.grad(x, tensors, dout) for x in (out, expected))
+    for grad, exact in zip(grads, want, strict=True):
+        assert relative_error(grad, exact) < 1e-12
 
 
-def test_documents_drop_by_seeds_of_their_own() -> None:
-    q, k, v = (x.detach() for x in leaves((32, 2, 8), (32, 2, 8), (32, 2, 8)))
-    twice = [torch.cat([x, x]) for x in (q, k, v)]
-    bounds = torch.tensor([0, 32, 64])
-    pattern = dilated_sparse(4, sparsity_ratio=0.5)
-    out = block_sparse_attention(*twice, pattern, 8, cu_seqlens=bounds)
-    torch.testing.assert_close(out[:32], out[32:])
-    out = block_sparse_attention(*twice, pattern, 8, cu_seqlens=bounds, dropout_p=0.5)
-    assert not torch.allclose(out[:32], out[32:])
+def test_documents_drop_by_their_own_positions() -> None:
+    q, k, v = (x.detach() for x in leaves((45, 2, 8), (45, 2, 8), (45, 2, 8)))
+    pattern = local_window(4, window=1)
+    torch.manual_seed(5)
+    out = block_sparse_attention(
+        q, k, v, pattern, 8, cu_seqlens=torch.tensor([0, 32, 45]), dropout_p=0.5
+    )
+    for a, b in ((0, 32), (32, 45)):
+        kept = kept_pairs(_drawn(5), (1, b - a, 2), first=a, dropout_p=0.5)
+        mask = position_mask(local_window(-(-(b - a) // 8), window=1), b - a, 8, 2, is_causal=False)
+        part = (x[None, a:b] for x in (q, k, v))
+        expected, _ = dense_attention(*part, mask, factors=kept.double() / 0.5)
+        assert relative_error(out[a:b], expected[0]) < 1e-12
+
+
+def _drawn(seed: int) -> int:
+    """The seed of dropout that a call draws after `torch.manual_seed`."""
+    torch.manual_seed(seed)
+    return int(torch.randint(2**62, ()))
 
 
 def test_work_is_that_of_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ def branch_number(branch: int) -> int:
 
 def dropped(queries: torch.Tensor, keys: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Which probabilities are dropped: bool `(…, M, N)` from numbers `(…, M)` and `(…, N)`."""
-    shape = (*torch.broadcast_shapes(queries.shape[:-1], keys.shape[:-1]), queries.shape[-1])
-    result = torch.empty(*shape, keys.shape[-1], dtype=torch.bool, device=queries.device)
+    shape = torch.broadcast_shapes(queries.unsqueeze(-1).shape, keys.unsqueeze(-2).shape)
+    result = torch.empty(shape, dtype=torch.bool, device=queries.device)  # pyright: ignore
     if result.numel() == 0:
         return result
     # int32 has the range of the numbers shifted by half of it.

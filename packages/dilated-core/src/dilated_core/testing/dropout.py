@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dilated_core.pattern.branches import DilatedPattern
@@ -27,7 +29,7 @@ def attention_with_dropout(
     """
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu"))
-    B, S, H, D = q.shape
+    S, H, D = q.shape[1:]
     k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * D**-0.5
     branches = list(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True))
@@ -43,11 +45,8 @@ def attention_with_dropout(
     total = torch.where(total == 0, 1.0, total)
     kept = torch.zeros_like(scores)
     for number, count in enumerate(counts):
-        masks = [
-            [_kept_pairs(seed, number, b, h, first, S, dropout_p) for h in range(H)]
-            for b in range(B)
-        ]
-        kept = kept + count * torch.stack([torch.stack(rows) for rows in masks]).to(q.dtype)
+        mask = kept_pairs(seed, q.shape, first=first, branch=number, dropout_p=dropout_p)
+        kept = kept + count * mask.to(q.dtype)
     p = kept * weights / total.unsqueeze(-1) / (1 - dropout_p)
     return torch.einsum("bhij,bjhd->bihd", p, v)
 
@@ -59,18 +58,24 @@ def _zero_keys(w: int, r: int, count: torch.Tensor, seq_len: int) -> torch.Tenso
     return torch.where(sees > 0, full - sees, 0.0)
 
 
-def _kept_pairs(
-    seed: int, branch: int, b: int, h: int, first: int, seq_len: int, dropout_p: float
+def kept_pairs(
+    seed: int, shape: Sequence[int], *, dropout_p: float, first: int = 0, branch: int = 0
 ) -> torch.Tensor:
-    """Bool `(S, S)`: which pairs of queries and keys are kept."""
-    queries, keys = _base(seed + 1), _base(seed + 2)
-    heads = _hash(_hash(_base(seed + 3)) + h)
-    extra = (heads - 2**31) + _hash(branch)
-    q = [_hash(_hash(queries + b) + first + i) - 2**31 + extra for i in range(seq_len)]
-    k = [_hash(_hash(keys + b) + first + j) - 2**31 for j in range(seq_len)]
-    x = _hash_bits((torch.tensor(q)[:, None] + torch.tensor(k)) & _LOW)
-    # 0 stands for the smallest int32.
-    return ((x + 2**31) & _LOW) >= dropout_p * 2**32
+    """Which pairs of queries and keys are kept: `(B, H, S, S)` for tensors `(B, S, H, …)`."""
+    B, S, H = shape[:3]
+    queries, keys, heads = (_base(seed + i) for i in (1, 2, 3))
+    kept = torch.empty(B, H, S, S, dtype=torch.bool)
+    for b in range(B):
+        q, k = (
+            torch.tensor([_hash(_hash(base + b) + first + i) - 2**31 for i in range(S)])
+            for base in (queries, keys)
+        )
+        for h in range(H):
+            extra = _hash(_hash(heads) + h) - 2**31 + _hash(branch)
+            x = _hash_bits((q[:, None] + k + extra) & _LOW)
+            # 0 stands for the smallest int32.
+            kept[b, h] = ((x + 2**31) & _LOW) >= dropout_p * 2**32
+    return kept
 
 
 def _base(seed: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
+from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
 from dilated_core.merge import accumulation_dtype, empty_partial
 from dilated_core.strips.view import viewable
 from torch.nn.functional import pad
@@ -49,6 +50,16 @@ class Call(NamedTuple):
         ):
             yield part, (part.rows, part.span)
 
+    def numbered(self, q: torch.Tensor) -> Call:
+        """The call with the numbers `(B, S, H)` and `(B, S)` by which it drops, if it does."""
+        if not (options := self.options).dropout_p:
+            return self
+        seed, (B, S, H, _) = options.dropout_seed, q.shape
+        queries = query_numbers(seed, B, 0, S, q.device).unsqueeze(-1)
+        queries = queries + head_numbers(seed, 0, H, q.device)
+        rows = DropoutRows(queries, key_numbers(seed, B, 0, S, q.device))
+        return self._replace(options=options._replace(dropout_rows=rows))
+
 
 def forward(
     call: Call,
@@ -74,7 +85,7 @@ def forward(
     else:
         # No sequence has the padding.
         into = empty_partial(q.shape, dtype=q.dtype, device=q.device)
-    index = 0
+    call, index = call.numbered(q), 0
     for part, at in call.sequences(q, cu_seqlens):
         sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
         out, lse = into.out[at], into.lse[at]
@@ -118,7 +129,7 @@ def backward(
     # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (dout.to(wide) * out.to(wide)).sum(-1)
-    index = 0
+    call, index = call.numbered(q), 0
     for part, at in call.sequences(q, cu_seqlens):
         sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
         dq = q.new_empty(sequence.q.shape, dtype=wide)
@@ -228,6 +239,7 @@ class _Sequence:
         k, v: `(B, N·block_size, K, D)`, with 0 in padding and in masked rows.
         mask: `(B, N·block_size)` bool or None.
         buffers: Where keys and values of a task are gathered.
+        dropout: The numbers of queries `(B, S, H)` and of keys `(B, N·block_size)`, or None.
     """
 
     block_size: int
@@ -238,6 +250,7 @@ class _Sequence:
     v: torch.Tensor
     mask: torch.Tensor | None
     buffers: tuple[torch.Tensor, torch.Tensor]
+    dropout: DropoutRows | None
 
     def queries(self, task: Task) -> _Queries:
         return _Queries(task, self.block_size)
@@ -251,21 +264,24 @@ class _Sequence:
         return k, v
 
     def options(self, task: Task, index: int) -> AttentionOptions:
-        """The options of the call of task number `index`; each drops by a seed of its own.
-
-        Seeds are consecutive: PyTorch's generator for CPUs reads their lower 32 bits only.
-        """
-        options, mask = self.call_options, self.mask
-        if mask is not None:
-            blocks = _split(mask, 1, (-1, self.block_size)).index_select(1, task.columns)
-            n = mask.shape[0] * task.rows.shape[0]
-            num_kv_heads = task.kv_heads.stop - task.kv_heads.start
-            mask = blocks.reshape(n, -1)[:, : task.num_keys, None].expand(-1, -1, num_kv_heads)
+        """The options of the call of task number `index`; what it drops depends on positions."""
+        options, dropout = self.call_options, self.dropout
+        if dropout is not None:
+            queries = self.queries(task)(dropout.queries)
+            dropout = DropoutRows(queries, self._of_keys(dropout.keys, task))
         return options._replace(
             is_causal=task.is_causal,
             dropout_seed=options.dropout_seed + index,
-            key_padding_mask=mask,
+            key_padding_mask=None if self.mask is None else self._of_keys(self.mask, task),
+            dropout_rows=dropout,
         )
+
+    def _of_keys(self, x: torch.Tensor, task: Task) -> torch.Tensor:
+        """What `(B, N·block_size)` has for the keys of a task: `(B·n, num_keys, kv_heads)`."""
+        blocks = _split(x, 1, (-1, self.block_size)).index_select(1, task.columns)
+        n = x.shape[0] * task.rows.shape[0]
+        num_kv_heads = task.kv_heads.stop - task.kv_heads.start
+        return blocks.reshape(n, -1)[:, : task.num_keys, None].expand(-1, -1, num_kv_heads)
 
     def add_to_keys(self, grad: torch.Tensor, task: Task, rows: torch.Tensor) -> None:
         """Add gradients of the rows of `keys` to `grad` `(B, N·block_size, K, D)`."""
@@ -319,4 +335,7 @@ def _sequence(
         (B * t.columns.shape[0] * (t.kv_heads.stop - t.kv_heads.start) for t in tasks), default=0
     )
     buffers = k.new_empty(largest * size * D), v.new_empty(largest * size * D)
-    return _Sequence(size, call.options, tasks, q, k, v, mask, buffers)
+    if (dropout := call.options.dropout_rows) is not None:
+        queries, keys = (x[part.rows, part.span] for x in (dropout.queries, dropout.keys))
+        dropout = DropoutRows(queries, pad(keys, (0, missing)))
+    return _Sequence(size, call.options, tasks, q, k, v, mask, buffers, dropout)

@@ -41,9 +41,10 @@ def run_processes(
         RuntimeError: If a rank raised, died or ran out of time, with the traceback of each.
     """
     context = get_context("forkserver")
-    # DistributedDataParallel and FSDP import torch._dynamo when they wrap a model: five seconds in
-    # each process, unless the fork server has it.
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+    # Each process imports what the fork server has not: this package takes most of a second, and
+    # torch._dynamo, which DistributedDataParallel and FSDP import, five seconds.
+    ours = [name for name in sys.modules if name.startswith("dilated_")]
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", *ours])
     with tempfile.TemporaryDirectory() as folder:
         target = (function.__code__.co_filename, function.__qualname__)
         processes = [

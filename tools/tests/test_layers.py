@@ -71,6 +71,8 @@ GOOD = {
     "dilated_models/layers/__init__.py": "import dilated_models.config",
     "dilated_models/longnet/__init__.py": "import dilated_models.layers, dilated_models.text",
     "dilated_models/slide/__init__.py": "import dilated_models.encoder",
+    "dilated_models/pathology/__init__.py": "import dilated_models.checkpoints",
+    "dilated_models/slide_encoder.py": "import dilated_models.checkpoints",
     "dilated_models/text/__init__.py": "",
     "dilated_models/training/__init__.py": "import dilated_models.longnet, dilated_models.text",
 }
@@ -136,6 +138,8 @@ def test_the_intended_imports_are_allowed(tmp_path: Path) -> None:
         ("dilated_models/encoder/__init__.py", "import dilated_models.slide"),
         ("dilated_models/slide/__init__.py", "import dilated_models.longnet"),
         ("dilated_models/slide/__init__.py", "import dilated_models.checkpoints"),
+        ("dilated_models/checkpoints/__init__.py", "import dilated_models.slide_encoder"),
+        ("dilated_models/pathology/__init__.py", "import dilated_models.drawing"),
         ("dilated_models/longnet/__init__.py", "import dilated_models.training"),
         ("dilated_models/training/__init__.py", "import dilated_models.cli"),
         ("dilated_models/training/__init__.py", "import dilated_models.drawing"),

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dilated_models.checkpoints.decoder import decoder_from_torchscale
     from dilated_models.checkpoints.files import Checkpoint, read_checkpoint
+    from dilated_models.checkpoints.longvit import longvit_from_torchscale
     from dilated_models.checkpoints.slide import (
         gigapath_state_dict,
         slide_encoder_from_gigapath,
     )
+    from dilated_models.checkpoints.slidechat import encoder_from_slidechat
 
 __all__ = [
     "Checkpoint",
     "decoder_from_torchscale",
+    "encoder_from_slidechat",
     "gigapath_state_dict",
+    "longvit_from_torchscale",
     "read_checkpoint",
     "slide_encoder_from_gigapath",
 ]
@@ -26,7 +30,9 @@ __all__ = [
 _MODULES = {
     "Checkpoint": "files",
     "decoder_from_torchscale": "decoder",
+    "encoder_from_slidechat": "slidechat",
     "gigapath_state_dict": "slide",
+    "longvit_from_torchscale": "longvit",
     "read_checkpoint": "files",
     "slide_encoder_from_gigapath": "slide",
 }

@@ -9,11 +9,6 @@ from torch import Tensor, nn
 PublishedName = Callable[[str], str]
 """Maps the name of a weight in this library to its published name."""
 
-# LayerNorms inside the halves of a layer.
-_ENCODER_RENAMES = (
-    (".self_attn.layer_norm.", ".self_attn.inner_attn_ln."),
-    (".ffn.layer_norm.", ".ffn.ffn_layernorm."),
-)
 # In this order: later pairs match parts of names that the pairs before have not replaced.
 _DECODER_RENAMES = (
     (".attention_norm.", ".self_attn_layer_norm."),
@@ -32,16 +27,6 @@ _DECODER_BEGINNINGS = {
 _SHOWN = 8
 
 
-def encoder_name(name: str) -> str:
-    """Torchscale's name of a weight of an encoder.
-
-    Example:
-        >>> encoder_name("layers.0.ffn.layer_norm.bias")
-        'layers.0.ffn.ffn_layernorm.bias'
-    """
-    return _replaced(name, _ENCODER_RENAMES)
-
-
 def decoder_name(name: str) -> str:
     """Torchscale's name of a weight of a `LongNetLM`.
 
@@ -50,11 +35,8 @@ def decoder_name(name: str) -> str:
         ('layers.0.self_attn.q_proj.weight', 'layer_norm.bias')
     """
     first, rest = name.split(".", 1)
-    return _replaced(f"{_DECODER_BEGINNINGS[first]}.{rest}", _DECODER_RENAMES)
-
-
-def _replaced(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    for ours, published in renames:
+    name = f"{_DECODER_BEGINNINGS[first]}.{rest}"
+    for ours, published in _DECODER_RENAMES:
         name = name.replace(ours, published)
     return name
 

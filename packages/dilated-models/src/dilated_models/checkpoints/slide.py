@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_models.checkpoints.files import Weights, read_checkpoint
+from dilated_models.checkpoints.files import Checkpoint, Weights, read_checkpoint
 from dilated_models.checkpoints.names import (
     count_layers,
-    encoder_name,
     load_strictly,
     without,
 )
+from dilated_models.encoder.names import published_name
 from dilated_models.slide.config import ARCHITECTURES, SlideEncoderConfig, config_of
 from dilated_models.slide.encoder import LongNetSlideEncoder
 
@@ -53,12 +53,22 @@ def slide_encoder_from_gigapath(
             misshapen.
     """
     checkpoint = read_checkpoint(weights, sha256=sha256)
-    found = without(checkpoint.weights, [_POSITIONS])
-    config = _config(found, config)
+    config = slide_config(checkpoint.weights, config)
     encoder = LongNetSlideEncoder(config, device=device, dtype=dtype or torch.float32)
-    load_strictly(encoder, found, encoder_name, owner=f"a slide encoder {_sizes(config)}")
-    encoder.weights_sha256 = checkpoint.sha256
+    load_slide_weights(encoder, checkpoint)
     return encoder.eval()
+
+
+def load_slide_weights(encoder: LongNetSlideEncoder, checkpoint: Checkpoint) -> None:
+    """Copy the weights of a file into a slide encoder, and keep the digest of the file.
+
+    Raises:
+        ValueError: If a weight is missing, extra or misshapen; nothing is copied then.
+    """
+    found = without(checkpoint.weights, [_POSITIONS])
+    owner = f"a slide encoder {_sizes(encoder.config)}"
+    load_strictly(encoder, found, published_name, owner=owner)
+    encoder.weights_sha256 = checkpoint.sha256
 
 
 def gigapath_state_dict(encoder: LongNetSlideEncoder) -> dict[str, Tensor]:
@@ -69,12 +79,18 @@ def gigapath_state_dict(encoder: LongNetSlideEncoder) -> dict[str, Tensor]:
         >>> "encoder.layers.0.self_attn.inner_attn_ln.weight" in gigapath_state_dict(encoder)
         True
     """
-    return {encoder_name(name): tensor for name, tensor in encoder.state_dict().items()}
+    return {published_name(name): tensor for name, tensor in encoder.state_dict().items()}
 
 
-def _config(
+def slide_config(
     weights: Mapping[str, Tensor], config: SlideEncoderConfig | Mapping[str, Any] | str | None
 ) -> SlideEncoderConfig:
+    """The config that a caller gives as in `slide_encoder_from_gigapath`, or that weights tell.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If weights do not tell it.
+    """
     if isinstance(config, SlideEncoderConfig):
         return config
     if isinstance(config, str):

@@ -17,13 +17,14 @@ from torch.utils.checkpoint import (
 
 from dilated_models.encoder.config import STACK_ELSEWHERE, EncoderArguments, EncoderConfig
 from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
+from dilated_models.encoder.names import accept_published_names
 
 
 class LongNetEncoder(nn.Module):
     """LongNet's encoder on embeddings (arXiv 2307.02486): MAGNETO layers and a LayerNorm.
 
     It adds no positions; callers add theirs to the embeddings. Weights are drawn as MAGNETO draws
-    them, with γ = √(log 2L) for L layers.
+    them, with γ = √(log 2L) for L layers. `load_state_dict` accepts torchscale's names too.
 
     Args:
         config: An `EncoderConfig`. Or, instead of it, its options by name.
@@ -62,6 +63,7 @@ class LongNetEncoder(nn.Module):
             if config.final_layer_norm
             else nn.Identity()
         )
+        self.register_load_state_dict_pre_hook(accept_published_names)
 
     @property
     def num_layers(self) -> int:

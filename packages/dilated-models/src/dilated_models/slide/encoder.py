@@ -140,6 +140,17 @@ class LongNetSlideEncoder(nn.Module):
         """
         known = ("tiles", "coords", "all_layers", "key_padding_mask")
         check_forward_names(self, unknown, known, self.config)
+        return self.embed(tiles, coords, all_layers=all_layers, key_padding_mask=key_padding_mask)
+
+    def embed(
+        self,
+        tiles: Tensor | Sequence[Tensor],
+        coords: Tensor | Sequence[Tensor],
+        *,
+        all_layers: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` returns, also where a subclass has another `forward`."""
         check_bool("all_layers", all_layers)
         batch = batch_of(tiles, coords, key_padding_mask, self.config.in_chans)
         pooled: list[Tensor] = []

@@ -115,7 +115,7 @@ class TritonBackend:
         cu_seqlens: torch.Tensor | None,
     ) -> AttentionOutput:
         """See `WholePatternBackend`."""
-        all_options = _attention().Options(*options, cu_seqlens)
+        all_options = _all_options(options, cu_seqlens)
         return _attention().dilated_forward(q, k, v, pattern, all_options, self._tuning(q))
 
     def dilated_backward(
@@ -133,7 +133,7 @@ class TritonBackend:
         cu_seqlens: torch.Tensor | None,
     ) -> Gradients:
         """See `WholePatternBackend`."""
-        all_options = _attention().Options(*options, cu_seqlens)
+        all_options = _all_options(options, cu_seqlens)
         return _attention().dilated_backward(
             dout, dlse, q, k, v, out, lse, pattern, all_options, self._tuning(q)
         )
@@ -189,6 +189,17 @@ class TritonBackend:
 
     def _tuning(self, q: torch.Tensor) -> Any:
         return _attention().tuning_for(q, self.tile_order, self.configs)
+
+
+def _all_options(options: AttentionOptions, cu_seqlens: torch.Tensor | None) -> Any:
+    return _attention().Options(
+        options.is_causal,
+        options.scale,
+        options.dropout_p,
+        options.dropout_seed,
+        options.key_padding_mask,
+        cu_seqlens,
+    )
 
 
 def _attention() -> Any:

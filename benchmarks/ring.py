@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dilated_ring.attention
+import dilated_ring.over_ranks
 import torch
 import torch.distributed as dist
 from dilated_core import DilatedPattern, dilated_attention
@@ -138,7 +138,7 @@ def time_in_turn(seq_len: int) -> dict[str, dict[str, list[float]]]:
     for contender in CONTENDERS:
         check_correctness(contender)
         RecordingTransport.messages = []
-        dilated_ring.attention.DistributedTransport = RecordingTransport
+        dilated_ring.over_ranks.DistributedTransport = RecordingTransport
         attend(contender, seq_len)
         recorded[contender.name] = RecordingTransport.messages
     samples: dict[str, dict[str, list[float]]] = {
@@ -151,7 +151,7 @@ def time_in_turn(seq_len: int) -> dict[str, dict[str, list[float]]]:
                 ("call", DistributedTransport),
                 ("computation", SilentTransport),
             ):
-                dilated_ring.attention.DistributedTransport = transport
+                dilated_ring.over_ranks.DistributedTransport = transport
                 into[part].append(timed(lambda contender=contender: attend(contender, seq_len)))
             messages = recorded[contender.name]
             into["messages"].append(timed(lambda messages=messages: send_again(messages)))

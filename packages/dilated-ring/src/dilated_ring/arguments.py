@@ -19,16 +19,33 @@ from dilated_core.inputs import (
 )
 
 from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
+from dilated_ring.plan.blocks import (
+    BlocksForLength,
+    KeptBlocks,
+    Pattern,
+    UnbuiltBlocks,
+    checked_blocks,
+)
 from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.sequences import Spans
 
+# `check_inputs` checks tensors beside a dilated pattern; this one has no part in the call.
+_ANY_PATTERN = DilatedPattern([1], [1])
+
 EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
+
+
+class BlockArguments(NamedTuple):
+    """What determines the keys of block-sparse attention, as users give it."""
+
+    pattern: KeptBlocks | BlocksForLength
+    block_size: int | None
 
 
 class Options(NamedTuple):
     """The checked options of a call, equal on all ranks."""
 
-    pattern: DilatedPattern
+    pattern: Pattern | UnbuiltBlocks
     is_causal: bool
     layout: Layout
     exchange: ExchangeKind
@@ -40,9 +57,9 @@ class Options(NamedTuple):
 
 
 Arguments = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, DilatedPattern, bool, Layout, ExchangeKind,
-    float | None, float, torch.Tensor | None, torch.Tensor | None, tuple[int, int] | None, str,
-    int | None,
+    torch.Tensor, torch.Tensor, torch.Tensor, DilatedPattern | BlockArguments, bool, Layout,
+    ExchangeKind, float | None, float, torch.Tensor | None, torch.Tensor | None,
+    tuple[int, int] | None, str, int | None,
 ]  # fmt: skip
 """The arguments of `check_arguments`, as users give them."""
 
@@ -51,7 +68,7 @@ def check_arguments(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | BlockArguments,
     is_causal: bool,
     layout: Layout,
     exchange: ExchangeKind,
@@ -78,12 +95,16 @@ def check_arguments(
                 "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
                 "so give one of the two."
             )
-    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
+    of_blocks = isinstance(pattern, BlockArguments)
+    check_inputs(q, k, v, _ANY_PATTERN if of_blocks else pattern, is_packed=cu_seqlens is not None)
     check_backend_name(backend)
+    kept = pattern
+    if isinstance(kept, BlockArguments):
+        kept = checked_blocks(*kept)
     if key_padding_mask is not None:
         check_key_padding_mask(key_padding_mask, q)
     return Options(
-        pattern,
+        kept,
         is_causal,
         layout,
         exchange,

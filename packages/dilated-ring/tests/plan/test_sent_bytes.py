@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-import dilated_ring.attention
+import dilated_ring.over_ranks
 import pytest
 import torch
 from dilated_core import DilatedPattern
@@ -47,7 +47,7 @@ def compare(case: Case, size: int, layout: str, exchange: str, dtype: torch.dtyp
     plan = plan_of(case, size, layout, exchange, dtype)
     q, k, v, dout = case.tensors(dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dilated_ring.attention, "InProcessTransport", Counting)
+        patch.setattr(dilated_ring.over_ranks, "InProcessTransport", Counting)
         out = simulated_ring_attention(
             q, k, v, case.pattern, ring_size=size, layout=layout, exchange=exchange,
             **case.options(),
@@ -98,7 +98,7 @@ def _count_over_gloo(size: int) -> list[tuple[str, list[int], list[int]]]:
             super().__init__(*args, **options)
             transports.append(self)
 
-    dilated_ring.attention.DistributedTransport = Recorded
+    dilated_ring.over_ranks.DistributedTransport = Recorded
     rank = torch.distributed.get_rank()
     by_name = {case.name: case for case in AWKWARD_CASES}
     counted: list[tuple[str, list[int], list[int]]] = []

@@ -11,29 +11,32 @@ from dilated_core import (
     AttentionInputs,
     AttentionOptions,
     AttentionOutput,
-    DilatedPattern,
+    Span,
     choose_backend,
     dilated_attention_with_lse,
 )
 from dilated_core.dispatch import attend
 from dilated_core.ops import Settings
 
-from dilated_ring.execution.attend import Shards, Work
 from dilated_ring.execution.differentiable import attend_shards
 from dilated_ring.execution.heads import Places, places, to_heads, to_positions
+from dilated_ring.execution.tasks import Shards, Work
 from dilated_ring.layout import joined
+from dilated_ring.plan.blocks import Blocks, Pattern
 from dilated_ring.plan.exchange import Exchange, ExchangeKind, plan_exchange, route_of
 from dilated_ring.plan.parcels import Heads, parts_of_heads
 from dilated_ring.plan.sequences import LocalDocuments, Spans, cut_sequences, local_documents
 from dilated_ring.plan.traffic import Sizes, WayKind, choose_exchange, is_aligned
 from dilated_ring.transport.contract import Transport
+from dilated_ring.transport.in_process import InProcessTransport
 
 
 class Call(NamedTuple):
     """The options of a call, the same on all ranks.
 
     Attributes:
-        pattern, is_causal, scale, dropout_p, backend: As for `dilated_attention`, scale a number.
+        pattern: Of dilated attention, or of blocks.
+        is_causal, scale, dropout_p, backend: As for `dilated_attention`, scale a number.
         dropout_seed: Of rank 0.
         heads: The heads of the tensors.
         exchange: How keys and queries of different ranks meet.
@@ -43,7 +46,7 @@ class Call(NamedTuple):
         tile_size: As for `Work`. Documents of one rank are not cut into tiles.
     """
 
-    pattern: DilatedPattern
+    pattern: Pattern
     is_causal: bool
     scale: float
     dropout_p: float
@@ -82,21 +85,21 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
         ValueError: If the backend cannot run it, or there are too few heads for `"all_to_all"`.
     """
     size = len(call.ranks)
-    heads = call.heads
     is_packed = call.bounds is not None
     # A packed q has no batch, and as many positions as this rank holds.
     batch_size = 1 if is_packed else q.shape[0]
     aligned = is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed)
     # A zigzag shard has positions that do not follow each other, by which dropout counts.
     needs_positions = call.dropout_p > 0 and size > 1
-    if not batch_size or (aligned and call.tile_size is None and not needs_positions):
+    is_empty = not batch_size and not isinstance(call.pattern, Blocks)
+    if is_empty or (aligned and call.tile_size is None and not needs_positions):
         return Way("alone")
     exchange = plan_call(call, size)
     sizes = Sizes(batch_size, q.shape[-1], q.dtype.itemsize)
     choice = choose_exchange(call.exchange, exchange, call.ranks, sizes)
     if choice.kind == "heads" and call.tile_size is None:
         return Way("heads")
-    return Way("rows", exchange, _choose_backend(call, q, heads, has_mask=has_mask))
+    return Way("rows", exchange, _choose_backend(call, q, call.heads, has_mask=has_mask))
 
 
 def _choose_backend(
@@ -158,7 +161,7 @@ def run_call(
     assert way.backend is not None
     options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
     work = Work(way.exchange, options, way.backend, transport, hidden, call.tile_size)
-    if call.bounds is None:
+    if call.bounds is None or isinstance(call.pattern, Blocks):
         return attend_shards(work, q, k, v)
     return _with_local_documents(call, work, q, k, v)
 
@@ -237,9 +240,11 @@ def _attend(
     """
     first, total = call.heads.head_range
     q, k, v = tensors
+    heads = Heads(q.shape[2], k.shape[2], (first + first_head, total))
+    if isinstance(call.pattern, Blocks):
+        return _attend_to_blocks(call, heads, tensors, hidden)
     if call.dropout_p:
         # A backend for rectangles drops by the numbers of rows, and others by rules of their own.
-        heads = Heads(q.shape[2], k.shape[2], (first + first_head, total))
         backend = _choose_backend(call, q, heads, has_mask=hidden is not None)
         settings = Settings(
             call.pattern,
@@ -263,7 +268,7 @@ def _attend(
         scale=call.scale,
         key_padding_mask=hidden,
         cu_seqlens=bounds,
-        head_range=(first + first_head, total),
+        head_range=heads.head_range,
         backend=call.backend,
     )
     if bounds is None:
@@ -271,13 +276,30 @@ def _attend(
     return AttentionOutput(result.out.unsqueeze(0), result.lse.unsqueeze(0))
 
 
+def _attend_to_blocks(
+    call: Call,
+    heads: Heads,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor | None,
+) -> AttentionOutput:
+    """Some heads of all positions over their blocks: what a ring of one rank does."""
+    q, k, v = tensors
+    alone = call._replace(heads=heads, ranks=(joined([Span(0, call.seq_len)]),))
+    options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
+    backend = _choose_backend(alone, q, heads, has_mask=hidden is not None)
+    work = Work(plan_call(alone, 1), options, backend, InProcessTransport(1), hidden)
+    (result,) = attend_shards(work, [q], [k], [v])
+    return result
+
+
 def plan_call(call: Call, size: int) -> Exchange:
     """What travels if keys go to queries."""
     bounds = None if call.bounds is None else _numbers(call.bounds)
+    is_cut_only = not isinstance(call.pattern, Blocks)
     return plan_exchange(
         call.pattern,
         call.heads,
-        cut_sequences(call.ranks, call.seq_len, bounds),
+        cut_sequences(call.ranks, call.seq_len, bounds, is_cut_only=is_cut_only),
         size=size,
         is_causal=call.is_causal,
         route=route_of(call.exchange),

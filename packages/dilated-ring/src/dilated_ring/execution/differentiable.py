@@ -8,7 +8,8 @@ import torch
 from dilated_core import AttentionOutput
 from torch.autograd.function import once_differentiable
 
-from dilated_ring.execution.attend import Shards, Work, backward, forward
+from dilated_ring.execution.attend import backward, forward
+from dilated_ring.execution.tasks import Shards, Work
 from dilated_ring.transport.faults import reporting_failures
 
 

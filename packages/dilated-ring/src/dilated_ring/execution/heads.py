@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from dilated_ring.execution.attend import Shards
+from dilated_ring.execution.tasks import Shards
 from dilated_ring.layout import joined
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.transport.contract import Pending, Transport

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import prod
+from typing import NamedTuple
 
 import torch
 from dilated_core import Gradients
 
-from dilated_ring.plan.exchange import Exchange, Parcel
-from dilated_ring.plan.parcels import kept_of_part
+from dilated_ring.plan.blocks import Blocks
+from dilated_ring.plan.exchange import Exchange
+from dilated_ring.plan.parcels import Parcel, kept_of_part
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 """k and v of a parcel, each `(B, rows, pairs, D)`; or their gradients."""
@@ -39,12 +41,9 @@ def pack_rows(
 def _pack_rows_(
     packed: torch.Tensor, exchange: Exchange, parcel: Parcel, x: torch.Tensor, at: int | None
 ) -> None:
-    rows = _rows_of(exchange, parcel, at)
-    x = x[:, rows]
-    rate = exchange.pattern.dilation_rates[parcel.branch]
-    for kept in _kept(exchange, parcel):
-        kv_heads, pairs = _index(kept.lane.kv_heads), _index(kept.lane.pairs)
-        packed[:, : kept.num_rows, pairs] = x[:, kept.first :: rate][:, : kept.num_rows, kv_heads]
+    x = x[:, _rows_of(exchange, parcel, at)]
+    for patch in _patches(exchange, parcel):
+        packed[:, patch.to_rows, patch.pairs] = x[:, patch.rows, patch.kv_heads]
 
 
 def add_packed_(
@@ -52,13 +51,9 @@ def add_packed_(
 ) -> None:
     """Add the gradients of a parcel to the gradients `(B, L, H_kv, D)` of its owner, in place."""
     rows = _rows_of(exchange, parcel, None)
-    rate = exchange.pattern.dilation_rates[parcel.branch]
     for into, grad in zip((dk[:, rows], dv[:, rows]), grads, strict=True):
-        for kept in _kept(exchange, parcel):
-            kv_heads, pairs = _index(kept.lane.kv_heads), _index(kept.lane.pairs)
-            into[:, kept.first :: rate][:, : kept.num_rows, kv_heads] += grad[
-                :, : kept.num_rows, pairs
-            ]
+        for patch in _patches(exchange, parcel):
+            into[:, patch.rows, patch.kv_heads] += grad[:, patch.to_rows, patch.pairs]
 
 
 def join(parcels: Iterable[KeysAndValues]) -> torch.Tensor:
@@ -116,9 +111,40 @@ def add_(grads: Gradients | KeysAndValues, others: KeysAndValues) -> None:
     grads[-1].add_(others[1])
 
 
-def _kept(exchange: Exchange, parcel: Parcel):
-    seq_len = exchange.sequences[parcel.sequence].seq_len
-    return kept_of_part(exchange.pattern, parcel.branch, seq_len, parcel.positions, exchange.heads)
+class _Patch(NamedTuple):
+    """Rows of a parcel that one slice takes.
+
+    Attributes:
+        rows, kv_heads: Of the positions of the parcel.
+        to_rows, pairs: Of the packed tensors.
+    """
+
+    rows: slice
+    kv_heads: slice | list[int]
+    to_rows: slice
+    pairs: slice | list[int]
+
+
+def _patches(exchange: Exchange, parcel: Parcel) -> Iterator[_Patch]:
+    pattern = exchange.pattern
+    if isinstance(pattern, Blocks):
+        at = 0
+        for start, stop in parcel.spans:
+            begin, end = start - parcel.positions.start, stop - parcel.positions.start
+            rows, to_rows = slice(begin, end), slice(at, at + stop - start)
+            yield _Patch(rows, _index(parcel.kv_heads), to_rows, slice(None))
+            at += stop - start
+        return
+    seq_len, rate = (
+        exchange.sequences[parcel.sequence].seq_len,
+        pattern.dilation_rates[parcel.branch],
+    )
+    for lane, first, num_rows in kept_of_part(
+        pattern, parcel.branch, seq_len, parcel.positions, exchange.heads
+    ):
+        if num_rows:
+            rows = slice(first, first + (num_rows - 1) * rate + 1, rate)
+            yield _Patch(rows, _index(lane.kv_heads), slice(0, num_rows), _index(lane.pairs))
 
 
 def _rows_of(exchange: Exchange, parcel: Parcel, at: int | None) -> slice:

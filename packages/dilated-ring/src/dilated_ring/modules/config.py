@@ -18,6 +18,13 @@ from dilated_core.modules.config import FORWARD_ARGUMENTS
 
 from dilated_ring.arguments import EXCHANGES, check_tile_size
 from dilated_ring.layout import LAYOUTS, Layout
+from dilated_ring.plan.blocks import (
+    DEFAULT_BLOCK_SIZE,
+    BlocksForLength,
+    KeptBlocks,
+    checked_blocks,
+)
+from dilated_ring.plan.covering import CoveringBlocks
 from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.sharding.group import Group
 
@@ -89,6 +96,67 @@ class RingAttentionConfig(DilatedAttentionConfig):
         }
 
 
+@answers_names(RING_ARGUMENTS)
+@dataclass(frozen=True, kw_only=True)
+class RingBlockSparseConfig(RingAttentionConfig):
+    """What `RingBlockSparseAttention` is built from.
+
+    The other options are those of `RingAttentionConfig`; `tile_size` must be None and `padding`
+    `"masked"`.
+
+    Attributes:
+        block_pattern: The kept blocks, for sequences of one length; or what builds them for every
+            length, such as a `dilated_sparse.SparsePatternConfig`. None: all blocks that the
+            branches, `segment_lengths` and `dilation_rates`, touch; otherwise there must be no
+            branches.
+        block_size: Positions of a block, see `ring_block_sparse_attention`.
+
+    Raises:
+        TypeError, ValueError: As for `RingAttentionConfig`.
+    """
+
+    block_pattern: KeptBlocks | BlocksForLength | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        RingAttentionConfig.__post_init__(self)
+        if self.tile_size is not None:
+            raise ValueError(
+                f"tile_size is {self.tile_size}; a pattern of blocks has tiles of its own, so "
+                f"leave it out."
+            )
+        if self.padding != "masked":
+            raise ValueError(
+                f"padding is {self.padding!r}; block-sparse attention has no zero keys, so leave "
+                f"it out."
+            )
+        if self.block_size is not None:
+            check_integer("block_size", self.block_size, at_least=1)
+        if self.block_pattern is None:
+            return
+        checked_blocks(self.block_pattern, self.block_size)
+        for name in ("segment_lengths", "dilation_rates", "head_offsets"):
+            default = DilatedAttentionConfig.__dataclass_fields__[name].default
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{name} is {value!r} and block_pattern is given, which alone determines the "
+                    f"blocks; leave out one of the two."
+                )
+
+    def blocks_of(self, num_heads: int) -> KeptBlocks | BlocksForLength:
+        """The pattern of a call with this many heads."""
+        if self.block_pattern is not None:
+            return self.block_pattern
+        total = num_heads if self.head_range is None else self.head_range[1]
+        return CoveringBlocks(self.pattern, total, self.block_size or DEFAULT_BLOCK_SIZE)
+
+    def call_options(self, *, is_training: bool) -> dict[str, Any]:
+        """Keyword arguments of `ring_block_sparse_attention`, beside pattern and group."""
+        options = super().call_options(is_training=is_training)
+        del options["tile_size"]
+        return options | {"block_size": self.block_size}
+
+
 @dataclass(frozen=True)
 class RingArguments(RingAttentionConfig):
     """The signature of the ring modules: the branches come first and are required."""
@@ -109,4 +177,24 @@ class RingMultiheadArguments(RingAttentionConfig, MultiheadConfig):
     segment_lengths: Sequence[int] = field()
     dilation_rates: Sequence[int] = field()
     kind: str = "auto"
+    group: Group | tuple[Group, Group] = None
+
+
+@dataclass(frozen=True)
+class RingBlockSparseArguments(RingBlockSparseConfig):
+    """The signature of `RingBlockSparseAttention`: the pattern comes first."""
+
+    block_pattern: KeptBlocks | BlocksForLength | None = None
+    block_size: int | None = None
+    _: KW_ONLY
+    group: Group | tuple[Group, Group] = None
+
+
+@dataclass(frozen=True)
+class RingBlockSparseMultiheadArguments(RingBlockSparseConfig, MultiheadConfig):
+    """The signature of `RingBlockSparseMultiheadAttention`."""
+
+    embed_dim: int = field()
+    num_heads: int = field()
+    _: KW_ONLY
     group: Group | tuple[Group, Group] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,11 @@ from dilated_core import AttentionVariant
 from dilated_core.checks import check_choice
 
 from dilated_ring.modules.config import RingAttentionConfig
-from dilated_ring.modules.multihead import RING_KINDS, RingMultiheadDilatedAttention
+from dilated_ring.modules.kinds import RING_KINDS, config_of_kind, ring_of_kind
+from dilated_ring.modules.multihead import (
+    RingBlockSparseMultiheadAttention,
+    RingMultiheadDilatedAttention,
+)
 from dilated_ring.modules.ring import StandardRingAttention
 from dilated_ring.sharding.group import Group
 
@@ -27,10 +30,13 @@ def create_ring_attention(
     Args:
         kind: `"standard"` or `"auto"`: `StandardRingAttention`. `"distributed"`:
             `DistributedRingAttention`, which also checks values. `"hilbert"`:
-            `HilbertRingAttention`, which works in tiles. All have the same values.
+            `HilbertRingAttention`, which works in tiles. These have the same values.
+            `"block_sparse"`: `RingBlockSparseAttention`, over the blocks of `block_pattern`, or
+            over those that the branches touch.
         config: Options as an object, which is not changed; None: the defaults.
         group: The ranks that share the sequence, see `ring_dilated_attention`.
-        **options: Options of `RingAttentionConfig` as keywords. They override the object.
+        **options: Options of `RingAttentionConfig`, for `"block_sparse"` of
+            `RingBlockSparseConfig`, as keywords. They override the object.
 
     Raises:
         ValueError: If the name is unknown, or as `StandardRingAttention` does.
@@ -42,20 +48,18 @@ def create_ring_attention(
     """
     check_choice("kind", kind, tuple(RING_KINDS))
     config = RingAttentionConfig() if config is None else config
-    if not isinstance(config, RingAttentionConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"config is a {type(config).__name__}; it must be a RingAttentionConfig, and single "
-            f"options can be given as keywords instead."
-        )
-    settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    return RING_KINDS[kind](RingAttentionConfig(**(settings | options)), group=group)
+    return ring_of_kind(kind, config_of_kind(kind, config, **options), group)
 
 
 def _variant(kind: str) -> AttentionVariant:
     def multihead(**options: Any) -> RingMultiheadDilatedAttention:
+        if kind == "block_sparse":
+            return RingBlockSparseMultiheadAttention(**options)
         return RingMultiheadDilatedAttention(kind=kind, **options)
 
     return AttentionVariant(partial(create_ring_attention, kind), multihead)
 
 
-standard, distributed, hilbert = (_variant(kind) for kind in ("standard", "distributed", "hilbert"))
+standard, distributed, hilbert, block_sparse = (
+    _variant(kind) for kind in ("standard", "distributed", "hilbert", "block_sparse")
+)

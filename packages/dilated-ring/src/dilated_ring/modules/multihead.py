@@ -7,20 +7,15 @@ from dilated_core.checks import check_choice
 from dilated_core.modules.config import MULTIHEAD_ARGUMENTS
 from dilated_core.modules.options import from_options
 
-from dilated_ring.modules.config import RingAttentionConfig, RingMultiheadArguments
-from dilated_ring.modules.ring import (
-    DistributedRingAttention,
-    HilbertRingAttention,
-    StandardRingAttention,
+from dilated_ring.modules.config import (
+    RingAttentionConfig,
+    RingBlockSparseConfig,
+    RingBlockSparseMultiheadArguments,
+    RingMultiheadArguments,
 )
+from dilated_ring.modules.kinds import RING_KINDS, ring_of_kind
+from dilated_ring.modules.ring import StandardRingAttention
 from dilated_ring.sharding.group import Group
-
-RING_KINDS: dict[str, type[StandardRingAttention]] = {
-    "auto": StandardRingAttention,
-    "standard": StandardRingAttention,
-    "distributed": DistributedRingAttention,
-    "hilbert": HilbertRingAttention,
-}
 
 
 class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
@@ -80,4 +75,41 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
     ) -> None:
         check_choice("kind", kind, tuple(RING_KINDS))
         super().__init__(multihead_config, attention_config)
-        self.attention = RING_KINDS[kind](attention_config, group=group)
+        self.attention = ring_of_kind(kind, attention_config, group)
+
+
+class RingBlockSparseMultiheadAttention(RingMultiheadDilatedAttention):
+    """`RingMultiheadDilatedAttention` with `RingBlockSparseAttention` inside.
+
+    Args:
+        multihead_config, attention_config: A `MultiheadConfig` and a `RingBlockSparseConfig`. Or,
+            instead of them, their options by name; `embed_dim` and `num_heads` are required and may
+            be positional.
+        group: The ranks that share the sequence, see `ring_dilated_attention`.
+
+    Raises:
+        TypeError, ValueError: As the two configs and `RingBlockSparseAttention` do.
+
+    Example:
+        >>> mha = RingBlockSparseMultiheadAttention(
+        ...     32, 4, segment_lengths=[16], dilation_rates=[1], block_size=8, ring_size=2
+        ... )
+        >>> x = torch.randn(2, 50, 32)
+        >>> mha(x, x, x, is_causal=True).shape
+        torch.Size([2, 50, 32])
+    """
+
+    @from_options(
+        RingBlockSparseMultiheadArguments,
+        elsewhere=MULTIHEAD_ARGUMENTS,
+        multihead_config=MultiheadConfig,
+        attention_config=RingBlockSparseConfig,
+    )
+    def __init__(  # pyright: ignore[reportIncompatibleVariableOverride] - it has more options
+        self,
+        multihead_config: MultiheadConfig,
+        attention_config: RingBlockSparseConfig,
+        *,
+        group: Group | tuple[Group, Group] = None,
+    ) -> None:
+        super().__init__(multihead_config, attention_config, kind="block_sparse", group=group)

@@ -15,10 +15,7 @@ import torch.distributed as dist
 from dilated_core import DilatedAttention
 from dilated_core.modules.options import check_forward_names, from_options
 
-from dilated_ring.attention import (
-    ring_dilated_attention,
-    simulated_ring_attention,
-)
+from dilated_ring.attention import ring_dilated_attention, simulated_ring_attention
 from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.modules.config import RING_ARGUMENTS, RingArguments, RingAttentionConfig
 from dilated_ring.modules.health import check_health
@@ -118,17 +115,25 @@ class StandardRingAttention(DilatedAttention):
         """Over the group, or in this process."""
         ring_size = self._simulated_size()
         if ring_size is None:
-            return ring_dilated_attention(
-                q, k, v, self.pattern, group=self.group, seq_len=seq_len,
-                timeout_s=self.config.timeout_s, **options,
-            )  # fmt: skip
+            where = {"group": self.group, "seq_len": seq_len, "timeout_s": self.config.timeout_s}
+            return self._over_ranks(q, k, v, **where, **options)
         _log_simulation(ring_size)
         if seq_len not in (None, q.shape[-3]):
             raise ValueError(
                 f"seq_len is {seq_len} and q has {q.shape[-3]} positions; in one process these are "
                 f"all positions, so leave out seq_len."
             )
-        return simulated_ring_attention(q, k, v, self.pattern, ring_size=ring_size, **options)
+        return self._in_process(q, k, v, ring_size=ring_size, **options)
+
+    def _over_ranks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        return ring_dilated_attention(q, k, v, self.pattern, **options)
+
+    def _in_process(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        return simulated_ring_attention(q, k, v, self.pattern, **options)
 
     def extra_repr(self) -> str:
         """The branches and the options that differ from their defaults, for `repr`."""

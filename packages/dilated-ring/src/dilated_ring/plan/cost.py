@@ -16,13 +16,20 @@ from dilated_core.checks import (
     check_head_range,
     check_integer,
 )
-from dilated_core.pattern.branches import check_pattern
 
 from dilated_ring.layout import LAYOUTS, Layout, num_positions, spans_of_ranks
+from dilated_ring.plan.blocks import (
+    Blocks,
+    BlocksForLength,
+    KeptBlocks,
+    UnbuiltBlocks,
+    built_blocks,
+    checked_blocks,
+)
 from dilated_ring.plan.exchange import Exchange, ExchangeKind, plan_exchange, route_of
-from dilated_ring.plan.pairs import pairs_of_ranks
+from dilated_ring.plan.pairs import pairs_of_ranks, pairs_over_heads
 from dilated_ring.plan.parcels import Heads, parts_of_heads
-from dilated_ring.plan.sequences import Spans, cut_sequences
+from dilated_ring.plan.sequences import cut_sequences
 from dilated_ring.plan.table import plan_table
 from dilated_ring.plan.traffic import (
     Sizes,
@@ -80,7 +87,7 @@ class Message(NamedTuple):
         step: Counted from 0.
         source, destination: The ranks.
         owner: The rank that holds the rows; not the source where rows are passed on.
-        branch: Number of the branch; None if heads are exchanged.
+        branch: Number of the branch; None if heads are exchanged, and for a pattern of blocks.
         positions: Of the whole sequence, among which the rows lie.
         num_bytes: Of k and v together, or of all tensors if heads are exchanged.
     """
@@ -105,11 +112,11 @@ class ExchangePlan:
         reason: Why, in words.
         num_hops: Steps in which rows travel one after another; 2 if heads are exchanged.
         ranks: What each rank does.
-        branches: What each branch sends.
+        branches: What each branch sends; none for a pattern of blocks.
         gathering_bytes: What each rank would send in forward if all gathered the whole k and v.
     """
 
-    pattern: DilatedPattern
+    pattern: DilatedPattern | KeptBlocks | BlocksForLength
     seq_len: int
     cp_size: int
     layout: Layout
@@ -162,13 +169,15 @@ class ExchangePlan:
 
     def _messages_of_rows(self, step: int) -> Iterator[Message]:
         row = self._sizes.batch_size * self._sizes.head_dim * self._sizes.itemsize
+        of_blocks = isinstance(self._rows.pattern, Blocks)
         for source, destination, numbers in self._rows.moves[step]:
             for number in numbers:
                 parcel = self._rows.parcels[number]
+                branch = None if of_blocks else parcel.branch
                 start = self._rows.sequences[parcel.sequence].start
                 span = Span(*(start + x for x in parcel.positions))
                 size = parcel.num_rows_of_head_dim * row
-                yield Message(step, source, destination, parcel.owner, parcel.branch, span, size)
+                yield Message(step, source, destination, parcel.owner, branch, span, size)
 
     def _messages_of_heads(self, step: int) -> Iterator[Message]:
         B, D, itemsize = self._sizes
@@ -199,7 +208,7 @@ class ExchangePlan:
 
 
 def exchange_plan(
-    pattern: DilatedPattern,
+    pattern: DilatedPattern | KeptBlocks | BlocksForLength,
     seq_len: int,
     cp_size: int,
     layout: Layout = "contiguous",
@@ -214,8 +223,11 @@ def exchange_plan(
     cu_seqlens: Sequence[int] | torch.Tensor | None = None,
     has_key_padding_mask: bool = False,
     head_range: tuple[int, int] | None = None,
+    block_size: int | None = None,
 ) -> ExchangePlan:
     """What `ring_dilated_attention` sends and computes: pure Python, for any length and any number.
+
+    With a pattern of blocks, what `ring_block_sparse_attention` does.
 
     Bytes are those that the transport sends for the same call. Backward is that of `out`, with
     gradients of q, k and v. A billion positions over 1,024 ranks take a few seconds.
@@ -238,12 +250,13 @@ def exchange_plan(
         cu_seqlens: Bounds of documents, from 0 to S; None: one sequence.
         has_key_padding_mask: Whether the call has one. Masks go to all ranks, a byte a position.
         head_range: (first, total), if the tensors hold the heads from `first` on of `total`.
+        block_size: As for `ring_block_sparse_attention`; None with a DilatedPattern.
 
     Raises:
         TypeError, ValueError: If an argument is wrong; if `"all_to_all"` has fewer heads of k and v
             than ranks.
     """
-    check_pattern(pattern)
+    kept = _checked(pattern, block_size)
     check_integer("seq_len", seq_len, at_least=0)
     check_integer("cp_size", cp_size, at_least=1)
     check_choice("layout", layout, LAYOUTS)
@@ -262,24 +275,26 @@ def exchange_plan(
             "cu_seqlens is given with a batch or a key padding mask; packed documents have neither."
         )
     heads = Heads(num_heads, num_kv_heads, check_head_range(head_range, num_heads))
+    if not isinstance(kept, DilatedPattern):
+        kept = built_blocks(kept, seq_len, bounds, heads.head_range, is_causal=is_causal)
     sizes = Sizes(batch_size, head_dim, itemsize)
     spans = spans_of_ranks(layout, seq_len, cp_size)
     rows = plan_exchange(
-        pattern,
+        kept,
         heads,
-        cut_sequences(spans, seq_len, bounds),
+        cut_sequences(spans, seq_len, bounds, is_cut_only=not isinstance(kept, Blocks)),
         size=cp_size,
         is_causal=is_causal,
         route=route_of(exchange),
     )
     nothing = (0,) * cp_size
-    if is_aligned(pattern, spans, is_causal=is_causal, is_packed=bounds is not None):
+    if is_aligned(kept, spans, is_causal=is_causal, is_packed=bounds is not None):
         reason = "each rank holds whole segments" if cp_size > 1 else "one rank holds everything"
         way, traffic = "alone", Traffic(nothing, nothing)
     else:
         way, reason, traffic = choose_exchange(exchange, rows, spans, sizes)
-    pairs = (_pairs_over_heads if way == "heads" else pairs_of_ranks)(
-        pattern, heads, spans, seq_len, bounds, is_causal=is_causal
+    pairs = (pairs_over_heads if way == "heads" else pairs_of_ranks)(
+        kept, heads, spans, seq_len, bounds, is_causal=is_causal
     )
     has_masks = has_key_padding_mask and way != "alone"
     masks = mask_bytes(spans, batch_size) if has_masks else nothing
@@ -313,23 +328,22 @@ def _check_bounds(cu_seqlens: Sequence[int] | torch.Tensor, seq_len: int) -> tup
     return bounds
 
 
-def _pairs_over_heads(
-    pattern: DilatedPattern,
-    heads: Heads,
-    ranks: Spans,
-    seq_len: int,
-    bounds: Sequence[int] | None,
-    *,
-    is_causal: bool,
-) -> tuple[int, ...]:
-    """Pairs of each rank's heads, over all positions."""
-    first, total = heads.head_range
-    everything = ((Span(0, seq_len),),) if seq_len else ((),)
-    pairs: list[int] = []
-    for part, _ in parts_of_heads(heads.num_heads, heads.num_kv_heads, len(ranks)):
-        mine = Heads(part.stop - part.start, 1, (first + part.start, total))
-        pairs += pairs_of_ranks(pattern, mine, everything, seq_len, bounds, is_causal=is_causal)
-    return tuple(pairs)
+def _checked(
+    pattern: DilatedPattern | KeptBlocks | BlocksForLength, block_size: int | None
+) -> DilatedPattern | Blocks | UnbuiltBlocks:
+    """The pattern that plans are made of.
+
+    Raises:
+        TypeError, ValueError: If `block_size` and the kind of pattern do not fit together.
+    """
+    if not isinstance(pattern, DilatedPattern):
+        return checked_blocks(pattern, block_size)
+    if block_size is not None:
+        raise ValueError(
+            f"block_size is {block_size} and pattern a DilatedPattern, which has no blocks; leave "
+            f"out block_size, or pass a pattern of blocks."
+        )
+    return pattern
 
 
 def _peers(rows: Exchange) -> list[int]:
@@ -345,6 +359,8 @@ def _peers(rows: Exchange) -> list[int]:
 
 
 def _branches(rows: Exchange, sizes: Sizes, way: WayKind) -> tuple[BranchPlan, ...]:
+    if isinstance(rows.pattern, Blocks):
+        return ()
     sent = [0] * len(rows.pattern.branches)
     travels = [False] * len(sent)
     for parcel in rows.parcels:

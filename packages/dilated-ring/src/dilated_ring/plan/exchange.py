@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -10,7 +9,9 @@ from typing import Literal, NamedTuple
 
 from dilated_core import DilatedPattern, Span, kept_rows
 
-from dilated_ring.plan.parcels import Heads, kept_of_part, lanes, parcel_shape
+from dilated_ring.plan.block_parcels import block_parcels
+from dilated_ring.plan.blocks import Blocks, Pattern
+from dilated_ring.plan.parcels import Heads, Parcel, around, kept_of_part, lanes, parcel_shape
 from dilated_ring.plan.sequences import CutSequence, Piece
 
 ExchangeKind = Literal["auto", "ring", "all_gather", "all_to_all"]
@@ -24,35 +25,6 @@ _RELAYED_ROWS = 4096
 sends is then large enough to hide its latency, and a rank holds one of them at a time."""
 
 
-class Parcel(NamedTuple):
-    """Rows of one branch that a rank sends.
-
-    Attributes:
-        sequence: Number of the sequence.
-        branch: Number of the branch in the pattern.
-        owner: The rank that holds the positions.
-        piece: Number of the piece in which it holds them.
-        positions: Of the sequence: the part of one segment that lies in the piece.
-        users: The ranks whose queries see the rows, from the owner on in the order of the ranks and
-            around.
-        num_rows, num_pairs: Sizes of the packed tensors of k and of v.
-    """
-
-    sequence: int
-    branch: int
-    owner: int
-    piece: int
-    positions: Span
-    users: tuple[int, ...]
-    num_rows: int
-    num_pairs: int
-
-    @property
-    def num_rows_of_head_dim(self) -> int:
-        """Rows of D numbers that a batch row of k and v has together."""
-        return 2 * self.num_rows * self.num_pairs
-
-
 class Move(NamedTuple):
     """One message: parcels that one rank sends to another in a step."""
 
@@ -61,9 +33,9 @@ class Move(NamedTuple):
     parcels: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exchange:
-    """Everything that is sent in one attention call, the same value on all ranks.
+    """Everything that is sent in one attention call, the same on all ranks.
 
     Attributes:
         pattern, heads, is_causal: Of the call.
@@ -74,7 +46,7 @@ class Exchange:
         parcels: All that travels.
     """
 
-    pattern: DilatedPattern
+    pattern: Pattern
     heads: Heads
     is_causal: bool
     sequences: tuple[CutSequence, ...]
@@ -131,7 +103,7 @@ def route_of(kind: ExchangeKind) -> Route:
 
 @lru_cache(maxsize=64)
 def plan_exchange(
-    pattern: DilatedPattern,
+    pattern: Pattern,
     heads: Heads,
     sequences: tuple[CutSequence, ...],
     *,
@@ -142,6 +114,9 @@ def plan_exchange(
     """The parcels that queries of other ranks need, and no others."""
     parcels: list[Parcel] = []
     for number, sequence in enumerate(sequences):
+        if isinstance(pattern, Blocks):
+            parcels.extend(block_parcels(number, sequence, pattern, heads, size, is_causal))
+            continue
         for branch in range(len(pattern.branches)):
             parcels.extend(_parcels_of(number, sequence, branch, pattern, heads, size, is_causal))
     return Exchange(pattern, heads, is_causal, sequences, size, route, tuple(parcels))
@@ -180,11 +155,10 @@ def _parcels_of(
                 and not (is_causal and part.span.start < span.start)
             }
             if users:
-                ordered = sorted(users)
-                first = bisect_left(ordered, owner)
-                around = (*ordered[first:], *ordered[:first])
                 shape = parcel_shape(pattern, branch, sequence.seq_len, span, heads)
-                found.append(Parcel(number, branch, owner, piece_number, span, around, *shape))
+                found.append(
+                    Parcel(number, branch, owner, piece_number, span, around(users, owner), *shape)
+                )
     return sorted(found, key=lambda x: (x.owner, x.piece, x.positions))
 
 

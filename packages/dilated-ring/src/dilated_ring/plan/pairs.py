@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+import torch
 from dilated_core import DilatedPattern, Span, head_offset, kept_rows
 
-from dilated_ring.plan.parcels import Heads
-from dilated_ring.plan.sequences import Spans
+from dilated_ring.plan.blocks import Blocks, Pattern, rows_of_sequence
+from dilated_ring.plan.parcels import Heads, parts_of_heads
+from dilated_ring.plan.sequences import Spans, cut_sequences
+from dilated_ring.plan.tiles import cut_into_tiles
 
 
 def pairs_of_ranks(
-    pattern: DilatedPattern,
+    pattern: Pattern,
     heads: Heads,
     ranks: Spans,
     seq_len: int,
@@ -33,6 +36,8 @@ def pairs_of_ranks(
         bounds: Of the documents, from 0 to S; None: one sequence.
         is_causal: Whether queries see only the past.
     """
+    if isinstance(pattern, Blocks):
+        return _pairs_of_blocks(pattern, heads, ranks, seq_len, bounds, is_causal)
     if bounds is None:
         bounds = (0, seq_len)
     return tuple(
@@ -42,6 +47,57 @@ def pairs_of_ranks(
         )
         for spans in ranks
     )
+
+
+def pairs_over_heads(
+    pattern: Pattern,
+    heads: Heads,
+    ranks: Spans,
+    seq_len: int,
+    bounds: Sequence[int] | None,
+    *,
+    is_causal: bool,
+) -> tuple[int, ...]:
+    """Pairs of each rank's heads, over all positions; arguments as of `pairs_of_ranks`."""
+    first, total = heads.head_range
+    everything = ((Span(0, seq_len),),) if seq_len else ((),)
+    pairs: list[int] = []
+    for part, _ in parts_of_heads(heads.num_heads, heads.num_kv_heads, len(ranks)):
+        mine = Heads(part.stop - part.start, 1, (first + part.start, total))
+        pairs += pairs_of_ranks(pattern, mine, everything, seq_len, bounds, is_causal=is_causal)
+    return tuple(pairs)
+
+
+def _pairs_of_blocks(
+    blocks: Blocks,
+    heads: Heads,
+    ranks: Spans,
+    seq_len: int,
+    bounds: Sequence[int] | None,
+    is_causal: bool,
+) -> tuple[int, ...]:
+    lists = Counter(blocks.lists_of(heads))
+    pairs = [0] * len(ranks)
+    for sequence in cut_sequences(ranks, seq_len, bounds, is_cut_only=False):
+        if not sequence.seq_len:
+            continue
+        rows = rows_of_sequence(blocks, sequence.seq_len, is_causal=is_causal)
+        # Only the last block may be short.
+        missing = rows.num_blocks * rows.block_size - sequence.seq_len
+        lengths = rows.block_size - (rows.columns == rows.num_blocks - 1) * missing
+        upto = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        for p, num_heads in lists.items():
+            seen: list[int] = upto[rows.offsets[p]].diff().tolist()  # pyright: ignore
+            diagonal: list[bool] = rows.diagonal[p].tolist()  # pyright: ignore
+            for rank, pieces in enumerate(sequence.pieces):
+                for part in cut_into_tiles(pieces, rows.block_size):
+                    i, before = divmod(part.span.start, rows.block_size)
+                    end = before + part.span.length
+                    count = part.span.length * seen[i]
+                    if diagonal[i]:
+                        count += (end * (end + 1) - before * (before + 1)) // 2
+                    pairs[rank] += num_heads * count
+    return tuple(pairs)
 
 
 def _documents_of(spans: tuple[Span, ...], bounds: Sequence[int]) -> Iterator[tuple[int, Span]]:

@@ -7,6 +7,8 @@ head of q reads it; without grouped queries each head is a pair.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -26,6 +28,47 @@ class Heads(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_range: tuple[int, int]
+
+
+class Parcel(NamedTuple):
+    """Rows of one branch, or of blocks that the same ranks need, that a rank sends.
+
+    Attributes:
+        sequence: Number of the sequence.
+        branch: Number of the branch in the pattern; 0 for blocks.
+        owner: The rank that holds the positions.
+        piece: Number of the piece in which it holds them.
+        positions: Of the sequence: the part of one segment that lies in the piece; for blocks, from
+            the first one to the last one.
+        users: The ranks whose queries see the rows, from the owner on in the order of the ranks and
+            around.
+        num_rows, num_pairs: Sizes of the packed tensors of k and of v.
+        spans, kv_heads: For blocks, the positions of the sequence and the heads of k and v that it
+            holds; empty for a branch, where `kept_of_part` tells them.
+    """
+
+    sequence: int
+    branch: int
+    owner: int
+    piece: int
+    positions: Span
+    users: tuple[int, ...]
+    num_rows: int
+    num_pairs: int
+    spans: tuple[Span, ...] = ()
+    kv_heads: tuple[int, ...] = ()
+
+    @property
+    def num_rows_of_head_dim(self) -> int:
+        """Rows of D numbers that a batch row of k and v has together."""
+        return 2 * self.num_rows * self.num_pairs
+
+
+def around(users: Iterable[int], owner: int) -> tuple[int, ...]:
+    """The users from the owner on in the order of the ranks and around."""
+    ordered = sorted(users)
+    first = bisect_left(ordered, owner)
+    return (*ordered[first:], *ordered[:first])
 
 
 def parts_of_heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[slice, slice]]:

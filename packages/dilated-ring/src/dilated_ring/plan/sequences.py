@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dilated_core import Span
@@ -60,12 +60,15 @@ def cut_sequence(ranks: Spans, start: int, stop: int) -> CutSequence:
 
 
 def cut_sequences(
-    ranks: Spans, seq_len: int, bounds: Sequence[int] | None
+    ranks: Spans, seq_len: int, bounds: Sequence[int] | None, *, is_cut_only: bool = True
 ) -> tuple[CutSequence, ...]:
-    """What is cut over ranks: the whole sequence, or the documents that cross borders."""
+    """The whole sequence, or its documents: with `is_cut_only`, those that cross borders."""
     if bounds is None:
         return (cut_sequence(ranks, 0, seq_len),)
-    return tuple(cut_sequence(ranks, *document) for document in crossing_documents(ranks, bounds))
+    documents = crossing_documents(ranks, bounds)
+    if not is_cut_only:
+        documents = tuple(document for document in pairwise(bounds) if document[0] < document[1])
+    return tuple(cut_sequence(ranks, *document) for document in documents)
 
 
 class LocalDocuments(NamedTuple):

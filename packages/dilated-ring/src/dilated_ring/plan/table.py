@@ -28,22 +28,26 @@ def plan_table(plan: ExchangePlan) -> str:
         f"{format_bytes(sum(plan.gathering_bytes))}",
         f"balance of FLOPs, mean over largest: {plan.balance:.2f}",
         "",
-        *_columns(
-            ["branch", "w", "r", "sends"],
-            [
-                [str(i), f"{branch.segment_length:,}", f"{branch.dilation_rate:,}",
-                 "nothing: local" if branch.is_local
-                 else "with its heads" if plan.way == "heads"
-                 else format_bytes(branch.forward_bytes)]
-                for i, branch in enumerate(plan.branches)
-            ],
-        ),
-        "",
+        *(_branches(plan) if plan.branches else ()),
         *_columns(["rank", "positions", "forward", "backward", "peers", "FLOPs"], _ranks(plan)),
     ]  # fmt: skip
     if plan.num_hops and plan.cp_size <= _MOST_RANKS:
         lines += ["", *_messages(plan)]
     return "\n".join(lines)
+
+
+def _branches(plan: ExchangePlan) -> list[str]:
+    table = _columns(
+        ["branch", "w", "r", "sends"],
+        [
+            [str(i), f"{branch.segment_length:,}", f"{branch.dilation_rate:,}",
+             "nothing: local" if branch.is_local
+             else "with its heads" if plan.way == "heads"
+             else format_bytes(branch.forward_bytes)]
+            for i, branch in enumerate(plan.branches)
+        ],
+    )  # fmt: skip
+    return [*table, ""]
 
 
 def _ranks(plan: ExchangePlan) -> list[list[str]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dilated_core import DilatedPattern
-
 from dilated_ring.layout import num_positions
+from dilated_ring.plan.blocks import Blocks, Pattern
 from dilated_ring.plan.exchange import Exchange, ExchangeKind
 from dilated_ring.plan.parcels import Heads, parts_of_heads
 from dilated_ring.plan.sequences import Spans
@@ -107,11 +106,14 @@ WayKind = Literal["alone", "rows", "heads"]
 """What a call sends: nothing; rows of k and v to queries; positions for heads (all_to_all)."""
 
 
-def is_aligned(pattern: DilatedPattern, ranks: Spans, *, is_causal: bool, is_packed: bool) -> bool:
+def is_aligned(pattern: Pattern, ranks: Spans, *, is_causal: bool, is_packed: bool) -> bool:
     """Whether each rank holds whole segments of every branch and attends alone.
 
-    Zero keys fill the last segment up to w, which a rank alone does not know if it holds less.
+    Zero keys fill the last segment up to w, which a rank alone does not know if it holds less. A
+    pattern of blocks has no segments.
     """
+    if isinstance(pattern, Blocks):
+        return False
     if len(ranks) == 1:
         return True
     if is_packed or (pattern.padding == "attended" and not is_causal):

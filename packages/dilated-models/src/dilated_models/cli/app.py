@@ -17,12 +17,13 @@ from dilated_models.cli.evaluate import evaluate
 from dilated_models.cli.generate import generate
 from dilated_models.cli.info import info
 from dilated_models.cli.show import show
+from dilated_models.cli.slide import slide
 from dilated_models.cli.train import train
 
 app = typer.Typer(
     name="dilated",
     cls=Boundary,
-    help="Train, evaluate and sample LongNet language models.",
+    help="Train, evaluate and sample LongNet language models; embed whole slides.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -31,6 +32,7 @@ app = typer.Typer(
 for command in (train, evaluate, generate, info):
     app.command()(command)
 app.add_typer(show)
+app.add_typer(slide)
 
 
 def _print_version(given: bool) -> None:
@@ -51,7 +53,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Train, evaluate and sample LongNet language models."""
+    """Train, evaluate and sample LongNet language models; embed whole slides."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -31,7 +31,11 @@ _PARAMETER_OF = {
     "warmup_copies": "warm_up_copies",
     "activation_checkpointing": "checkpoint_activations",
 }
-_EXTRA_CLI = {"matplotlib", "psutil", "rich", "tokenizers", "typer"}
+# The extra that brings a package, and what needs it.
+_CLI = ("cli", "the command line")
+_EXTRA_OF = dict.fromkeys(("matplotlib", "psutil", "rich", "tokenizers", "typer"), _CLI) | {
+    "h5py": ("slides", "a file of slide features")
+}
 _SAVES_MEMORY = ("seq_len", "batch_size", "accumulation", "checkpoint_activations")
 _QUOTED = r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*\""""
 
@@ -140,7 +144,7 @@ def _exit_code(error: Exception) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether options, files, memory or numbers of the user explain the error."""
     if isinstance(error, ModuleNotFoundError):
-        return (error.name or "").split(".")[0] in _EXTRA_CLI
+        return (error.name or "").split(".")[0] in _EXTRA_OF
     kinds = (
         typer.TyperException,
         OSError,
@@ -163,9 +167,10 @@ def _describe(error: Exception, options: Mapping[str, str]) -> str:
     elif isinstance(error, typer.TyperException):
         text = error.format_message()
     elif isinstance(error, ModuleNotFoundError):
+        extra, needing = _EXTRA_OF[(error.name or "").split(".")[0]]
         text = (
-            f"{error.name} is not installed; the command line needs the extra cli: "
-            f"pip install 'dilated-models[cli]'"
+            f"{error.name} is not installed; {needing} needs the extra {extra}: "
+            f"pip install 'dilated-models[{extra}]'"
         )
     elif isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror + (f": {_shown(error.filename)}" if error.filename else "")

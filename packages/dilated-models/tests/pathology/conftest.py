@@ -13,8 +13,7 @@ TINY = SlideEncoderConfig(
     embed_dim=16,
     depth=3,
     num_heads=4,
-    segment_lengths=[8, 20, 64],
-    dilation_rates=[1, 2, 4],
+    segment_lengths=[8, 20, 24, 32, 64],
     dropout=0.0,
     drop_path_rate=0.0,
 )

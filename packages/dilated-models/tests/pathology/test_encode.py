@@ -71,7 +71,7 @@ def test_tiles_are_read_row_by_row_and_written_in_the_order_of_the_file(
     slide = read_features(path)
     encoder = slide_encoder_from_gigapath(
         weights, {"embed_dim": 16, "in_chans": 12, "depth": 3, "num_heads": 4, "global_pool": True,
-                  "segment_lengths": [8, 20, 64], "dilation_rates": [1, 2, 4], "tile_size": 512},
+                  "segment_lengths": [8, 20, 24, 32, 64], "tile_size": 512},
     )  # fmt: skip
     order = np.lexsort((slide.coords[:, 0], slide.coords[:, 1]))
     tiles = torch.from_numpy(slide.features)

@@ -39,6 +39,9 @@ def test_the_pattern_follows_the_sizes_unless_it_is_given():
     own = with_options(config, segment_lengths=[8, 16], dilation_rates=[1, 2])
     assert own.pattern.segment_lengths == (8, 16)
     assert own.max_wsi_size is None
+    assert with_options(own, tile_size=512).pattern == own.pattern
+    five = with_options(own, segment_lengths=[8] * 5, dilation_rates=[1] * 5)
+    assert with_options(five, max_wsi_size=16_384).pattern.segment_lengths[-1] == 4096
     with pytest.raises(ValueError, match="they must agree"):
         with_options(config, segment_lengths=[8] * 5, max_wsi_size=250_000)
     with pytest.raises(ValueError, match="must hold a tile"):

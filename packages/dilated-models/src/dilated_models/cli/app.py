@@ -18,6 +18,7 @@ from dilated_models.cli.generate import generate
 from dilated_models.cli.info import info
 from dilated_models.cli.show import show
 from dilated_models.cli.slide import slide
+from dilated_models.cli.slide_finetune import finetune
 from dilated_models.cli.train import train
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command in (train, evaluate, generate, info):
     app.command()(command)
 app.add_typer(show)
+slide.command()(finetune)
 app.add_typer(slide)
 
 

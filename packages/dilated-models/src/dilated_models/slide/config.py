@@ -208,7 +208,7 @@ def with_options(config: SlideEncoderConfig, **options: Any) -> SlideEncoderConf
     follows = {"segment_lengths", "max_wsi_size", "tile_size"} & options.keys()
     if "segment_lengths" in follows and "max_wsi_size" not in follows:
         options = {"max_wsi_size": None, **options}
-    elif follows and config.max_wsi_size is not None:
+    elif "max_wsi_size" in follows or (follows and config.max_wsi_size is not None):
         options = {"segment_lengths": None, **options}
     if "embed_dim" in options:
         options = {"ffn_dim": None, **options}

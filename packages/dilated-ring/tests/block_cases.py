@@ -55,6 +55,8 @@ class BlockCase:
             generator = torch.Generator().manual_seed(1)
             shape = (self.batch_size, self.seq_len)
             mask = torch.rand(shape, generator=generator) < self.masked
+            # Blocks begin at the first visible key.
+            mask[:, 0] = self.masked == 1
         if self.documents:
             bounds = [sum(self.documents[:i]) for i in range(len(self.documents) + 1)]
             cu_seqlens = torch.tensor(bounds)

@@ -8,7 +8,12 @@ import torch
 from block_cases import CASES, BlockCase, block_cases, dense
 from dilated_core.testing.error_budget import relative_error
 from dilated_ring import ring_block_sparse_attention_with_lse, simulated_ring_block_sparse_attention
-from dilated_sparse import SparsePatternConfig, block_sparse_attention, local_window
+from dilated_sparse import (
+    BlockSparseAttention,
+    SparsePatternConfig,
+    block_sparse_attention,
+    local_window,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -147,15 +152,42 @@ def test_any_pattern_with_the_same_methods() -> None:
     torch.testing.assert_close(out, block_sparse_attention(q, k, v, from_rows, 4))
 
 
-def test_a_config_builds_the_pattern_for_the_whole_length() -> None:
+@pytest.mark.parametrize("kind", ["whole", "documents", "masked"])
+def test_a_config_gives_each_document_the_pattern_of_its_length(kind: str) -> None:
     q = k = v = torch.randn(70, 2, 8)
+    options: dict[str, Any] = {"is_causal": True}
+    if kind == "documents":
+        options["cu_seqlens"] = torch.tensor([0, 48, 70])
+    else:
+        q = k = v = q.unsqueeze(0)
+    if kind == "masked":
+        options["key_padding_mask"] = torch.zeros(1, 70, dtype=torch.bool)
+        options["key_padding_mask"][:, 20:60] = True
     config = SparsePatternConfig(pattern_type="local_window", sparsity_ratio=0.4, block_size=8)
-    for cu_seqlens in (None, torch.tensor([0, 48, 70])):
-        tensors = (q, k, v) if cu_seqlens is not None else [x.unsqueeze(0) for x in (q, k, v)]
-        options: dict[str, Any] = {"is_causal": True, "cu_seqlens": cu_seqlens}
-        out = simulated_ring_block_sparse_attention(*tensors, config, ring_size=3, **options)
-        pattern = config.pattern_for(48 if cu_seqlens is not None else 70, is_causal=True)
-        torch.testing.assert_close(out, block_sparse_attention(*tensors, pattern, 8, **options))
+    one = BlockSparseAttention(pattern_type="local_window", sparsity_ratio=0.4, block_size=8)
+    out = simulated_ring_block_sparse_attention(q, k, v, config, ring_size=3, **options)
+    torch.testing.assert_close(out, one(q, k, v, **options))
+
+
+def test_padding_that_would_shift_blocks_is_refused() -> None:
+    q = k = v = torch.randn(2, 20, 2, 8)
+    first, last, right = torch.zeros(3, 2, 20, dtype=torch.bool).unbind()
+    first[1, 0] = last[0, 19] = True
+    right[0, 13:] = right[1] = True  # a padded sequence, and one that is padding alone
+    pattern, config = local_window(5, window=1), SparsePatternConfig(block_size=4)
+    for mask, blocks, message in [
+        (first, pattern, "hides the first position of a batch row"),
+        (last, config, "hides the last position of a batch row, and the pattern follows"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            simulated_ring_block_sparse_attention(
+                q, k, v, blocks, 4, ring_size=2, key_padding_mask=mask
+            )
+    out = simulated_ring_block_sparse_attention(
+        q, k, v, pattern, 4, ring_size=2, key_padding_mask=right
+    )
+    one = block_sparse_attention(q, k, v, pattern, 4, key_padding_mask=right)
+    torch.testing.assert_close(out, one)
 
 
 @pytest.mark.parametrize(

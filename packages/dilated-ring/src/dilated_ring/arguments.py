@@ -23,7 +23,6 @@ from dilated_ring.plan.blocks import (
     BlocksForLength,
     KeptBlocks,
     Pattern,
-    UnbuiltBlocks,
     checked_blocks,
 )
 from dilated_ring.plan.exchange import ExchangeKind
@@ -45,7 +44,7 @@ class BlockArguments(NamedTuple):
 class Options(NamedTuple):
     """The checked options of a call, equal on all ranks."""
 
-    pattern: Pattern | UnbuiltBlocks
+    pattern: Pattern
     is_causal: bool
     layout: Layout
     exchange: ExchangeKind

@@ -57,15 +57,17 @@ def ring_block_sparse_attention(
         pattern: The kept blocks of the whole sequence, ⌈S / block_size⌉ in each direction: a
             `dilated_sparse.BlockPattern`, or anything with `num_blocks`, `num_heads` and `rows()`,
             see `KeptBlocks`. It lists one head, which all share, or a number that divides the
-            heads. Or what builds the pattern once S is known: a
+            heads. Or what builds a pattern for each length: a
             `dilated_sparse.SparsePatternConfig`, or anything with `pattern_for`.
         block_size: Positions of a block; None: that of `pattern` if it has one, else 64. Shards may
             begin and end inside a block.
         is_causal: Query i sees only the keys j ≤ i of the whole sequence.
-        key_padding_mask: `(B, L)` bool, True for local keys that no query sees.
+        key_padding_mask: `(B, L)` bool, True for local keys that no query sees. Padding must be
+            behind a sequence, since one device counts the blocks of a batch row from its first
+            visible key; and if `pattern` follows the length, holes only.
         cu_seqlens: `(M + 1,)`, the bounds of the documents of the *whole* sequence, the same on all
             ranks. Blocks are counted from the first position of each document, which takes the
-            first rows and columns of the pattern.
+            first rows and columns of the pattern, or the pattern of its own length.
         group, layout, exchange, scale, dropout_p, head_range, seq_len, backend, timeout_s: As for
             `ring_dilated_attention`.
 

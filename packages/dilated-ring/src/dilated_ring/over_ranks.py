@@ -26,7 +26,7 @@ from dilated_ring.execution.call import (
     share_dropout_seed,
 )
 from dilated_ring.layout import num_positions, spans_of_ranks
-from dilated_ring.plan.blocks import built_blocks
+from dilated_ring.plan.blocks import check_length
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
 from dilated_ring.sharding.group import Group, RankGroup, resolve_group
@@ -218,14 +218,11 @@ def _call(
 ) -> Call:
     seq_len = sum(num_positions(held) for held in spans)
     bounds = None if cu_seqlens is None else read_document_bounds(cu_seqlens, seq_len)
-    pattern = options.pattern
-    if not isinstance(pattern, DilatedPattern):
+    if not isinstance(options.pattern, DilatedPattern):
         documents: list[int] | None = None if bounds is None else bounds.tolist()  # pyright: ignore
-        pattern = built_blocks(
-            pattern, seq_len, documents, options.head_range, is_causal=options.is_causal
-        )
+        check_length(options.pattern, seq_len, documents)
     return Call(
-        pattern,
+        options.pattern,
         options.is_causal,
         options.scale,
         options.dropout_p,

@@ -11,6 +11,7 @@ from dilated_core import (
     AttentionInputs,
     AttentionOptions,
     AttentionOutput,
+    DilatedPattern,
     Span,
     choose_backend,
     dilated_attention_with_lse,
@@ -20,9 +21,10 @@ from dilated_core.ops import Settings
 
 from dilated_ring.execution.differentiable import attend_shards
 from dilated_ring.execution.heads import Places, places, to_heads, to_positions
+from dilated_ring.execution.padding import check_padding
 from dilated_ring.execution.tasks import Shards, Work
 from dilated_ring.layout import joined
-from dilated_ring.plan.blocks import Blocks, Pattern
+from dilated_ring.plan.blocks import Pattern
 from dilated_ring.plan.exchange import Exchange, ExchangeKind, plan_exchange, route_of
 from dilated_ring.plan.parcels import Heads, parts_of_heads
 from dilated_ring.plan.sequences import LocalDocuments, Spans, cut_sequences, local_documents
@@ -91,7 +93,7 @@ def choose_way(call: Call, q: torch.Tensor, *, has_mask: bool) -> Way:
     aligned = is_aligned(call.pattern, call.ranks, is_causal=call.is_causal, is_packed=is_packed)
     # A zigzag shard has positions that do not follow each other, by which dropout counts.
     needs_positions = call.dropout_p > 0 and size > 1
-    is_empty = not batch_size and not isinstance(call.pattern, Blocks)
+    is_empty = not batch_size and isinstance(call.pattern, DilatedPattern)
     if is_empty or (aligned and call.tile_size is None and not needs_positions):
         return Way("alone")
     exchange = plan_call(call, size)
@@ -155,13 +157,15 @@ def run_call(
     if way.kind == "alone":
         return _each_rank_alone(call, q, k, v, masks)
     hidden = None if masks is None else _gather_masks(call, transport, masks)
+    if hidden is not None and not isinstance(call.pattern, DilatedPattern):
+        check_padding(call.pattern, hidden)
     if way.kind == "heads":
         return _over_heads(call, transport, q, k, v, hidden)
     assert way.exchange is not None
     assert way.backend is not None
     options = AttentionOptions(False, call.scale, call.dropout_p, call.dropout_seed)
     work = Work(way.exchange, options, way.backend, transport, hidden, call.tile_size)
-    if call.bounds is None or isinstance(call.pattern, Blocks):
+    if call.bounds is None or not isinstance(call.pattern, DilatedPattern):
         return attend_shards(work, q, k, v)
     return _with_local_documents(call, work, q, k, v)
 
@@ -241,7 +245,7 @@ def _attend(
     first, total = call.heads.head_range
     q, k, v = tensors
     heads = Heads(q.shape[2], k.shape[2], (first + first_head, total))
-    if isinstance(call.pattern, Blocks):
+    if not isinstance(call.pattern, DilatedPattern):
         return _attend_to_blocks(call, heads, tensors, hidden)
     if call.dropout_p:
         # A backend for rectangles drops by the numbers of rows, and others by rules of their own.
@@ -295,7 +299,7 @@ def _attend_to_blocks(
 def plan_call(call: Call, size: int) -> Exchange:
     """What travels if keys go to queries."""
     bounds = None if call.bounds is None else _numbers(call.bounds)
-    is_cut_only = not isinstance(call.pattern, Blocks)
+    is_cut_only = isinstance(call.pattern, DilatedPattern)
     return plan_exchange(
         call.pattern,
         call.heads,

@@ -8,9 +8,8 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from dilated_core import Gradients
+from dilated_core import DilatedPattern, Gradients
 
-from dilated_ring.plan.blocks import Blocks
 from dilated_ring.plan.exchange import Exchange
 from dilated_ring.plan.parcels import Parcel, kept_of_part
 
@@ -127,7 +126,7 @@ class _Patch(NamedTuple):
 
 def _patches(exchange: Exchange, parcel: Parcel) -> Iterator[_Patch]:
     pattern = exchange.pattern
-    if isinstance(pattern, Blocks):
+    if not isinstance(pattern, DilatedPattern):
         at = 0
         for start, stop in parcel.spans:
             begin, end = start - parcel.positions.start, stop - parcel.positions.start

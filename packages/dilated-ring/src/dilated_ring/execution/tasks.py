@@ -31,7 +31,6 @@ from dilated_ring.plan.block_tiles import (
     parcel_tiles,
     pieces_of_parcel,
 )
-from dilated_ring.plan.blocks import Blocks
 from dilated_ring.plan.exchange import Exchange
 from dilated_ring.plan.parcels import parcel_problems
 from dilated_ring.plan.parts import in_parts
@@ -122,7 +121,7 @@ def local_tasks(
 ) -> Iterator[Task]:
     """Queries of this rank with the keys of this rank."""
     exchange = work.exchange
-    if isinstance(exchange.pattern, Blocks):
+    if not isinstance(exchange.pattern, DilatedPattern):
         for number, sequence in enumerate(exchange.sequences):
             tiles = local_tiles(exchange, number, rank, _row_bytes(k), k.device)
             pieces = sequence.pieces[rank]
@@ -136,7 +135,7 @@ def parcel_tasks(
 ) -> Iterator[Task]:
     """Queries of this rank with the keys of parcels of other ranks."""
     exchange = work.exchange
-    if isinstance(exchange.pattern, Blocks):
+    if not isinstance(exchange.pattern, DilatedPattern):
         for number, kv in parcels.items():
             parcel = exchange.parcels[number]
             tiles = parcel_tiles(exchange, number, rank, _row_bytes(kv[0]), q.device)

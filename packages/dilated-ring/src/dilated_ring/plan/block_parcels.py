@@ -9,14 +9,18 @@ import torch
 from dilated_core import Span
 
 from dilated_ring.layout import joined, num_positions
-from dilated_ring.plan.blocks import Blocks, Rows, rows_of_sequence
+from dilated_ring.plan.blocks import Blocks, BlocksByLength, Rows, rows_of_sequence
 from dilated_ring.plan.parcels import Heads, Parcel, around
 from dilated_ring.plan.sequences import CutSequence, Piece
 from dilated_ring.plan.tiles import cut_into_tiles
 
 
 def block_parcels(
-    number: int, sequence: CutSequence, blocks: Blocks, heads: Heads, size: int, is_causal: bool
+    number: int,
+    sequence: CutSequence,
+    blocks: Blocks | BlocksByLength,
+    heads: Heads,
+    is_causal: bool,
 ) -> list[Parcel]:
     """What each rank sends: each part of a block to the ranks that keep it, and to no others.
 
@@ -24,13 +28,14 @@ def block_parcels(
     """
     if sequence.seq_len == 0:
         return []
-    # Also where nothing is sent: it refuses rows without a block.
+    # Also where nothing is sent: these refuse patterns that do not fit.
     rows = rows_of_sequence(blocks, sequence.seq_len, is_causal=is_causal)
+    of_head = rows.lists_of(heads)
     if sum(1 for pieces in sequence.pieces if pieces) < 2:
         return []
     found: list[Parcel] = []
-    needed = {p: _needed(rows, p, sequence.pieces) for p in set(blocks.lists_of(heads))}
-    for lists, kv_heads in _heads_by_lists(blocks, heads):
+    needed = {p: _needed(rows, p, sequence.pieces) for p in set(of_head)}
+    for lists, kv_heads in _heads_by_lists(of_head, heads):
         users = torch.stack([needed[p] for p in lists]).any(0)
         late = [x for p in lists for x in _late_queries(rows, p, sequence.pieces)]
         for owner, pieces in enumerate(sequence.pieces):
@@ -53,9 +58,10 @@ def block_parcels(
     return sorted(found, key=lambda x: (x.owner, x.piece, x.positions, x.kv_heads, x.users))
 
 
-def _heads_by_lists(blocks: Blocks, heads: Heads) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _heads_by_lists(
+    of_head: Sequence[int], heads: Heads
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The heads of k and v by the lists of the heads of q that read them."""
-    of_head = blocks.lists_of(heads)
     group = heads.num_heads // heads.num_kv_heads
     found: dict[tuple[int, ...], list[int]] = {}
     for kv_head in range(heads.num_kv_heads):

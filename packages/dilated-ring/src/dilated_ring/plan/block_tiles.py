@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from dilated_core import DilatedPattern
 
-from dilated_ring.plan.blocks import Blocks, Rows, expanded, rows_of_sequence
+from dilated_ring.plan.blocks import Rows, expanded, rows_of_sequence
 from dilated_ring.plan.exchange import Exchange
 from dilated_ring.plan.parcels import Heads, Parcel
 from dilated_ring.plan.sequences import Piece
@@ -114,13 +115,13 @@ def _tiles(
     if not queries or not keys:
         return ()
     blocks, heads = exchange.pattern, exchange.heads
-    assert isinstance(blocks, Blocks)
+    assert not isinstance(blocks, DilatedPattern)
     seq_len = exchange.sequences[sequence].seq_len
     rows = rows_of_sequence(blocks, seq_len, is_causal=exchange.is_causal)
     parts = _Parts(rows, queries, keys)
     limit = _GATHERED_BYTES.get(device.type, _GATHERED_BYTES_ELSEWHERE) // max(1, 2 * row_bytes)
     tiles: list[Tile] = []
-    for p, q_slice, kv_slice in _heads_of_lists(blocks, heads):
+    for p, q_slice, kv_slice in _heads_of_lists(rows.lists_of(heads), heads):
         if kv_slice.start not in kv_heads:
             continue
         first = kv_heads.index(kv_slice.start)
@@ -132,9 +133,9 @@ def _tiles(
     return tuple(tiles)
 
 
-def _heads_of_lists(blocks: Blocks, heads: Heads) -> Iterator[tuple[int, slice, slice]]:
+def _heads_of_lists(of_head: Sequence[int], heads: Heads) -> Iterator[tuple[int, slice, slice]]:
     """Lists, with heads of q that share them, and the heads of k and v of these."""
-    of_head, group = blocks.lists_of(heads), heads.num_heads // heads.num_kv_heads
+    group = heads.num_heads // heads.num_kv_heads
     begin = 0
     while begin < heads.num_heads:
         end = begin

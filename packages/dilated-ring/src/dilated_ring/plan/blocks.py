@@ -57,8 +57,8 @@ class BlocksForLength(Protocol):
         ...
 
 
-class UnbuiltBlocks(NamedTuple):
-    """A pattern of blocks whose length is not known yet."""
+class BlocksByLength(NamedTuple):
+    """A pattern of blocks for each length: each document gets that of its own length."""
 
     source: BlocksForLength
     block_size: int
@@ -85,19 +85,14 @@ class Blocks:
     offsets: torch.Tensor = field(repr=False, compare=False)
     columns: torch.Tensor = field(repr=False, compare=False)
 
-    def lists_of(self, heads: Heads) -> tuple[int, ...]:
-        """The list of each head of q."""
-        first, total = heads.head_range
-        return tuple((first + h) * self.num_lists // total for h in range(heads.num_heads))
 
-
-Pattern: TypeAlias = "DilatedPattern | Blocks"
+Pattern: TypeAlias = "DilatedPattern | Blocks | BlocksByLength"
 """What determines which keys a query sees."""
 
 
 def checked_blocks(
     pattern: KeptBlocks | BlocksForLength, block_size: int | None
-) -> Blocks | UnbuiltBlocks:
+) -> Blocks | BlocksByLength:
     """A pattern of users, checked as far as its length is known.
 
     Args:
@@ -117,36 +112,14 @@ def checked_blocks(
     size = check_integer("block_size", DEFAULT_BLOCK_SIZE if given is None else given, at_least=1)
     if isinstance(pattern, type) or not hasattr(pattern, "pattern_for"):
         return blocks_of(cast("KeptBlocks", pattern), size)
-    return UnbuiltBlocks(cast("BlocksForLength", pattern), size)
-
-
-def built_blocks(
-    blocks: Blocks | UnbuiltBlocks,
-    seq_len: int,
-    bounds: Sequence[int] | None,
-    head_range: tuple[int, int],
-    *,
-    is_causal: bool,
-) -> Blocks:
-    """The blocks of a call, checked.
-
-    Args:
-        blocks: Of `checked_blocks`.
-        seq_len: S, of all ranks together.
-        bounds: Of the documents, from 0 to S; None: one sequence.
-        head_range: Of the call.
-        is_causal: Of the call.
-
-    Raises:
-        ValueError: If the numbers of blocks or of heads do not fit.
-    """
-    if isinstance(blocks, UnbuiltBlocks):
-        longest = seq_len if bounds is None else max(b - a for a, b in pairwise(bounds))
-        pattern = blocks.source.pattern_for(longest, is_causal=is_causal)
-        blocks = blocks_of(pattern, blocks.block_size)
-    check_lists(blocks, head_range)
-    check_length(blocks, seq_len, bounds)
-    return blocks
+    try:
+        hash(pattern)
+    except TypeError:
+        raise TypeError(
+            f"pattern is a {type(pattern).__name__}, which is not hashable; ranks keep their plans "
+            f"by pattern, so make it immutable, such as a frozen dataclass."
+        ) from None
+    return BlocksByLength(cast("BlocksForLength", pattern), size)
 
 
 def blocks_of(pattern: KeptBlocks, block_size: int) -> Blocks:
@@ -214,6 +187,21 @@ class Rows(NamedTuple):
     columns: torch.Tensor
     diagonal: torch.Tensor
 
+    def lists_of(self, heads: Heads) -> tuple[int, ...]:
+        """The list of each head of q.
+
+        Raises:
+            ValueError: If the lists cannot be spread over all heads evenly.
+        """
+        num_lists = self.offsets.shape[0]
+        first, total = heads.head_range
+        if total % num_lists:
+            raise ValueError(
+                f"the pattern lists {num_lists} heads and there are {total}; it must list one, "
+                f"which all share, or a number that divides the heads."
+            )
+        return tuple((first + h) * num_lists // total for h in range(heads.num_heads))
+
     def of_blocks(self, p: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept blocks of some rows of list p, and for each the index of its row in `blocks`."""
         starts = self.offsets[p, blocks]
@@ -223,13 +211,17 @@ class Rows(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def rows_of_sequence(blocks: Blocks, seq_len: int, *, is_causal: bool) -> Rows:
-    """The rows of a sequence of this length, the leading ones of the pattern.
+def rows_of_sequence(blocks: Blocks | BlocksByLength, seq_len: int, *, is_causal: bool) -> Rows:
+    """The rows of a sequence of this length: of its own pattern, or the leading ones of a longer.
 
     Raises:
         ValueError: If a row keeps only blocks that the sequence does not have, or that causality
             hides.
     """
+    if isinstance(blocks, BlocksByLength):
+        pattern = blocks.source.pattern_for(seq_len, is_causal=is_causal)
+        blocks = blocks_of(pattern, blocks.block_size)
+        check_length(blocks, seq_len, None)
     N, P = blocks.num_blocks, blocks.num_lists
     n = -(-seq_len // blocks.block_size)
     counts = blocks.offsets.diff().flatten()
@@ -256,12 +248,16 @@ def rows_of_sequence(blocks: Blocks, seq_len: int, *, is_causal: bool) -> Rows:
     return Rows(blocks.block_size, n, offsets, columns[kept], diagonal.view(P, n))
 
 
-def check_length(blocks: Blocks, seq_len: int, bounds: Sequence[int] | None) -> None:
+def check_length(
+    blocks: Blocks | BlocksByLength, seq_len: int, bounds: Sequence[int] | None
+) -> None:
     """Refuse a pattern for another number of blocks.
 
     Raises:
         ValueError: If it has not as many as the sequence, or fewer than the longest document.
     """
+    if isinstance(blocks, BlocksByLength):
+        return
     N, size = blocks.num_blocks, blocks.block_size
     if bounds is None and (needed := max(1, -(-seq_len // size))) != N:
         raise ValueError(
@@ -276,19 +272,6 @@ def check_length(blocks: Blocks, seq_len: int, bounds: Sequence[int] | None) -> 
                 f"in blocks of {size} are {-(-longest // size)}. Build it for the longest "
                 f"document; shorter ones take its first rows and columns."
             )
-
-
-def check_lists(blocks: Blocks, head_range: tuple[int, int]) -> None:
-    """Refuse a number of heads that the lists cannot be spread over evenly.
-
-    Raises:
-        ValueError: If P does not divide the number of all heads.
-    """
-    if head_range[1] % blocks.num_lists:
-        raise ValueError(
-            f"the pattern lists {blocks.num_lists} heads and there are {head_range[1]}; it must "
-            f"list one, which all share, or a number that divides the heads."
-        )
 
 
 def expanded(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,10 @@ from dilated_core.checks import (
 
 from dilated_ring.layout import LAYOUTS, Layout, num_positions, spans_of_ranks
 from dilated_ring.plan.blocks import (
-    Blocks,
     BlocksForLength,
     KeptBlocks,
-    UnbuiltBlocks,
-    built_blocks,
+    Pattern,
+    check_length,
     checked_blocks,
 )
 from dilated_ring.plan.exchange import Exchange, ExchangeKind, plan_exchange, route_of
@@ -169,7 +168,7 @@ class ExchangePlan:
 
     def _messages_of_rows(self, step: int) -> Iterator[Message]:
         row = self._sizes.batch_size * self._sizes.head_dim * self._sizes.itemsize
-        of_blocks = isinstance(self._rows.pattern, Blocks)
+        of_blocks = not isinstance(self._rows.pattern, DilatedPattern)
         for source, destination, numbers in self._rows.moves[step]:
             for number in numbers:
                 parcel = self._rows.parcels[number]
@@ -276,13 +275,13 @@ def exchange_plan(
         )
     heads = Heads(num_heads, num_kv_heads, check_head_range(head_range, num_heads))
     if not isinstance(kept, DilatedPattern):
-        kept = built_blocks(kept, seq_len, bounds, heads.head_range, is_causal=is_causal)
+        check_length(kept, seq_len, bounds)
     sizes = Sizes(batch_size, head_dim, itemsize)
     spans = spans_of_ranks(layout, seq_len, cp_size)
     rows = plan_exchange(
         kept,
         heads,
-        cut_sequences(spans, seq_len, bounds, is_cut_only=not isinstance(kept, Blocks)),
+        cut_sequences(spans, seq_len, bounds, is_cut_only=isinstance(kept, DilatedPattern)),
         size=cp_size,
         is_causal=is_causal,
         route=route_of(exchange),
@@ -330,7 +329,7 @@ def _check_bounds(cu_seqlens: Sequence[int] | torch.Tensor, seq_len: int) -> tup
 
 def _checked(
     pattern: DilatedPattern | KeptBlocks | BlocksForLength, block_size: int | None
-) -> DilatedPattern | Blocks | UnbuiltBlocks:
+) -> Pattern:
     """The pattern that plans are made of.
 
     Raises:
@@ -359,7 +358,7 @@ def _peers(rows: Exchange) -> list[int]:
 
 
 def _branches(rows: Exchange, sizes: Sizes, way: WayKind) -> tuple[BranchPlan, ...]:
-    if isinstance(rows.pattern, Blocks):
+    if not isinstance(rows.pattern, DilatedPattern):
         return ()
     sent = [0] * len(rows.pattern.branches)
     travels = [False] * len(sent)

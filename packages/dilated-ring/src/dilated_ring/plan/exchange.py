@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from dilated_core import DilatedPattern, Span, kept_rows
 
 from dilated_ring.plan.block_parcels import block_parcels
-from dilated_ring.plan.blocks import Blocks, Pattern
+from dilated_ring.plan.blocks import Pattern
 from dilated_ring.plan.parcels import Heads, Parcel, around, kept_of_part, lanes, parcel_shape
 from dilated_ring.plan.sequences import CutSequence, Piece
 
@@ -114,8 +114,8 @@ def plan_exchange(
     """The parcels that queries of other ranks need, and no others."""
     parcels: list[Parcel] = []
     for number, sequence in enumerate(sequences):
-        if isinstance(pattern, Blocks):
-            parcels.extend(block_parcels(number, sequence, pattern, heads, size, is_causal))
+        if not isinstance(pattern, DilatedPattern):
+            parcels.extend(block_parcels(number, sequence, pattern, heads, is_causal))
             continue
         for branch in range(len(pattern.branches)):
             parcels.extend(_parcels_of(number, sequence, branch, pattern, heads, size, is_causal))

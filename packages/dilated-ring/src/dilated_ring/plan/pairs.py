@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from dilated_core import DilatedPattern, Span, head_offset, kept_rows
 
-from dilated_ring.plan.blocks import Blocks, Pattern, rows_of_sequence
+from dilated_ring.plan.blocks import Blocks, BlocksByLength, Pattern, rows_of_sequence
 from dilated_ring.plan.parcels import Heads, parts_of_heads
 from dilated_ring.plan.sequences import Spans, cut_sequences
 from dilated_ring.plan.tiles import cut_into_tiles
@@ -36,7 +36,7 @@ def pairs_of_ranks(
         bounds: Of the documents, from 0 to S; None: one sequence.
         is_causal: Whether queries see only the past.
     """
-    if isinstance(pattern, Blocks):
+    if not isinstance(pattern, DilatedPattern):
         return _pairs_of_blocks(pattern, heads, ranks, seq_len, bounds, is_causal)
     if bounds is None:
         bounds = (0, seq_len)
@@ -69,14 +69,13 @@ def pairs_over_heads(
 
 
 def _pairs_of_blocks(
-    blocks: Blocks,
+    blocks: Blocks | BlocksByLength,
     heads: Heads,
     ranks: Spans,
     seq_len: int,
     bounds: Sequence[int] | None,
     is_causal: bool,
 ) -> tuple[int, ...]:
-    lists = Counter(blocks.lists_of(heads))
     pairs = [0] * len(ranks)
     for sequence in cut_sequences(ranks, seq_len, bounds, is_cut_only=False):
         if not sequence.seq_len:
@@ -86,7 +85,7 @@ def _pairs_of_blocks(
         missing = rows.num_blocks * rows.block_size - sequence.seq_len
         lengths = rows.block_size - (rows.columns == rows.num_blocks - 1) * missing
         upto = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        for p, num_heads in lists.items():
+        for p, num_heads in Counter(rows.lists_of(heads)).items():
             seen: list[int] = upto[rows.offsets[p]].diff().tolist()  # pyright: ignore
             diagonal: list[bool] = rows.diagonal[p].tolist()  # pyright: ignore
             for rank, pieces in enumerate(sequence.pieces):

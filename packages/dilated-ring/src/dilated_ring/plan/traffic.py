@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from dilated_core import DilatedPattern
+
 from dilated_ring.layout import num_positions
-from dilated_ring.plan.blocks import Blocks, Pattern
+from dilated_ring.plan.blocks import Pattern
 from dilated_ring.plan.exchange import Exchange, ExchangeKind
 from dilated_ring.plan.parcels import Heads, parts_of_heads
 from dilated_ring.plan.sequences import Spans
@@ -112,7 +114,7 @@ def is_aligned(pattern: Pattern, ranks: Spans, *, is_causal: bool, is_packed: bo
     Zero keys fill the last segment up to w, which a rank alone does not know if it holds less. A
     pattern of blocks has no segments.
     """
-    if isinstance(pattern, Blocks):
+    if not isinstance(pattern, DilatedPattern):
         return False
     if len(ranks) == 1:
         return True

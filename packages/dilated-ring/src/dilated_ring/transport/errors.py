@@ -23,4 +23,7 @@ class RankFailure(RuntimeError):  # noqa: N818 - the failure is another rank's
 
 
 class DisagreementError(ValueError):
-    """Arguments differ between ranks. Every rank raises this alike; the group stays usable."""
+    """Arguments differ between ranks, or are wrong together.
+
+    Every rank raises this alike; the group stays usable.
+    """

@@ -4,7 +4,7 @@ The rooms, in the order to read them: `pattern` lists which blocks of the attent
 `execution` plans which rows a backend attends to in one call, and runs the calls. `operators`
 defines forward and backward as PyTorch operators, and `ops` does so for block-sparse attention.
 `attention` has the public functions, `windowed` dilated attention with a sliding window, `modules`
-the modules and their factories.
+the modules and their factories, and `presets` MoBA and NSA.
 """
 
 from importlib.metadata import version as _version
@@ -32,6 +32,11 @@ from dilated_sparse.pattern.generators import (
     pattern_of_type,
     random_blocks,
 )
+from dilated_sparse.presets.config import MoBAConfig, NSAConfig
+from dilated_sparse.presets.moba import moba_attention, moba_attention_with_lse
+from dilated_sparse.presets.moba_modules import MoBAAttention, MoBAMultiheadAttention
+from dilated_sparse.presets.nsa import NSASizes, native_sparse_attention
+from dilated_sparse.presets.nsa_module import NativeSparseAttention
 from dilated_sparse.windowed.attention import (
     windowed_dilated_attention,
     windowed_dilated_attention_with_lse,
@@ -43,12 +48,21 @@ __all__ = [
     # attention
     "block_sparse_attention",
     "block_sparse_attention_with_lse",
+    "moba_attention",
+    "moba_attention_with_lse",
+    "native_sparse_attention",
     "windowed_dilated_attention",
     "windowed_dilated_attention_with_lse",
     # modules
     "BlockSparseAttention",
     "BlockSparseAttentionConfig",
     "BlockSparseMultiheadAttention",
+    "MoBAAttention",
+    "MoBAConfig",
+    "MoBAMultiheadAttention",
+    "NSAConfig",
+    "NSASizes",
+    "NativeSparseAttention",
     "SparsePatternConfig",
     "WindowedDilatedAttention",
     "WindowedDilatedAttentionConfig",

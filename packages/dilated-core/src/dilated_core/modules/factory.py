@@ -24,6 +24,8 @@ _PROVIDERS = {
     "ring_block_sparse": "dilated-ring",
     "block_sparse": "dilated-sparse",
     "block_sparse_adaptive": "dilated-sparse",
+    "moba": "dilated-sparse",
+    "nsa": "dilated-sparse",
 }
 
 

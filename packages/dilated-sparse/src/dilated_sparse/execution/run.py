@@ -148,7 +148,9 @@ def backward(
             )
             if dlse is not None:
                 dlse_rows = queries(dlse[at])
-                more = _through_lse(call, options, dlse_rows, q_rows, k_rows, lse_rows)
+                more = gradients_through_lse(
+                    call.backend, options, dlse_rows, q_rows, k_rows, lse_rows
+                )
                 dq_rows, dk_rows = dq_rows + more[0], dk_rows + more[1]
             queries.put(dq, dq_rows if task.is_first else queries(dq) + dq_rows)
             sequence.add_to_keys(dk, task, dk_rows)
@@ -163,8 +165,8 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _through_lse(
-    call: Call,
+def gradients_through_lse(
+    backend: AttentionBackend,
     options: AttentionOptions,
     dlse: torch.Tensor,
     q: torch.Tensor,
@@ -179,16 +181,16 @@ def _through_lse(
     """
     options = options._replace(dropout_p=0.0)
     dlse = (dlse * options.scale).unsqueeze(-1)
-    partial = call.backend.forward(q, k, k, options)
+    partial = backend.forward(q, k, k, options)
     weight = (partial.lse - lse).exp_().unsqueeze(-1)
     dout, zeros = (dlse * q).to(q.dtype), torch.zeros_like(q)
-    dk = call.backend.backward(
+    dk = backend.backward(
         dout, q, k, torch.zeros_like(k), zeros, lse, options, delta=torch.zeros_like(lse)
     )[2]
     return dlse * weight * partial.out, dk
 
 
-def _split(x: torch.Tensor, dim: int, sizes: tuple[int, int]) -> torch.Tensor:
+def split(x: torch.Tensor, dim: int, sizes: tuple[int, int]) -> torch.Tensor:
     """`Tensor.unflatten`, whose type PyTorch leaves open."""
     return x.unflatten(dim, sizes)  # pyright: ignore
 
@@ -206,7 +208,7 @@ class _Queries:
 
     def put(self, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Write `rows` there, unless they are a view of x."""
-        rows = _split(rows, 0, (x.shape[0], -1))
+        rows = split(rows, 0, (x.shape[0], -1))
         if self.task.first_row is not None:
             self._blocks(x).copy_(rows)
         else:
@@ -219,12 +221,12 @@ class _Queries:
             return self._all(x)[:, :, :, task.heads].index_select(1, task.rows)
         n, start = task.rows.shape[0], task.first_row * self.block_size
         rows = x[:, start : start + n * task.num_queries, task.heads]
-        return _split(rows, 1, (n, task.num_queries))
+        return split(rows, 1, (n, task.num_queries))
 
     def _all(self, x: torch.Tensor) -> torch.Tensor:
         """The full blocks of x: `(B, N, block_size, H, …)`."""
         num_full = x.shape[1] // self.block_size
-        return _split(x[:, : num_full * self.block_size], 1, (num_full, self.block_size))
+        return split(x[:, : num_full * self.block_size], 1, (num_full, self.block_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,7 @@ class _Sequence:
 
     def _of_keys(self, x: torch.Tensor, task: Task) -> torch.Tensor:
         """What `(B, N·block_size)` has for the keys of a task: `(B·n, num_keys, kv_heads)`."""
-        blocks = _split(x, 1, (-1, self.block_size)).index_select(1, task.columns)
+        blocks = split(x, 1, (-1, self.block_size)).index_select(1, task.columns)
         n = x.shape[0] * task.rows.shape[0]
         num_kv_heads = task.kv_heads.stop - task.kv_heads.start
         return blocks.reshape(n, -1)[:, : task.num_keys, None].expand(-1, -1, num_kv_heads)
@@ -288,7 +290,7 @@ class _Sequence:
         size = self.block_size
         missing = task.count * size - task.num_keys
         rows = pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
-        grad = _split(grad[:, :, task.kv_heads], 1, (-1, size))
+        grad = split(grad[:, :, task.kv_heads], 1, (-1, size))
         B, n = grad.shape[0], task.rows.shape[0]
         rows = rows.reshape(B, n * task.count, size, *rows.shape[2:]).to(grad.dtype)
         grad.index_add_(1, task.columns, rows)
@@ -307,7 +309,7 @@ class _Sequence:
                 (task.column_step * size * row, row, *rest),
                 x.storage_offset() + task.first_column * size * row,
             )
-        blocks = _split(x, 1, (-1, size))
+        blocks = split(x, 1, (-1, size))
         room = buffer[: B * n * task.count * size * x.shape[2] * x.shape[3]]
         room = room.view(B, n * task.count, *blocks.shape[2:])
         torch.index_select(blocks, 1, task.columns, out=room)

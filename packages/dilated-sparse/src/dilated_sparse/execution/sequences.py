@@ -61,36 +61,73 @@ def sequences_of(
         ValueError: If a pattern is for another number of blocks, or `cu_seqlens` does not fit.
     """
     B, S = q.shape[:2]
-    if cu_seqlens is not None:
-        bounds = document_bounds(cu_seqlens, S)
-        longest = max(b - a for a, b in pairwise(bounds))
-        if isinstance(pattern, BlockPattern):
-            _check_longest(pattern, longest, block_size)
-        found = [(slice(0, 1), slice(a, b), None) for a, b in pairwise(bounds)]
-    else:
-        if isinstance(pattern, BlockPattern):
-            _check_whole(pattern, S, block_size)
-        if key_padding_mask is None:
-            found = [(slice(0, B), slice(0, S), None)]
-        else:
-            found = _without_padding(key_padding_mask, keep_end=isinstance(pattern, BlockPattern))
+    if isinstance(pattern, BlockPattern) and cu_seqlens is None:
+        _check_whole(pattern, S, block_size)
+    parts = spans_of(
+        *(B, S, cu_seqlens, key_padding_mask), keep_end=isinstance(pattern, BlockPattern)
+    )
+    if isinstance(pattern, BlockPattern) and cu_seqlens is not None:
+        longest = max((part.span.stop - part.span.start for part in parts), default=0)
+        _check_longest(pattern, longest, block_size)
     if q.numel() == 0:
         return
-    for rows, span, mask in found:
-        if (length := span.stop - span.start) > 0:
-            num_blocks = -(-length // block_size)
-            own = (
-                _leading(pattern, num_blocks)
-                if isinstance(pattern, BlockPattern)
-                else pattern.pattern(num_blocks)
-            )
-            yield Sequences(rows, span, own, mask)
+    for rows, span, mask in parts:
+        num_blocks = -(-(span.stop - span.start) // block_size)
+        own = (
+            _leading(pattern, num_blocks)
+            if isinstance(pattern, BlockPattern)
+            else pattern.pattern(num_blocks)
+        )
+        yield Sequences(rows, span, own, mask)
 
 
-def _without_padding(
-    mask: torch.Tensor, *, keep_end: bool
-) -> list[tuple[slice, slice, torch.Tensor | None]]:
-    """Batch rows, positions and mask of sequences whose first key, and last one, is visible.
+class Part(NamedTuple):
+    """Sequences of one length at the same positions of neighbouring batch rows.
+
+    Attributes:
+        rows: The batch rows.
+        span: The positions, one at least.
+        key_padding_mask: `(rows, positions)` bool; None if every key is visible.
+    """
+
+    rows: slice
+    span: slice
+    key_padding_mask: torch.Tensor | None
+
+
+def spans_of(
+    batch_size: int,
+    seq_len: int,
+    cu_seqlens: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    *,
+    keep_end: bool = False,
+) -> list[Part]:
+    """Where the sequences of `(B, S, …)` tensors are: documents, or batch rows without padding.
+
+    Args:
+        batch_size: B.
+        seq_len: S.
+        cu_seqlens: Where documents begin, and T; None if not packed.
+        key_padding_mask: `(B, S)` or None.
+        keep_end: Whether a sequence with a mask ends where its batch row ends, masked or not.
+
+    Raises:
+        ValueError: If `cu_seqlens` does not fit.
+    """
+    every = slice(0, batch_size)
+    if cu_seqlens is not None:
+        bounds = document_bounds(cu_seqlens, seq_len)
+        parts = [Part(every, slice(a, b), None) for a, b in pairwise(bounds)]
+    elif key_padding_mask is not None:
+        parts = _without_padding(key_padding_mask, keep_end=keep_end)
+    else:
+        parts = [Part(every, slice(0, seq_len), None)]
+    return [part for part in parts if part.span.stop > part.span.start]
+
+
+def _without_padding(mask: torch.Tensor, *, keep_end: bool) -> list[Part]:
+    """The sequences from the first visible key of each batch row to the last one.
 
     Args:
         mask: `(B, S)`, True for keys to leave out.
@@ -109,12 +146,12 @@ def _without_padding(
     has_holes = (mask & _is_between(starts, stops, S)).any(1)
     table = torch.stack([starts, stops, has_holes.to(starts.dtype)], 1)
     bounds = cast("list[list[int]]", table.tolist())  # pyright: ignore
-    found: list[tuple[slice, slice, torch.Tensor | None]] = []
+    found: list[Part] = []
     for (start, stop), group in groupby(enumerate(bounds), key=lambda item: tuple(item[1][:2])):
         members = list(group)
         rows, span = slice(members[0][0], members[-1][0] + 1), slice(start, stop)
         is_masked = any(member[1][2] for member in members)
-        found.append((rows, span, mask[rows, span] if is_masked else None))
+        found.append(Part(rows, span, mask[rows, span] if is_masked else None))
     return found
 
 

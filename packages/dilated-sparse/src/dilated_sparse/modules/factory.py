@@ -45,33 +45,45 @@ def create_block_sparse_attention(
 
 
 def _attention(**options: Any) -> BlockSparseAttention:
-    return BlockSparseAttention(**_without_branches(options))
+    return BlockSparseAttention(**_own(options))
 
 
 def _multihead(**options: Any) -> BlockSparseMultiheadAttention:
-    return BlockSparseMultiheadAttention(**_without_branches(options))
+    return BlockSparseMultiheadAttention(**_own(options))
+
+
+def _own(options: dict[str, Any]) -> dict[str, Any]:
+    instead = "pattern_type, sparsity_ratio and block_size"
+    return without_branches(options, "block_sparse", BlockSparseAttentionConfig, instead)
 
 
 VARIANT = AttentionVariant(_attention, _multihead)
 """What the entry point `block_sparse` of the group `dilated.attention` names."""
 
 
-def _without_branches(options: dict[str, Any]) -> dict[str, Any]:
+def without_branches(
+    options: dict[str, Any], kind: str, config: type[Any], instead: str
+) -> dict[str, Any]:
     """The options without those of dilated branches, which core's factories always pass.
+
+    Args:
+        options: By name.
+        kind: The name of the attention.
+        config: Its class of options.
+        instead: What to give instead of branches.
 
     Raises:
         ValueError: If one has another value than its default: it would have no effect.
     """
-    own = {field.name for field in fields(BlockSparseAttentionConfig)}
+    own = {field.name for field in fields(config)}
     for field in fields(DilatedAttentionConfig):
         if field.name in own or field.name not in options:
             continue
         value = options[field.name]
         if (tuple(value) if isinstance(value, list) else value) != field.default:  # pyright: ignore
             raise ValueError(
-                f"{field.name} is {value!r}; attention 'block_sparse' has a pattern of blocks and "
-                f"no dilated branches, so leave it out and give pattern_type, sparsity_ratio and "
-                f"block_size."
+                f"{field.name} is {value!r}; attention {kind!r} has blocks and no dilated "
+                f"branches, so leave it out and give {instead}."
             )
     branches = {field.name for field in fields(DilatedAttentionConfig)} - own
     return {name: value for name, value in options.items() if name not in branches}

@@ -1,0 +1,1 @@
+"""MoBA and NSA: attention in which each query chooses blocks of earlier keys."""

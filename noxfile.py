@@ -2,6 +2,8 @@
 
 A session's environment holds what it asks for and nothing else: `uv sync` removes the rest. So
 environments are reused, and one package's tests cannot lean on another package's dependencies.
+`tests` and `exhaustive` even share one, because there PyTorch is compiled to bytecode once and not
+for every package. Of these sessions one can run at a time.
 """
 
 import os
@@ -18,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # nox is a console script, so this folder is not 
 from tools.packages import find_packages  # noqa: E402
 
 PACKAGES = find_packages(ROOT)
+SHARED_ENVIRONMENT = ROOT / ".nox" / "tests"
 
 nox.needs_version = ">=2026.4"
 nox.options.default_venv_backend = "uv"
@@ -27,7 +30,7 @@ nox.options.sessions = ["lint", "types", "structure", "tests", "docs"]
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"  # a session runs on the Python that runs nox
 
 
-@nox.session
+@nox.session(venv_backend="none")
 @nox.parametrize("target", [*PACKAGES, "tools"], ids=[*PACKAGES, "tools"])
 def tests(session: nox.Session, target: str) -> None:
     """Tests of one package, with only what it declares; "tools": of the workspace itself."""
@@ -40,7 +43,7 @@ def tests(session: nox.Session, target: str) -> None:
         run_pytest(session, f"packages/{target}/tests")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 @nox.parametrize("target", [*PACKAGES], ids=[*PACKAGES])
 def exhaustive(session: nox.Session, target: str) -> None:
     """The large sweeps of one package: tests marked `exhaustive`, which `tests` leaves out."""
@@ -151,16 +154,22 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 
+def environment_of(session: nox.Session) -> str:
+    """The folder of the session's own environment, or of the shared one."""
+    if session.virtualenv.venv_backend == "none":
+        return str(SHARED_ENVIRONMENT)
+    return session.virtualenv.location
+
+
 def sync(session: nox.Session, *arguments: str) -> None:
     """Make the session's environment hold exactly what `uv sync` selects."""
-    environment = session.virtualenv.location
     session.run_install(
         "uv",
         "sync",
         "--quiet",
         f"--python={sys.executable}",  # another Python than last time replaces the environment
         *arguments,
-        env={"UV_PROJECT_ENVIRONMENT": environment},
+        env={"UV_PROJECT_ENVIRONMENT": environment_of(session)},
         external=True,
     )
 
@@ -170,19 +179,34 @@ def sync_workspace(session: nox.Session) -> None:
     sync(session, "--all-packages")
 
 
-def run_pytest(session: nox.Session, *arguments: str, success_codes: Sequence[int] = (0,)) -> None:
-    """Run pytest with a process for each core, up to four, and an end for a test that hangs."""
-    processes = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", "--timeout=600"]
+def run(session: nox.Session, *command: str, success_codes: Sequence[int] = (0,)) -> None:
+    """Run a command in the session's environment, with one thread in each process."""
+    environment = environment_of(session)
     session.run(
-        # As a module: processes that a test starts do not import a script again.
-        *("python", "-m", "pytest", *processes, *arguments, *session.posargs),
-        env={"OMP_NUM_THREADS": "1"},  # the processes share the cores
+        *("uv", "run", "--no-sync", *command),
+        env={
+            "UV_PROJECT_ENVIRONMENT": environment,
+            "VIRTUAL_ENV": environment,
+            "OMP_NUM_THREADS": "1",  # processes share the cores
+            # Where Python writes no bytecode, each process compiles PyTorch: three seconds.
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(ROOT / ".nox" / "bytecode"),
+        },
+        external=True,
         success_codes=success_codes,
     )
 
 
+def run_pytest(session: nox.Session, *arguments: str, success_codes: Sequence[int] = (0,)) -> None:
+    """Run pytest with a process for each core, up to four, and an end for a test that hangs."""
+    processes = ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", "--timeout=600"]
+    # As a module: processes that a test starts do not import a script again.
+    pytest = ["python", "-m", "pytest", *processes, *arguments, *session.posargs]
+    run(session, *pytest, success_codes=success_codes)
+
+
 def check_structure(session: nox.Session) -> None:
     """The rules about files and imports that need no test run."""
-    session.run("lint-imports", "--no-logo", "--no-cache")
+    run(session, "lint-imports", "--no-logo", "--no-cache")
     for check in ["check_siblings", "check_lengths", "check_api", "lock"]:
-        session.run("python", "-m", f"tools.{check}")
+        run(session, "python", "-m", f"tools.{check}")

@@ -76,7 +76,7 @@ def _messages(plan: ExchangePlan) -> list[str]:
                 str(x.step + 1),
                 str(x.source),
                 str(x.destination),
-                "all" if x.branch is None else str(x.branch),
+                str(x.branch) if x.branch is not None else "all" if plan.branches else "blocks",
                 f"{x.positions.start:,} to {x.positions.stop:,}",
                 format_bytes(x.num_bytes),
             ]

@@ -70,6 +70,12 @@ def test_weights_come_out_under_their_published_names(tiny):
     out = gigapath_state_dict(slide_encoder_from_gigapath(weights, config))
     assert out.keys() == weights.keys()
     assert all(torch.equal(out[name], weights[name]) for name in weights)
+    own = slide_encoder_from_gigapath(weights, config).state_dict()
+    assert own.keys() != weights.keys()
+    again = gigapath_state_dict(slide_encoder_from_gigapath(own, config))
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    with pytest.raises(ValueError, match="are not part of it"):
+        slide_encoder_from_gigapath(own | weights, config)
 
 
 def test_the_config_is_read_from_published_shapes_only(tiny):

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from dilated_models.checkpoints.files import Weights, read_checkpoint
 from dilated_models.checkpoints.names import count_layers, load_strictly
-from dilated_models.encoder.names import published_name
+from dilated_models.encoder.names import published_name, with_published_names
 from dilated_models.slide.longvit import LongViT
 
 _KEYS = ("teacher", "model", "module")
@@ -54,7 +54,9 @@ def longvit_from_torchscale(
         _bare(name): tensor
         for name, tensor in read_checkpoint(weights, keys=_KEYS, sha256=sha256).weights.items()
     }
-    found = {name: tensor for name, tensor in found.items() if not name.startswith(_HEAD)}
+    found = with_published_names(
+        {name: tensor for name, tensor in found.items() if not name.startswith(_HEAD)}
+    )
     projection, positions = found.get("patch_embed.proj.weight"), found.get("pos_embed")
     if projection is None or positions is None or projection.dim() != 4 or positions.dim() != 3:
         raise ValueError(

@@ -14,7 +14,7 @@ from dilated_models.checkpoints.names import (
     load_strictly,
     without,
 )
-from dilated_models.encoder.names import published_name
+from dilated_models.encoder.names import published_name, with_published_names
 from dilated_models.slide.config import ARCHITECTURES, SlideEncoderConfig, config_of
 from dilated_models.slide.encoder import LongNetSlideEncoder
 
@@ -36,7 +36,7 @@ def slide_encoder_from_gigapath(
 
     Args:
         weights: A state dict, or the path of a `.pth` or safetensors file; under the key "model",
-            or bare.
+            or bare; with the published names or those of a `LongNetSlideEncoder`.
         config: A `SlideEncoderConfig`, its fields as a dict, or the name of a published
             architecture. None: the published architecture whose shapes the weights have.
         sha256: The SHA-256 that the file must have; None: any. `encoder.weights_sha256` shows it.
@@ -65,7 +65,7 @@ def load_slide_weights(encoder: LongNetSlideEncoder, checkpoint: Checkpoint) -> 
     Raises:
         ValueError: If a weight is missing, extra or misshapen; nothing is copied then.
     """
-    found = without(checkpoint.weights, [_POSITIONS])
+    found = with_published_names(without(checkpoint.weights, [_POSITIONS]))
     owner = f"a slide encoder {_sizes(encoder.config)}"
     load_strictly(encoder, found, published_name, owner=owner)
     encoder.weights_sha256 = checkpoint.sha256

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dilated_models.checkpoints.files import Weights, read_checkpoint
 from dilated_models.checkpoints.names import count_layers, load_strictly
 from dilated_models.encoder.config import EncoderConfig
-from dilated_models.encoder.names import published_name
+from dilated_models.encoder.names import published_name, with_published_names
 from dilated_models.encoder.stack import LongNetEncoder
 
 _PREFIX = "LongNet_encoder."
@@ -79,7 +79,7 @@ def encoder_from_slidechat(
     """
     found = dict(read_checkpoint(weights, keys=_KEYS, sha256=sha256).weights)
     own = {n.removeprefix(_PREFIX): w for n, w in found.items() if n.startswith(_PREFIX)}
-    found = own or found
+    found = with_published_names(own or found)
     fc1 = found.get("layers.0.ffn.fc1.weight")
     if fc1 is None or fc1.dim() != 2:
         raise ValueError(

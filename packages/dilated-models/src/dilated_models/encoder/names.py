@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,15 @@ def published_name(name: str) -> str:
     for ours, published in _PAIRS:
         name = name.replace(ours, published)
     return name
+
+
+def with_published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under torchscale's names, whichever names they have.
+
+    Weights that have both names of one stay as they are.
+    """
+    renamed = {published_name(name): tensor for name, tensor in weights.items()}
+    return renamed if len(renamed) == len(weights) else dict(weights)
 
 
 def accept_published_names(

@@ -66,6 +66,10 @@ class LongNetConfig:
         xpos_scale_base: Distance over which xPos decays by one factor, in tokens.
         key_conv: Width, in tokens, of a depthwise causal convolution that is added to the input of
             each attention; 0 for none. It is no part of LongNet: see `CausalConvolution`.
+        local_window: W: a token also sees its last W tokens, in the softmax of the branches, so
+            that it is not blind behind a border of segments; 0 for none. It is no part of LongNet,
+            and needs dilated-sparse: see `dilated_sparse.windowed_dilated_attention`. Without
+            generation and without shards of sequences, which refuse such a model.
         tie_embeddings: Whether the output layer shares the embedding's weight.
         scale_embedding: Whether embeddings are multiplied by √d_model.
         final_layer_norm: Whether a LayerNorm precedes the output layer.
@@ -101,6 +105,7 @@ class LongNetConfig:
     positions: PositionKind = "xpos"
     xpos_scale_base: float = 512.0
     key_conv: int = 0
+    local_window: int = 0
     tie_embeddings: bool = False
     scale_embedding: bool = True
     final_layer_norm: bool = True
@@ -110,7 +115,7 @@ class LongNetConfig:
     def __post_init__(self) -> None:
         for name in ("num_tokens", "d_model", "nhead", "num_decoder_layers", "dim_feedforward"):
             self._set(name, check_integer(name, getattr(self, name), at_least=1))
-        for name in ("num_encoder_layers", "key_conv"):
+        for name in ("num_encoder_layers", "key_conv", "local_window"):
             self._set(name, check_integer(name, getattr(self, name), at_least=0))
         if self.num_encoder_layers:
             raise ValueError(

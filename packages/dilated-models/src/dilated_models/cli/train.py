@@ -249,7 +249,8 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
         + (f", continuing after step {step}" if step else "")
         + f"; writing to {quoted(run.folder)}",
     ]
-    if (note := border_note(model.pattern, training.seq_len)) is not None:
+    note = border_note(model.pattern, training.seq_len)
+    if note is not None and not model.local_window:
         lines.append(f"note: {note}")
     console.print("\n".join(lines))
 

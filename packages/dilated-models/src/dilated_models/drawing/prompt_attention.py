@@ -41,10 +41,15 @@ def attend_to_prompt(model: LongNetLM, tokens: Sequence[int], *, num_rows: int) 
         num_rows: How many of the last tokens; all if there are fewer.
 
     Raises:
-        ValueError: If there is no token, or `num_rows` is below 1.
+        ValueError: If there is no token, `num_rows` is below 1, or the model has a `local_window`.
     """
     if not tokens:
         raise ValueError("the prompt has no token; it must have at least 1.")
+    if window := model.config.local_window:
+        raise ValueError(
+            f"local_window of the model is {window}; only the attention of dilated branches can be "
+            f"shown, so give a model without one."
+        )
     if num_rows < 1:
         raise ValueError(f"num_rows is {num_rows}; it must be at least 1.")
     rows = list(range(max(0, len(tokens) - num_rows), len(tokens)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from dilated_core import (
@@ -52,6 +53,10 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             ),
             config.attention,
         )
+        self.local_window = config.local_window
+        if config.local_window:
+            # The base class calls it with tensors and masks, as it calls its own.
+            self.attention = _windowed_attention(config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -86,6 +91,11 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             return self.combine(self._decode(q, k, v, cache, counts).to(x.dtype))
         cu_seqlens = None if documents is None else documents.cu_seqlens
         if context_parallel is not None:
+            if self.local_window:
+                raise ValueError(
+                    f"local_window of the model is {self.local_window}, and context_parallel is "
+                    f"given; attention over ranks has no window, so leave context_parallel out."
+                )
             out = context_parallel.attend(
                 q,
                 k,
@@ -113,3 +123,26 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         if counts is None and q.shape[1] == 1 and has_kernel:
             return decode_step(q, k, v, cache, backend=backend)
         return decode_tokens(q, k, v, cache, lengths=counts, backend=backend)
+
+
+def _windowed_attention(config: LongNetConfig) -> Any:
+    """The module for the branches and a sliding window.
+
+    Raises:
+        ImportError: If dilated-sparse is not installed.
+    """
+    try:
+        from dilated_sparse import WindowedDilatedAttention
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"local_window needs dilated-sparse, and {error.name} is not installed: "
+            f"pip install 'dilated-models[sparse]'"
+        ) from error
+    return WindowedDilatedAttention(
+        config.segment_lengths,
+        config.dilation_rates,
+        window=config.local_window,
+        head_offsets=config.head_offsets,
+        padding=config.padding,
+        backend=config.backend,
+    )

@@ -40,7 +40,7 @@ class GenerationCache:
 
     Raises:
         TypeError: If `model` is no LongNetLM, or a size is no integer.
-        ValueError: If a size is out of range.
+        ValueError: If a size is out of range, or the model has a `local_window`.
 
     Example:
         >>> from dilated_models import LongNetLM
@@ -61,6 +61,12 @@ class GenerationCache:
     ) -> None:
         if not isinstance(getattr(model, "config", None), LongNetConfig):
             raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
+        if window := model.config.local_window:
+            raise ValueError(
+                f"local_window of the model is {window}; a cache holds what dilated branches see, "
+                f"and no window, so generate with a model without one, or run the model over the "
+                f"whole text for each token."
+            )
         self.config = model.config
         self.blocks = [
             BlockCache(

@@ -10,10 +10,12 @@ from dilated_core import (
     dilated_attention_with_lse,
     merge_partials,
 )
+from dilated_core.testing.dropout import kept_pairs
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
 from dilated_sparse import windowed_dilated_attention, windowed_dilated_attention_with_lse
 from dilated_sparse.operators import choice_for
 from dilated_sparse.windowed.ops import WINDOWED
+from dilated_sparse.windowed.plan import WINDOW_BRANCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -292,20 +294,38 @@ def test_work_is_that_of_counted_pairs_in_few_calls(
         assert sum(calls) == int(times.sum())
 
 
-def test_dropout_follows_the_seed_and_drops_as_much() -> None:
-    q, k, v = leaves(*[(1, 64, 2, 8)] * 3)
-
-    def drop(seed: int, v: torch.Tensor = v) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return windowed_dilated_attention(q, k, v, PATTERNS[1], 9, is_causal=True, dropout_p=0.3)
-
-    assert torch.equal(drop(1), drop(1))
-    assert not torch.equal(drop(1), drop(2))
-    assert abs(float(drop(0, torch.ones_like(v)).detach().mean()) - 1) < 0.05
-    # Backward drops what forward dropped: out is linear in v.
-    out = drop(3)
-    (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
-    torch.testing.assert_close((dv * v).sum(), out.sum())
+@pytest.mark.parametrize("overlap", ["once", "added"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_positions_decide_what_is_dropped(pattern, is_causal, overlap) -> None:
+    S, H, window, p = 33, 6, 6, 0.4
+    tensors = leaves((2, S, H, 4), (2, S, 3, 4), (2, S, 3, 4))
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ()))
+    near = counts(None, window, S, H, is_causal=is_causal, overlap=overlap)
+    kept = near * kept_pairs(seed, (2, S, H), dropout_p=p, branch=WINDOW_BRANCH)
+    branches = () if pattern is None else pattern.branches
+    for number, (w, r) in enumerate(branches):
+        branch = DilatedPattern([w], [r], head_offsets=pattern.head_offsets)
+        pairs = branch.materialize(S, H, is_causal=is_causal)
+        pairs = pairs * (1 - near) if overlap == "once" else pairs
+        kept = kept + pairs * kept_pairs(seed, (2, S, H), dropout_p=p, branch=number)
+    q, k, v = tensors
+    k_, v_ = (x.repeat_interleave(2, 2) for x in (k, v))
+    times = counts(pattern, window, S, H, is_causal=is_causal, overlap=overlap)
+    lse = dense(q, k, v, times, 0.5)[1].transpose(1, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k_) * 0.5
+    probabilities = kept.double() / (1 - p) * (scores - lse.unsqueeze(-1)).exp()
+    expected = torch.einsum("bhij,bjhd->bihd", probabilities, v_)
+    torch.manual_seed(5)
+    out = windowed_dilated_attention(
+        q, k, v, pattern, window, is_causal, overlap=overlap, dropout_p=p
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    dout = torch.randn_like(out)
+    grads, want = (torch.autograd.grad(x, tensors, dout) for x in (out, expected))
+    for got, wanted in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
 # opcheck reads .grad of the tensors it compares, leaves or not.

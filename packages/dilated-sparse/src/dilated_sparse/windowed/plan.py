@@ -24,6 +24,9 @@ from dilated_core import DilatedPattern, Problem, Rows, Span, plan_problems
 Overlap = Literal["once", "added"]
 """How often a pair of the window counts that branches select too."""
 
+WINDOW_BRANCH = -1
+"""The number by which the window drops: no branch of a pattern has it."""
+
 
 class Plan(NamedTuple):
     """Problems of the tensors, and problems of the tensors that `reverse` returns."""
@@ -125,6 +128,7 @@ def _older_than(window: int, problem: Problem) -> Iterator[Problem]:
             is_causal=True,
             zero_keys=0,
             is_first=False,
+            branch=problem.branch,
         )
 
 
@@ -136,6 +140,7 @@ def _younger_than(window: int, problem: Problem, geometry: Geometry) -> Iterator
         is_causal=False,
         zero_keys=0,
         is_first=False,
+        branch=problem.branch,
     )
     return _older_than(window, turned)
 
@@ -246,4 +251,4 @@ def _problems(cuts: Iterable[_Cut], geometry: Geometry) -> Iterator[Problem]:
                     (cut.key_start, cut.num_keys, geometry.num_kv_heads),
                 )
             )
-            yield Problem(queries, keys, cut.is_causal, zero_keys=0, is_first=cut.is_first)
+            yield Problem(queries, keys, cut.is_causal, 0, cut.is_first, branch=WINDOW_BRANCH)

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from dilated_core import DilatedPattern
 from dilated_core.testing.processes import run_processes
-from dilated_ring import ring_dilated_attention
+from dilated_ring import DistributedRingAttention, ring_dilated_attention
+from dilated_ring.modules import health
 from torch.distributed.device_mesh import init_device_mesh
 
 PATTERN = DilatedPattern([10, 40], [1, 2])
@@ -62,15 +63,40 @@ def test_a_mistake_in_one_node_raises_on_all_nodes() -> None:
 
 
 def a_rank_without_backward() -> str:
-    group = dist.new_group()
-    return attend(group=group, run_backward=dist.get_rank() != 1) + attend(group=group)
+    group, rank = dist.new_group(), dist.get_rank()
+    return attend(group=group, run_backward=rank != 1) + attend(group=group)
 
 
-def test_a_rank_that_skips_backward_is_found() -> None:
+def test_a_rank_that_skips_backward_is_named() -> None:
+    skipped = "RankFailure: rank 1 failed: it did not run the backward pass that rank 0 runs; "
     for message in run_processes(a_rank_without_backward, 2):
+        assert skipped in message
         assert "their plans or messages differ" in message
-        assert "step 1 of 1 with rows of k and v" in message
+        assert "a backward pass, step 'step 1 of 1 with rows of k and v'" in message
         assert "agreement of all ranks" in message
+
+
+def a_rank_out_of_memory_in_a_check() -> str:
+    """Rank 1 fails while it counts values, before it sends their number."""
+    x, ring = torch.ones(1, 10, 4, 8), DistributedRingAttention([10], [1], group=dist.new_group())
+    dist.barrier()  # the connections of the group must stand before one breaks
+    if dist.get_rank() == 1:
+
+        def fail(*_: Any) -> int:
+            raise MemoryError("no memory for a mask")
+
+        health._not_finite = fail
+    try:
+        ring(x, x, x)
+    except (RuntimeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_rank_that_fails_in_a_check_of_values_is_named() -> None:
+    first, second = run_processes(a_rank_out_of_memory_in_a_check, 2)
+    assert second == "MemoryError: no memory for a mask"
+    assert first.startswith(f"RankFailure: rank 1 failed: {second}")
 
 
 def two_threads() -> list[str]:

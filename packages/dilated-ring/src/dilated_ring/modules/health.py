@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.transport.distributed import DistributedTransport
+from dilated_ring.transport.faults import reporting_failures
 
 
 @uncompiled
@@ -32,11 +34,18 @@ def check_health(
         FloatingPointError: With the tensors, the ranks (of the world) and how many values.
         RankFailure: If a rank has failed, or does not come in time.
     """
-    counts = [_not_finite(name, x, key_padding_mask) for name, x in tensors.items()]
     me = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    found = torch.tensor([[me, *counts]], device="cpu")
-    for part in group[::-1] if isinstance(group, tuple) else (group,):
-        found = _gathered(found, part, timeout_s)
+    levels = group[::-1] if isinstance(group, tuple) else (group,)
+    parts = [part for part in map(resolve_group, levels) if part.process_group is not None]
+    with ExitStack() as stack:
+        transports: list[DistributedTransport] = []
+        for part in parts:
+            transports.append(DistributedTransport(part.process_group, timeout_s=timeout_s))
+            stack.enter_context(reporting_failures(transports[-1], part.rank))
+        counts = [_not_finite(name, x, key_padding_mask) for name, x in tensors.items()]
+        found = torch.tensor([[me, *counts]], device="cpu")
+        for part, transport in zip(parts, transports, strict=True):
+            found = torch.cat(transport.all_gather(part.rank, found))
     faults = [
         f"{name} is not finite in {row[i]} places on rank {row[0]}"
         for i, name in enumerate(tensors, 1)
@@ -57,11 +66,3 @@ def _not_finite(name: str, x: object, mask: object) -> int:
     if name in ("k", "v") and isinstance(mask, torch.Tensor) and mask.shape == x.shape[:2]:
         bad = bad.masked_fill(mask[..., None, None].bool(), value=False)
     return int(bad.sum())
-
-
-def _gathered(rows: torch.Tensor, group: Group, timeout_s: float | None) -> torch.Tensor:
-    ranks = resolve_group(group)
-    if ranks.process_group is None:
-        return rows
-    transport = DistributedTransport(ranks.process_group, timeout_s=timeout_s)
-    return torch.cat(transport.all_gather(ranks.rank, rows))

@@ -26,7 +26,13 @@ import torch
 import torch.distributed as dist
 
 from dilated_ring.transport.errors import RankFailure
-from dilated_ring.transport.waits import Report, Whereabouts, after, blocking_ranks
+from dilated_ring.transport.waits import (
+    Report,
+    Whereabouts,
+    after,
+    blocking_ranks,
+    rank_out_of_step,
+)
 
 _Result = TypeVar("_Result")
 
@@ -85,7 +91,11 @@ class GroupWatch:
         """
         self.refuse_after_failure()
         now = self._now
-        self._now = Whereabouts(now.call + 1, now.step, (), limit_s=now.limit_s)
+        # Also true for a forward that an activation checkpoint repeats in a backward pass.
+        is_backward = torch._C._current_graph_task_id() != -1  # pyright: ignore
+        self._now = Whereabouts(
+            now.call + 1, now.step, (), limit_s=now.limit_s, is_backward=is_backward
+        )
 
     @contextmanager
     def one_thread(self) -> Generator[None]:
@@ -109,12 +119,15 @@ class GroupWatch:
 
     def begin_wait(self, step: str, peers: tuple[int, ...], since: float, limit_s: float) -> None:
         """Note which ranks of the group this one waits for."""
-        self._now = Whereabouts(self._now.call, step, peers, since, limit_s)
+        now = self._now
+        self._now = Whereabouts(now.call, step, peers, since, limit_s, is_backward=now.is_backward)
 
     def end_wait(self) -> None:
         """Note that this rank does not wait."""
         now = self._now
-        self._now = Whereabouts(now.call, now.step, (), limit_s=now.limit_s)
+        self._now = Whereabouts(
+            now.call, now.step, (), limit_s=now.limit_s, is_backward=now.is_backward
+        )
 
     def refuse_after_failure(self) -> None:
         """Raise the failure that ended the group, if there is one."""
@@ -237,8 +250,9 @@ class GroupWatch:
         blocking, waiting = blocking_ranks(self.name, waits)
         if not blocking:
             states = "; ".join(f"rank {r} {reports[r].describe(waits[r])}" for r in waiting)
-            rank = min(waiting, key=lambda rank: (reports[rank].call, rank))
-            return rank, f"ranks wait for each other, so their plans or messages differ: {states}."
+            rank, why = rank_out_of_step({rank: reports[rank] for rank in waiting})
+            differ = "ranks wait for each other, so their plans or messages differ"
+            return rank, f"{why}{differ}: {states}."
         cause = self._overdue_cause(now.step)
         rank = blocking[0]
         others = f" The ranks {blocking[1:]} hold it up, too." if blocking[1:] else ""

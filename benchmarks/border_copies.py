@@ -1,0 +1,211 @@
+"""How well small models copy across borders of segments: dense, LongNet, and remedies.
+
+Each model trains on edited copies of random tokens (`dilated_models.text.copies`), so that only the
+token one distance back tells the next one. Then it copies at fixed distances, and the share of
+right tokens is recorded by distance and by the token's place in its segment of rate 1. Run
+`python benchmarks/border_copies.py`; `--quick` trains one model for a few steps. One thread;
+accuracies do not depend on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dilated_core import DilatedAttention
+from dilated_models import LongNetConfig, LongNetLM
+from dilated_models.text.copies import copied_row
+from harness import write_result
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+RESULT = Path(__file__).parent / "results" / "border_copies.json"
+NUM_TOKENS, SEQ_LEN, SEGMENT = 64, 256, 64
+STEPS, BATCH_SIZE, LEARNING_RATE = 600, 8, 4e-3
+SEEDS = (0, 1, 2)
+DISTANCES = ((16, 31), (32, 63), (64, 127))
+PLACES = ((0, 15), (16, 31), (32, 47), (48, 63))
+TEXTS_PER_DISTANCE = 8
+
+LONGNET = {"segment_lengths": (SEGMENT, SEQ_LEN), "dilation_rates": (1, 4)}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "dense": {"segment_lengths": (SEQ_LEN,), "dilation_rates": (1,)},
+    "LongNet": LONGNET,
+    "shifted layers": LONGNET,
+    "two borders": {"segment_lengths": (64, 96, SEQ_LEN), "dilation_rates": (1, 1, 4)},
+    "local window": LONGNET | {"local_window": SEGMENT},
+    "wide window": LONGNET | {"local_window": 2 * SEGMENT},
+}
+
+
+class NoiseStream:
+    """A `TokenStream` of random tokens, one document."""
+
+    def __init__(self, seed: int) -> None:
+        self._tokens = np.random.default_rng(seed).integers(NUM_TOKENS, size=2**18)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> Any:
+        """See `TokenStream`."""
+        return self._tokens[start:stop].copy()
+
+    def byte_lengths(self, start: int, stop: int) -> Any:
+        """See `TokenStream`."""
+        return np.ones(stop - start, dtype=np.int64)
+
+    def document_starts(self, start: int, stop: int) -> Any:
+        """See `TokenStream`."""
+        return np.zeros(1 if start == 0 else 0, dtype=np.int64)
+
+    def text_of(self, start: int, stop: int) -> bytes:
+        """See `TokenStream`."""
+        return bytes(self._tokens[start:stop].tolist())
+
+
+class Shifted(nn.Module):
+    """Attention whose segments begin half a segment earlier, by hidden keys before the sequence."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.config = attention, attention.config
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        """`(B, S, H, D)` q, k, v -> the same shape."""
+        shift = SEGMENT // 2
+        mask = torch.zeros(q.shape[0], shift + q.shape[1], dtype=torch.bool)
+        mask[:, :shift] = True
+        q, k, v = (pad(x, (0, 0, 0, 0, shift, 0)) for x in (q, k, v))
+        return self.attention(q, k, v, is_causal=is_causal, key_padding_mask=mask)[:, shift:]
+
+
+def build(name: str, seed: int) -> LongNetLM:
+    """A contender; in "shifted layers" every second layer is `Shifted`."""
+    torch.manual_seed(seed)
+    config = LongNetConfig(
+        num_tokens=NUM_TOKENS,
+        d_model=64,
+        nhead=4,
+        num_decoder_layers=2,
+        dim_feedforward=128,
+        positions="rotary",
+        key_conv=4,
+        tie_embeddings=True,
+        **CONTENDERS[name],
+    )
+    model = LongNetLM(config)
+    if name == "shifted layers":
+        for block in list(model.blocks)[1::2]:
+            assert isinstance(block.attention.attention, DilatedAttention)
+            block.attention.attention = Shifted(block.attention.attention)
+    return model
+
+
+def train(model: LongNetLM, stream: NoiseStream, *, seed: int, steps: int) -> float:
+    """Train on edited copies; returns the last loss, in nats."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
+    )
+    loss = torch.tensor(float("nan"))
+    for step in range(steps):
+        rows = [
+            copied_row(
+                stream, seq_len=SEQ_LEN, window=SEQ_LEN, seed=seed, sample=step * BATCH_SIZE + i
+            )
+            for i in range(BATCH_SIZE)
+        ]
+        inputs, targets = (
+            torch.from_numpy(np.stack([getattr(row, part) for row in rows]))
+            for part in ("inputs", "targets")
+        )
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def copy_accuracy(model: LongNetLM, stream: NoiseStream) -> list[dict[str, Any]]:
+    """Share of right tokens for each range of distances and of places in the segment.
+
+    Tokens repeat at one distance, without edits. Scored is what follows the first repetition of at
+    least 8 tokens, behind the first segment.
+    """
+    model.eval()
+    rows: list[dict[str, Any]] = []
+    random = np.random.default_rng(1)
+    places = torch.arange(SEQ_LEN) % SEGMENT  # of the queries
+    for nearest, farthest in DISTANCES:
+        right, total = torch.zeros(SEQ_LEN), torch.zeros(SEQ_LEN)
+        for distance in range(nearest, farthest + 1, 3):
+            starts = random.integers(len(stream) - distance, size=TEXTS_PER_DISTANCE)
+            texts = [np.resize(stream.read(s, s + distance), SEQ_LEN + 1) for s in starts]
+            tokens = torch.from_numpy(np.stack(texts))
+            correct = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+            scored = torch.arange(SEQ_LEN) >= max(SEGMENT, distance + 8)
+            right += correct.float().sum(0) * scored
+            total += TEXTS_PER_DISTANCE * scored
+        for first, last in PLACES:
+            here = (places >= first) & (places <= last)
+            rows.append(
+                {
+                    "distances": [nearest, farthest],
+                    "places": [first, last],
+                    "accuracy": round(float(right[here].sum() / total[here].sum()), 4),
+                    "tokens": int(total[here].sum()),
+                }
+            )
+    return rows
+
+
+def run(names: Iterable[str], seeds: Iterable[int], steps: int) -> list[dict[str, Any]]:
+    """Train and score the contenders."""
+    results: list[dict[str, Any]] = []
+    for seed in seeds:
+        for name in names:
+            model, began = build(name, seed), time.process_time()
+            loss = train(model, NoiseStream(seed), seed=seed, steps=steps)
+            row = {
+                "contender": name,
+                "seed": seed,
+                "steps": steps,
+                "tokens": steps * BATCH_SIZE * SEQ_LEN,
+                "last_loss": round(loss, 4),
+                "train_cpu_s": round(time.process_time() - began, 1),
+                "accuracy": copy_accuracy(model, NoiseStream(1000 + seed)),
+                "model": model.config.to_dict(),
+            }
+            results.append(row)
+            by_place = [f"{part['accuracy']:.2f}" for part in row["accuracy"]]
+            print(f"{name:>15} seed {seed}: {' '.join(by_place)}, loss {loss:.3f}", flush=True)
+    return results
+
+
+def main() -> None:
+    """Train all contenders, or one with `--quick`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--contender", choices=list(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.quick or options.contender:
+        run(
+            [options.contender or "local window"], SEEDS[:1], 10 if options.quick else options.steps
+        )
+        return
+    write_result(RESULT, "border_copies", run(CONTENDERS, SEEDS, options.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -113,3 +113,61 @@ def test_bad_inputs_are_refused():
         encoder(torch.randn(1, 30, 16), mask=None)
     with pytest.raises(TypeError, match="follows from num_layers"):
         LongNetEncoder(**OPTIONS, gamma_init=2.0)
+
+
+def turned(x, positions, scale_base, sign):
+    """Pairs of channels as complex numbers, turned and scaled as in xPos (arXiv 2212.10554)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    share = torch.arange(pairs.shape[-1], dtype=torch.float64) / pairs.shape[-1]
+    angle = positions[:, None] * 10_000**-share
+    factor = torch.polar(torch.ones_like(angle), angle)
+    if scale_base:
+        zeta = (share + 0.4) / 1.4
+        factor = factor * zeta ** (sign * positions[:, None] / scale_base)
+    return torch.view_as_real(pairs * factor[:, None]).flatten(-2)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("positions", ["rotary", "xpos"])
+def test_queries_and_keys_are_turned_by_their_positions(positions, is_causal):
+    torch.manual_seed(3)
+    options = OPTIONS | {"num_kv_heads": 2, "positions": positions, "xpos_scale_base": 16}
+    encoder = LongNetEncoder(**options, dtype=torch.float64)
+    x = torch.randn(1, 37, 16, dtype=torch.float64)
+    layer = encoder.layers[0]
+    normed = layer.self_attn_layer_norm(x)
+    q, k, v = layer.self_attn.project(normed, normed, normed)
+    assert k.shape == (1, 37, 2, 4)
+    base, rows = 16 if positions == "xpos" else None, torch.arange(37, dtype=torch.float64)
+    q, k = turned(q, rows, base, 1), turned(k, rows, base, -1)
+    out = reference_dilated_attention(q, k, v, encoder.config.pattern, is_causal=is_causal)
+    expected = x + layer.self_attn.combine(out)
+    expected = expected + layer.ffn(layer.final_layer_norm(expected))
+    states = []
+    encoder(x, is_causal=is_causal, on_state=states.append)
+    torch.testing.assert_close(states[1], expected, rtol=0, atol=1e-10)
+    mask = torch.zeros(1, 37, dtype=torch.bool)
+    mask[:, 30:] = True
+    padded = encoder(x, mask, is_causal=is_causal)
+    changed = torch.cat((x[:, :30], torch.randn(1, 7, 16, dtype=torch.float64)), 1)
+    assert torch.equal(encoder(changed, mask, is_causal=is_causal)[:, :30], padded[:, :30])
+
+
+@pytest.mark.parametrize("positions", ["rotary", "xpos"])
+def test_positions_count_in_each_packed_sequence(positions):
+    torch.manual_seed(3)
+    encoder = LongNetEncoder(**OPTIONS, positions=positions, dtype=torch.float64)
+    parts = [torch.randn(1, n, 16, dtype=torch.float64) for n in (30, 1, 17)]
+    got = encoder(torch.cat(parts, 1)[0], cu_seqlens=torch.tensor([0, 30, 31, 48]))
+    expected = torch.cat([encoder(part)[0] for part in parts])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_positions_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="head_dim, d_model / nhead, is 3"):
+        LongNetEncoder(**OPTIONS | {"d_model": 12}, positions="rotary")
+    with pytest.raises(ValueError, match="num_kv_heads must divide"):
+        LongNetEncoder(**OPTIONS, num_kv_heads=3)
+    encoder = LongNetEncoder(**OPTIONS, positions="xpos", xpos_scale_base=1.0)
+    with pytest.raises(ValueError, match="positions from the center"):
+        encoder(torch.randn(1, 2000, 16))

@@ -144,3 +144,11 @@ def test_bad_masks_and_names_are_refused():
         encoder(tiles[None], coords[None], all_layer_embed=True)
     with pytest.raises(TypeError, match="give norm_eps"):
         LongNetSlideEncoder(**OPTIONS, norm_layer=torch.nn.LayerNorm)
+
+
+@pytest.mark.slow  # imports the compiler
+def test_compiles_to_one_graph():
+    encoder, (tiles, coords) = make(), slide(30)
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    got = compiled(tiles[None], coords[None], all_layers=True)
+    torch.testing.assert_close(got, encoder(tiles[None], coords[None], all_layers=True))

@@ -21,8 +21,8 @@ def test_embeddings_are_the_rows_of_the_published_table():
     ngrids, dim = 37, 24
     cells = torch.randint(ngrids, (2, 50, 2), generator=torch.Generator().manual_seed(0))
     rows = published_table(dim, ngrids)[cells[..., 0] * ngrids + cells[..., 1]]
-    assert torch.equal(cell_embeddings(cells, dim, torch.float64), rows)
-    assert torch.equal(cell_embeddings(cells, dim, torch.float32), rows.float())
+    assert torch.equal(cell_embeddings(cells, ngrids, dim, torch.float64), rows)
+    assert torch.equal(cell_embeddings(cells, ngrids, dim, torch.float32), rows.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])

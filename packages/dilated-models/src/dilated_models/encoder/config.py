@@ -12,12 +12,13 @@ from dilated_core.checks import (
     answers_names,
     check_bool,
     check_choice,
+    check_head_groups,
     check_integer,
     check_number,
 )
 from dilated_core.pattern.branches import HeadOffsets, Padding
 
-from dilated_models.config import Activation, magneto_gain
+from dilated_models.config import Activation, PositionKind, magneto_gain
 
 # What `check_names` answers to arguments that users give to constructors and that belong elsewhere.
 ELSEWHERE = {
@@ -46,6 +47,7 @@ class EncoderLayerConfig:
     Attributes:
         d_model: Width of its inputs and outputs.
         nhead: Number of heads; divides `d_model`.
+        num_kv_heads: Heads of keys and values, which divide `nhead`; `nhead` if None.
         dim_feedforward: Width of the feed-forward.
         segment_lengths: w of each branch, in positions.
         dilation_rates: r of each branch, in positions.
@@ -68,6 +70,7 @@ class EncoderLayerConfig:
 
     d_model: int
     nhead: int
+    num_kv_heads: int | None = None
     dim_feedforward: int = 2048
     segment_lengths: Sequence[int]
     dilation_rates: Sequence[int]
@@ -90,6 +93,7 @@ class EncoderLayerConfig:
                 f"nhead is {self.nhead} and d_model {self.d_model}; nhead must divide d_model, so "
                 f"that all heads have the same head_dim."
             )
+        check_head_groups(self.nhead, self.num_kv_heads)
         for name in ("dropout", "attention_dropout", "activation_dropout", "drop_path"):
             self._set(name, check_number(name, getattr(self, name), at_least=0, below=1))
         for name in ("layer_norm_eps", "gamma_init"):
@@ -129,6 +133,7 @@ class EncoderConfig:
     Attributes:
         d_model: Width of its inputs and outputs.
         nhead: Number of heads; divides `d_model`.
+        num_kv_heads: As for a layer.
         num_layers: L, the number of layers.
         dim_feedforward: Width of the feed-forwards.
         segment_lengths: w of each branch, in positions.
@@ -139,6 +144,9 @@ class EncoderConfig:
         drop_path_rate: `drop_path` of the last layer; it grows linearly from 0 in the first.
         activation: As for a layer.
         layer_norm_eps: Of every LayerNorm.
+        positions: `"none"`, `"rotary"` or `"xpos"`: how queries and keys are turned. xPos' factors
+            decay with the distance to earlier keys, and grow to later ones.
+        xpos_scale_base: Distance over which xPos decays by one factor, in positions.
         final_layer_norm: Whether a LayerNorm follows the last layer.
         activation_checkpointing: Whether training recomputes each layer in the backward pass
             instead of keeping its activations.
@@ -153,6 +161,7 @@ class EncoderConfig:
 
     d_model: int = 768
     nhead: int = 12
+    num_kv_heads: int | None = None
     num_layers: int = 12
     dim_feedforward: int = 3072
     segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768)
@@ -163,6 +172,8 @@ class EncoderConfig:
     drop_path_rate: float = 0.0
     activation: Activation = "gelu"
     layer_norm_eps: float = 1e-5
+    positions: PositionKind = "none"
+    xpos_scale_base: float = 512.0
     final_layer_norm: bool = True
     activation_checkpointing: bool = False
     head_offsets: HeadOffsets = "interleaved"
@@ -175,17 +186,32 @@ class EncoderConfig:
         )
         rate = check_number("drop_path_rate", self.drop_path_rate, at_least=0, below=1)
         object.__setattr__(self, "drop_path_rate", rate)
+        check_choice("positions", self.positions, get_args(PositionKind))
+        base = check_number("xpos_scale_base", self.xpos_scale_base, above=0)
+        object.__setattr__(self, "xpos_scale_base", base)
         for name in ("final_layer_norm", "activation_checkpointing"):
             check_bool(name, getattr(self, name))
         last = self.layer(self.num_layers - 1)  # checks what a layer has
+        if self.positions != "none" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim, d_model / nhead, is {self.head_dim}; it must be even, since positions="
+                f"{self.positions!r} turns pairs of channels, so change nhead or use "
+                f'positions="none".'
+            )
         object.__setattr__(self, "segment_lengths", last.segment_lengths)
         object.__setattr__(self, "dilation_rates", last.dilation_rates)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.nhead
 
     def layer(self, index: int) -> EncoderLayerConfig:
         """The options of layer `index`, counted from 0."""
         return EncoderLayerConfig(
             d_model=self.d_model,
             nhead=self.nhead,
+            num_kv_heads=self.num_kv_heads,
             dim_feedforward=self.dim_feedforward,
             segment_lengths=self.segment_lengths,
             dilation_rates=self.dilation_rates,

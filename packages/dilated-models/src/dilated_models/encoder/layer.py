@@ -8,6 +8,7 @@ import torch
 from dilated_core import MultiheadConfig, MultiheadDilatedAttention
 from dilated_core.checks import check_float_dtype, check_tensor
 from dilated_core.modules.options import check_forward_names, from_options, show_options
+from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor, nn
 
 from dilated_models.encoder.config import ELSEWHERE, EncoderLayerArguments, EncoderLayerConfig
@@ -69,6 +70,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             MultiheadConfig(
                 embed_dim=config.d_model,
                 num_heads=config.nhead,
+                num_kv_heads=config.num_kv_heads,
                 layer_norm_eps=config.layer_norm_eps,
                 gamma_init=config.gamma_init,
                 device=device,
@@ -95,6 +97,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         is_causal: bool = False,
         *,
         cu_seqlens: Tensor | None = None,
+        rotation: Rotation | None = None,
         **unknown: Never,
     ) -> Tensor:
         """Map `(B, S, d_model)` to the same shape.
@@ -107,24 +110,41 @@ class DilatedTransformerEncoderLayer(nn.Module):
             is_causal: Whether a position sees no later one.
             cu_seqlens: Where sequences begin that are packed one after another, see
                 `dilated_core.dilated_attention`.
+            rotation: Of the S positions, from `dilated_core.positions.rotary`; None leaves queries
+                and keys unchanged. Not with `src_mask`.
 
         Raises:
             TypeError: If an argument has the wrong type or is unknown.
             ValueError: If a shape does not fit, or a mask cannot be honoured.
         """
-        known = ("src", "src_mask", "src_key_padding_mask", "is_causal", "cu_seqlens")
+        known = ("src", "src_mask", "src_key_padding_mask", "is_causal", "cu_seqlens", "rotation")
         check_forward_names(self, unknown, known, self.config)
         check_tensor("src", src)
         normed = self.self_attn_layer_norm(src)
-        attended = self.self_attn(
-            normed,
-            normed,
-            normed,
-            is_causal=is_causal,
-            attn_mask=src_mask,
-            key_padding_mask=src_key_padding_mask,
-            cu_seqlens=cu_seqlens,
-        )
+        if rotation is None:
+            attended = self.self_attn(
+                normed,
+                normed,
+                normed,
+                is_causal=is_causal,
+                attn_mask=src_mask,
+                key_padding_mask=src_key_padding_mask,
+                cu_seqlens=cu_seqlens,
+            )
+        elif src_mask is not None:
+            raise ValueError("src_mask and rotation are both given; leave src_mask out.")
+        else:
+            q, k, v = self.self_attn.project(normed, normed, normed)
+            attended = self.self_attn.combine(
+                self.self_attn.attend(
+                    rotate(q, rotation.q_cos, rotation.q_sin),
+                    rotate(k, rotation.k_cos, rotation.k_sin),
+                    v,
+                    is_causal=is_causal,
+                    key_padding_mask=src_key_padding_mask,
+                    cu_seqlens=cu_seqlens,
+                )
+            )
         x = src + self._added(attended, cu_seqlens)
         return x + self._added(self._feed_forward(x), cu_seqlens)
 

@@ -18,12 +18,13 @@ from torch.utils.checkpoint import (
 from dilated_models.encoder.config import STACK_ELSEWHERE, EncoderArguments, EncoderConfig
 from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
 from dilated_models.encoder.names import accept_published_names
+from dilated_models.encoder.rotations import rotation_of
 
 
 class LongNetEncoder(nn.Module):
     """LongNet's encoder on embeddings (arXiv 2307.02486): MAGNETO layers and a LayerNorm.
 
-    It adds no positions; callers add theirs to the embeddings. Weights are drawn as MAGNETO draws
+    It adds no positions to the embeddings; callers may. Weights are drawn as MAGNETO draws
     them, with γ = √(log 2L) for L layers. `load_state_dict` accepts torchscale's names too.
 
     Args:
@@ -119,6 +120,7 @@ class LongNetEncoder(nn.Module):
         recompute = (
             self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         )
+        rotation = rotation_of(self.config, x, cu_seqlens)
         x = self.dropout(x)
         if on_state is not None:
             on_state(x)
@@ -128,6 +130,7 @@ class LongNetEncoder(nn.Module):
                 src_key_padding_mask=key_padding_mask,
                 is_causal=is_causal,
                 cu_seqlens=cu_seqlens,
+                rotation=rotation,
             )
             x = checkpoint(call, x, use_reentrant=False) if recompute else call(x)
             if on_state is not None:

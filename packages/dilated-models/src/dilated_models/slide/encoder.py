@@ -208,10 +208,13 @@ class LongNetSlideEncoder(nn.Module):
         return self._embed(batch_of(tiles, coords, None, self.config.in_chans))
 
     def _embed(self, batch: SlideBatch) -> Tensor:
+        config = self.config
         cells = grid_cells(batch.coords, self._tile_size)
-        check_cells(cells, self.config.slide_ngrids, self._tile_size)
+        check_cells(cells, config.slide_ngrids, self._tile_size)
         x = self.patch_embed(batch.tiles)
-        x = x + cell_embeddings(cells.to(x.device), self.config.embed_dim, self.cls_token.dtype)
+        x = x + cell_embeddings(
+            cells.to(x.device), config.slide_ngrids, config.embed_dim, self.cls_token.dtype
+        )
         return batch.with_class_tokens(x, self.cls_token)
 
     def _pool(self, x: Tensor, batch: SlideBatch) -> Tensor:

@@ -121,7 +121,7 @@ def test_another_thread_may_register_while_packages_are_imported(install):
     def during():
         thread = threading.Thread(target=register_backend, args=[Installed("other")], daemon=True)
         thread.start()
-        thread.join(timeout=10)
+        thread.join(timeout=120)
         assert not thread.is_alive()
 
     install(SlowEntryPoint(Installed("mine"), during))

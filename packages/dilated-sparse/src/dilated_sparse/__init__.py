@@ -4,11 +4,16 @@ The rooms, in the order to read them: `pattern` lists which blocks of the attent
 `execution` plans which rows a backend attends to in one call, and runs the calls. `operators`
 defines forward and backward as PyTorch operators, and `ops` does so for block-sparse attention.
 `attention` has the public functions, `windowed` dilated attention with a sliding window, `modules`
-the modules and their factories, and `presets` MoBA and NSA.
+the modules and their factories, `presets` MoBA and NSA, and `adaptive` attention that learns which
+blocks to keep.
 """
 
 from importlib.metadata import version as _version
 
+from dilated_sparse.adaptive.attention import AdaptiveSparseAttention
+from dilated_sparse.adaptive.config import AdaptiveSparseConfig
+from dilated_sparse.adaptive.factory import create_adaptive_sparse_attention
+from dilated_sparse.adaptive.multihead import AdaptiveSparseMultiheadAttention
 from dilated_sparse.attention import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
@@ -32,6 +37,7 @@ from dilated_sparse.pattern.generators import (
     pattern_of_type,
     random_blocks,
 )
+from dilated_sparse.pattern.selection import BlockSelection
 from dilated_sparse.presets.config import MoBAConfig, NSAConfig
 from dilated_sparse.presets.moba import moba_attention, moba_attention_with_lse
 from dilated_sparse.presets.moba_modules import MoBAAttention, MoBAMultiheadAttention
@@ -67,6 +73,12 @@ __all__ = [
     "WindowedDilatedAttention",
     "WindowedDilatedAttentionConfig",
     "create_block_sparse_attention",
+    # content-adaptive
+    "AdaptiveSparseAttention",
+    "AdaptiveSparseConfig",
+    "AdaptiveSparseMultiheadAttention",
+    "BlockSelection",
+    "create_adaptive_sparse_attention",
     # patterns
     "BlockPattern",
     "PatternType",

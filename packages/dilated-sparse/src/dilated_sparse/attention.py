@@ -154,16 +154,7 @@ def attend_checked(
     backend: str,
 ) -> AttentionOutput:
     """`block_sparse_attention_with_lse`, also with the rule of a pattern: check and attend."""
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
-                "so give one of the two."
-            )
-    check_bool("is_causal", is_causal)
-    q, k, v = cast_for_autocast(q, k, v)
-    check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
+    q, k, v = checked_tensors(q, k, v, is_causal, key_padding_mask, cu_seqlens)
     if isinstance(pattern, BlockPattern):
         pattern.check_heads(q.shape[-2])
     elif not isinstance(pattern, PatternRule):
@@ -173,8 +164,6 @@ def attend_checked(
         )
     size = check_integer("block_size", block_size, at_least=1)
     check_backend_name(backend)
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, q)
     dropout_p = check_dropout(dropout_p)
     # The seed is a tensor drawn here: torch.manual_seed determines it, a compiled graph draws a new
     # one at each call, and activation checkpointing draws the same one when it recomputes.
@@ -196,3 +185,30 @@ def attend_checked(
         backend=backend,
     )
     return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])
+
+
+def checked_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    is_causal: bool,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """q, k and v in the dtype of autocast, if they and the masks fit one another.
+
+    Args, errors: As for `block_sparse_attention`.
+    """
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
+                "so give one of the two."
+            )
+    check_bool("is_causal", is_causal)
+    q, k, v = cast_for_autocast(q, k, v)
+    check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
+    if key_padding_mask is not None:
+        check_key_padding_mask(key_padding_mask, q)
+    return [q, k, v]

@@ -27,6 +27,11 @@ _GATHERED_BYTES = 2**21
 _GATHERED_BYTES_GPU = 2**28
 
 
+def gathered_bytes(device: torch.device) -> int:
+    """How many bytes of keys and values one call gathers at most."""
+    return _GATHERED_BYTES if device.type == "cpu" else _GATHERED_BYTES_GPU
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """One call of the backend: some query blocks, over as many key blocks each.
@@ -155,10 +160,9 @@ def _parts(members: Ints, count: int, kv_heads: slice, geometry: Geometry) -> li
     """Cut rows that keep `count` blocks into parts of which one call gathers the keys."""
     if len(members) == 0:
         return []
-    limit = _GATHERED_BYTES if geometry.device.type == "cpu" else _GATHERED_BYTES_GPU
     num_kv_heads = kv_heads.stop - kv_heads.start
     row = 2 * count * geometry.block_size * geometry.row_bytes * num_kv_heads
-    step = max(1, limit // row)
+    step = max(1, gathered_bytes(geometry.device) // row)
     return [members[i : i + step] for i in range(0, len(members), step)]
 
 

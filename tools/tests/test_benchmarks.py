@@ -199,3 +199,15 @@ def test_generation():
     assert [row["method"] for row in rows] == ["cache", "cache", "full forward"]
     assert all(row["token"]["median_cpu_s"] > 0 for row in rows)
     assert rows[2]["largest_difference_of_logits"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["embed", "train"])
+def test_a_small_slide_is_checked_and_measured(monkeypatch, kind):
+    import slides
+
+    small = {"embed_dim": 16, "in_chans": 8, "num_heads": 4, "depth": 12}
+    config_of = slides.config_of
+    monkeypatch.setattr(slides, "config_of", lambda name, **o: config_of(name, **(small | o)))
+    row = slides.measure(slides.FLASH, 50, kind)
+    assert (row["tokens"], row["kind"], row["embed_dim"]) == (50, kind, 16)
+    assert row["peak_memory_bytes"] > row["cpu_seconds"] >= 0

@@ -17,12 +17,11 @@ from dilated_models.pathology.classifier import (
     learning_rate,
     parameter_groups,
 )
-from dilated_models.pathology.coordinates import Placement, place
+from dilated_models.pathology.coordinates import place
 from dilated_models.pathology.embedding import slide_input
 from dilated_models.pathology.features import read_features
 from dilated_models.pathology.labels import LabelledSlides
 from dilated_models.pathology.orders import ORDERS
-from dilated_models.slide.config import DEFAULT_TILE_SIZE
 from dilated_models.slide.recipes import RECIPES
 
 _SLIDES_OF_BASE_RATE = 256
@@ -202,10 +201,10 @@ def _logits(
 ) -> Tensor:
     slide = read_features(slides.sources[index])
     recipe = RECIPES["trident" if config.level0_tile else "official"]
-    placement: Placement = place(slide, recipe)
+    placement = place(slide, recipe)
     encoder = model.slide_encoder
     device = encoder.cls_token.device
-    encoder.tile_size = placement.tile_size if config.level0_tile else DEFAULT_TILE_SIZE
+    encoder.tile_size = placement.tile_size
     given = slide_input(slide, placement, config.order, device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         return model(given.tiles, given.coords)

@@ -68,8 +68,11 @@ def branch_number(branch: int) -> int:
 
 def dropped(queries: torch.Tensor, keys: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Which probabilities are dropped: bool `(…, M, N)` from numbers `(…, M)` and `(…, N)`."""
-    shape = torch.broadcast_shapes(queries.unsqueeze(-1).shape, keys.unsqueeze(-2).shape)
-    result = torch.empty(shape, dtype=torch.bool, device=queries.device)  # pyright: ignore
+    # PyTorch leaves the type of broadcast_shapes open.
+    shape: torch.Size = torch.broadcast_shapes(  # pyright: ignore
+        queries.unsqueeze(-1).shape, keys.unsqueeze(-2).shape
+    )
+    result = torch.empty(shape, dtype=torch.bool, device=queries.device)
     if result.numel() == 0:
         return result
     # int32 has the range of the numbers shifted by half of it.

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from dilated_core.testing.processes import run_processes
 from dilated_models import ContextParallel, GenerationCache, LongNetConfig, LongNetLM
 from dilated_ring import shard_sequence, unshard_sequence
+from torch.distributed.device_mesh import init_device_mesh
 
 CONFIG = LongNetConfig(
     num_tokens=61,
@@ -37,10 +38,12 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
 
 
-def largest_difference(model: LongNetLM, tokens: torch.Tensor, layout: str, **options) -> float:
+def largest_difference(
+    model: LongNetLM, tokens: torch.Tensor, layout: str, group=None, **options
+) -> float:
     """Of logits, and of each parameter's gradient relative to it, on this rank."""
     dim = tokens.dim() - 1
-    context_parallel = ContextParallel(layout=layout)
+    context_parallel = ContextParallel(layout=layout, group=group)
     local = shard_sequence(tokens, dim, layout=layout)
     logits = model(local, context_parallel=context_parallel, **options)
     whole = model(tokens, **options)
@@ -81,6 +84,25 @@ def models_on_shards() -> list[float]:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_model_on_shards_equals_the_whole_model(num_ranks):
     for found in run_processes(models_on_shards, num_ranks):
+        assert max(found) < 1e-10
+
+
+def models_on_nodes() -> list[float]:
+    """Two nodes of two ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("across", "inside"))
+    group = (mesh["across"], mesh["inside"])
+    model = made(positions="rotary", key_conv=4)
+    found = [
+        largest_difference(model, drawn(2, 45), layout, group)
+        for layout in ("contiguous", "zigzag")
+    ]
+    cu_seqlens = torch.tensor(BOUNDS)
+    found.append(largest_difference(model, drawn(57), "zigzag", group, cu_seqlens=cu_seqlens))
+    return found
+
+
+def test_a_model_on_nodes_equals_the_whole_model():
+    for found in run_processes(models_on_nodes, 4):
         assert max(found) < 1e-10
 
 

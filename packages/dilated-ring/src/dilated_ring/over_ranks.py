@@ -29,7 +29,7 @@ from dilated_ring.layout import num_positions, spans_of_ranks
 from dilated_ring.plan.blocks import check_length
 from dilated_ring.plan.parcels import Heads
 from dilated_ring.plan.sequences import Spans
-from dilated_ring.sharding.group import Group, RankGroup, resolve_group
+from dilated_ring.sharding.group import Group, RankGroup, resolve_group, resolve_pair
 from dilated_ring.sharding.positions import positions_of
 from dilated_ring.transport.agreement import check_agreement
 from dilated_ring.transport.contract import Transport
@@ -91,11 +91,7 @@ def attend_in_process(arguments: Arguments, ring_size: int) -> torch.Tensor:
 def _on_two_levels(
     groups: tuple[Group, Group], arguments: Arguments, seq_len: int | None, timeout_s: float | None
 ) -> AttentionOutput:
-    if len(groups) != 2:
-        raise ValueError(
-            f"group is a tuple of {len(groups)}; it must be a pair (across, inside) of groups."
-        )
-    across, inside = (resolve_group(group) for group in groups)
+    across, inside = resolve_pair(groups)
     near, far = _transport(inside, timeout_s), _transport(across, timeout_s)
     try:
         options, lengths = _agree(near, inside, arguments, seq_len)

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 from dilated_core.testing import run_processes
-from dilated_ring.sharding.group import RankGroup, resolve_group
+from dilated_ring.sharding.group import RankGroup, group_of_pair, resolve_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -76,3 +76,35 @@ def test_groups_of_four_ranks() -> None:
         assert result["part"].startswith(expected)
         assert "dimensions unnamed; it must have one dimension" in result["unnamed"]
         assert "dimensions 'a', 'b'; it must have" in result["without cp"]
+
+
+def _pairs_of_five():
+    """Ranks 1 to 4 are two nodes; rank 0 takes no part."""
+    rank = dist.get_rank()
+    rows = [dist.new_group(ranks) for ranks in ([1, 2], [3, 4])]
+    columns = [dist.new_group(ranks) for ranks in ([1, 3], [2, 4])]
+    alone = [_alone(r) for r in range(5)]
+    if rank == 0:
+        return {"world": _numbers(group_of_pair((None, alone[0])))}
+    inside, across = rows[(rank - 1) // 2], columns[(rank - 1) % 2]
+    whole = group_of_pair((across, inside))
+    assert group_of_pair((across, inside)) is whole
+    return {
+        "world": _numbers(group_of_pair((None, alone[rank]))),
+        "whole": (*_numbers(whole), dist.get_process_group_ranks(whole)),
+        "one node": group_of_pair((alone[rank], inside)) is inside,
+        "one rank in each": group_of_pair((across, alone[rank])) is across,
+        "other order": _error(group_of_pair, (inside, across)),
+        "three": _error(group_of_pair, (inside, across, None)),
+    }
+
+
+def test_a_pair_of_groups_as_one_group() -> None:
+    results = run_processes(_pairs_of_five, 5)
+    for rank, found in enumerate(results):
+        assert found["world"] == (rank, 5)
+    for rank, found in enumerate(results[1:]):
+        assert found["whole"] == (rank, 4, [1, 2, 3, 4])
+        assert found["one node"] is found["one rank in each"] is True
+        assert "are [1, 3, 2, 4], node by node; they must ascend" in found["other order"]
+        assert "group is a tuple of 3; it must be a pair" in found["three"]

@@ -45,7 +45,9 @@ class ContextParallel:
 
     Args:
         group: The ranks that share a sequence: a ProcessGroup, a DeviceMesh with a dimension "cp"
-            or with one dimension, or None for all ranks.
+            or with one dimension, or None for all ranks. A pair (across, inside) of groups, as in
+            `dilated_ring.ring_dilated_attention`: heads are exchanged for positions inside a node;
+            tokens are cut over all ranks of the pair, in the order of the nodes.
         layout: Which positions each rank holds, `"contiguous"` or `"zigzag"`, as in
             `dilated_ring.shard_sequence`, which must have cut the tokens.
         exchange: As in `dilated_ring.ring_dilated_attention`.
@@ -60,7 +62,7 @@ class ContextParallel:
         ValueError: If a value is out of range.
     """
 
-    group: Group = None
+    group: Group | tuple[Group, Group] = None
     layout: Layout = "contiguous"
     exchange: ExchangeKind = "auto"
     seq_len: int | None = None
@@ -70,13 +72,16 @@ class ContextParallel:
         try:
             from dilated_ring.arguments import EXCHANGES
             from dilated_ring.layout import LAYOUTS
-            from dilated_ring.sharding.group import resolve_group
+            from dilated_ring.sharding.group import resolve_group, resolve_pair
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"ContextParallel needs dilated-ring, and {error.name} is not installed: "
                 f"pip install 'dilated-models[ring]'"
             ) from error
-        resolve_group(self.group)
+        if isinstance(self.group, tuple):
+            resolve_pair(self.group)
+        else:
+            resolve_group(self.group)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("exchange", self.exchange, EXCHANGES)
         if self.seq_len is not None:
@@ -94,7 +99,7 @@ class ContextParallel:
         from dilated_ring.sharding.positions import positions_of
         from dilated_ring.sharding.shards import agree_on_shards, transport_of
 
-        ranks = resolve_group(self.group)
+        ranks = resolve_group(self._all_ranks())
         shards = agree_on_shards(
             tokens,
             tokens.dim() - 1,
@@ -104,6 +109,12 @@ class ContextParallel:
             transport_of(ranks, self.timeout_s),
         )
         return Shard(positions_of(shards.own, tokens.device), sum(shards.lengths))
+
+    def _all_ranks(self) -> Group:
+        """The ranks that share a sequence as one group."""
+        from dilated_ring.sharding.group import group_of_pair
+
+        return group_of_pair(self.group) if isinstance(self.group, tuple) else self.group
 
     def knowing(self, seq_len: int) -> ContextParallel:
         """The same, without the exchange of lengths."""
@@ -150,7 +161,7 @@ class ContextParallel:
             -lag,
             fill=0,
             dim=x.dim() - 2,
-            group=self.group,
+            group=self._all_ranks(),
             layout=self.layout,
             cu_seqlens=cu_seqlens,
             seq_len=self.seq_len,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from dilated_ring.transport import DisagreementError, DistributedTransport, reporting_failures
 
 # What users pass as `group`.
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
@@ -84,3 +88,70 @@ def _member_of(process_group: object) -> RankGroup:
         )
     size = dist.get_world_size(process_group)
     return RankGroup(dist.get_rank(process_group), size, process_group if size > 1 else None)
+
+
+def resolve_pair(groups: tuple[Group, Group]) -> tuple[RankGroup, RankGroup]:
+    """The ranks across nodes and those inside this one.
+
+    Raises:
+        TypeError, ValueError: As of `resolve_group`; if it is no pair.
+    """
+    if len(groups) != 2:
+        raise ValueError(
+            f"group is a tuple of {len(groups)}; it must be a pair (across, inside) of groups."
+        )
+    across, inside = groups
+    return resolve_group(across), resolve_group(inside)
+
+
+def group_of_pair(groups: tuple[Group, Group]) -> Group:
+    """All ranks of a pair (across, inside) as one group, for functions that take one group.
+
+    Rank j inside node i is rank i · (size of inside) + j. All ranks of the pair make the first call
+    together, in which they create the group; it is kept as long as the groups of the pair.
+
+    Raises:
+        TypeError, ValueError: As of `resolve_pair`; if nodes have different numbers of ranks, or
+            ranks do not ascend from node to node.
+    """
+    across, inside = resolve_pair(groups)
+    if across.process_group is None:
+        return groups[1]
+    if inside.process_group is None:
+        return groups[0]
+    kept = _groups_of_pairs.setdefault(across.process_group, WeakKeyDictionary())
+    if inside.process_group not in kept:
+        kept[inside.process_group] = _created(across, inside.process_group)
+    return kept[inside.process_group]
+
+
+_groups_of_pairs: WeakKeyDictionary[
+    dist.ProcessGroup, WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]
+] = WeakKeyDictionary()
+
+
+def _created(across: RankGroup, inside: dist.ProcessGroup) -> dist.ProcessGroup:
+    assert across.process_group is not None
+    transport = DistributedTransport(across.process_group)
+    names = torch.tensor(dist.get_process_group_ranks(inside), device="cpu")
+    with reporting_failures(transport, across.rank):
+        sizes = transport.all_gather(across.rank, torch.tensor(len(names), device="cpu"))
+        if len(set(map(int, sizes))) > 1:
+            raise DisagreementError(
+                f"the nodes have {list(map(int, sizes))} ranks in their group inside; all must "
+                f"have as many."
+            )
+        nodes = transport.all_gather(across.rank, names)
+    ranks = [int(name) for node in nodes for name in node]
+    if ranks != sorted(ranks):
+        raise DisagreementError(
+            f"the ranks of the pair of groups are {ranks}, node by node; they must ascend, so make "
+            f"the nodes the first dimension of the mesh."
+        )
+    if ranks == list(range(dist.get_world_size())):
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    # The ranks of other pairs need not call.
+    created = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(created, dist.ProcessGroup)
+    return created

@@ -9,6 +9,7 @@ from dilated_models.checkpoints import gigapath_state_dict, slide_encoder_from_g
 from dilated_models.slide.config import ARCHITECTURES, SlideEncoderConfig
 from dilated_models.slide_encoder import (
     RECIPES,
+    LongNetViT,
     UntrainedClassTokenWarning,
     create_model,
 )
@@ -46,6 +47,7 @@ def file(tmp_path):
 def test_the_arguments_are_those_of_the_published_function():
     names = list(inspect.signature(create_model).parameters)
     assert names[:4] == ["pretrained", "model_arch", "in_chans", "local_dir"]
+    assert isinstance(create_model(None, "tiny", 12), LongNetViT)
 
 
 @pytest.mark.parametrize("global_pool", [False, True])

@@ -26,10 +26,14 @@ __all__ = [
     "ARCHITECTURES",
     "RECIPES",
     "DropInSlideEncoder",
+    "LongNetViT",
     "Recipe",
     "UntrainedClassTokenWarning",
     "create_model",
 ]
+
+LongNetViT = DropInSlideEncoder
+"""The published name of the class that `create_model` returns."""
 
 _HUB = "hf_hub:"
 _HUB_FILE = "slide_encoder.pth"

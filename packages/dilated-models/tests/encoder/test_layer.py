@@ -58,6 +58,11 @@ def test_a_layer_works_inside_pytorchs_encoder(layer, x, kind, training):
         assert torch.equal(stack(changed, mask=mask)[:, :30], got[:, :30])
 
 
+def test_what_is_required_may_be_positional():
+    layer = DilatedTransformerEncoderLayer(32, 4, [6, 16, 40], [1, 3, 4], dim_feedforward=48)
+    assert layer.config == EncoderLayerConfig(d_model=32, nhead=4, **OPTIONS)
+
+
 def test_other_masks_are_refused(layer, x):
     with pytest.raises(ValueError, match="the pattern decides"):
         layer(x, src_mask=torch.zeros(45, 45))

@@ -235,13 +235,13 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class EncoderLayerArguments(EncoderLayerConfig):
-    """The signature of `DilatedTransformerEncoderLayer`: sizes may be positional."""
+    """The signature of `DilatedTransformerEncoderLayer`: what is required may be positional."""
 
     d_model: int = field()
     nhead: int = field()
-    _: KW_ONLY
     segment_lengths: Sequence[int] = field()
     dilation_rates: Sequence[int] = field()
+    _: KW_ONLY
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
 

@@ -32,8 +32,8 @@ class DilatedTransformerEncoderLayer(nn.Module):
         encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
 
     Args:
-        config: An `EncoderLayerConfig`. Or, instead of it, its options by name; `d_model` and
-            `nhead` may be positional.
+        config: An `EncoderLayerConfig`. Or, instead of it, its options by name; `d_model`,
+            `nhead`, `segment_lengths` and `dilation_rates` may be positional.
         device: Of the parameters.
         dtype: Of the parameters; a floating-point dtype.
 

@@ -13,7 +13,7 @@ ten integer operations, less than half as much as a draw of PyTorch's generator 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -68,10 +68,8 @@ def branch_number(branch: int) -> int:
 
 def dropped(queries: torch.Tensor, keys: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Which probabilities are dropped: bool `(…, M, N)` from numbers `(…, M)` and `(…, N)`."""
-    # PyTorch leaves the type of broadcast_shapes open.
-    shape: torch.Size = torch.broadcast_shapes(  # pyright: ignore
-        queries.unsqueeze(-1).shape, keys.unsqueeze(-2).shape
-    )
+    sizes = queries.unsqueeze(-1).shape, keys.unsqueeze(-2).shape
+    shape = cast("tuple[int, ...]", torch.broadcast_shapes(*sizes))  # pyright: ignore
     result = torch.empty(shape, dtype=torch.bool, device=queries.device)
     if result.numel() == 0:
         return result

@@ -53,7 +53,7 @@ def test_all_awkward_cases(case: BlockCase, layout: str, exchange: str) -> None:
         compare(case, ring_size, layout, exchange)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.differing_executors])
 @given(
     case=block_cases(),
     ring_size=st.integers(1, 9),

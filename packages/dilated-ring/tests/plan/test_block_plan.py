@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 LAYOUTS = ["contiguous", "zigzag"]
 RANDOM = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.differing_executors]
 )
 
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 RESULT = Path(__file__).parent / "results" / "border_copies.json"
-NUM_TOKENS, SEQ_LEN, SEGMENT = 64, 256, 64
+NUM_TOKENS, SEQ_LEN, SEGMENT = 64, 256, 128
 STEPS, BATCH_SIZE, LEARNING_RATE = 600, 8, 4e-3
 SEEDS = (0, 1, 2)
 DISTANCES = ((16, 31), (32, 63), (64, 127))
-PLACES = ((0, 15), (16, 31), (32, 47), (48, 63))
+PLACES = ((0, 15), (16, 31), (32, 63), (64, 127))
 TEXTS_PER_DISTANCE = 8
 
 LONGNET = {"segment_lengths": (SEGMENT, SEQ_LEN), "dilation_rates": (1, 4)}
@@ -37,9 +37,12 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "dense": {"segment_lengths": (SEQ_LEN,), "dilation_rates": (1,)},
     "LongNet": LONGNET,
     "shifted layers": LONGNET,
-    "two borders": {"segment_lengths": (64, 96, SEQ_LEN), "dilation_rates": (1, 1, 4)},
-    "local window": LONGNET | {"local_window": SEGMENT},
-    "wide window": LONGNET | {"local_window": 2 * SEGMENT},
+    "two borders": {
+        "segment_lengths": (SEGMENT, SEGMENT * 3 // 2, SEQ_LEN),
+        "dilation_rates": (1, 1, 4),
+    },
+    "window of 64": LONGNET | {"local_window": SEGMENT // 2},
+    "window of 128": LONGNET | {"local_window": SEGMENT},
 }
 
 
@@ -201,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.quick or options.contender:
         run(
-            [options.contender or "local window"], SEEDS[:1], 10 if options.quick else options.steps
+            [options.contender or "window of 64"], SEEDS[:1], 10 if options.quick else options.steps
         )
         return
     write_result(RESULT, "border_copies", run(CONTENDERS, SEEDS, options.steps))

@@ -178,18 +178,18 @@ def test_peak_memory_is_above_the_inputs():
 def test_border_copies():
     import border_copies
 
-    rows = border_copies.run(["shifted layers", "local window"], [0], steps=2)
+    rows = border_copies.run(["shifted layers", "window of 64"], [0], steps=2)
     for row in rows:
         assert len(row["accuracy"]) == len(border_copies.DISTANCES) * len(border_copies.PLACES)
         assert all(0 <= part["accuracy"] <= 1 and part["tokens"] for part in row["accuracy"])
     shifted = border_copies.build("shifted layers", 0)
-    tokens = torch.arange(96)[None] % 64
+    tokens = torch.arange(160)[None] % 64
     changed = tokens.clone()
-    changed[0, 63] = 0  # before a border that the second layer does not have
-    assert not torch.equal(shifted(tokens)[0, 64], shifted(changed)[0, 64])
+    changed[0, 127] = 0  # before a border that the second layer does not have
+    assert not torch.equal(shifted(tokens)[0, 128], shifted(changed)[0, 128])
     plain = border_copies.build("LongNet", 0)
     for model in (shifted, plain):
-        assert torch.equal(model(tokens)[0, :63], model(changed)[0, :63])
+        assert torch.equal(model(tokens)[0, :127], model(changed)[0, :127])
 
 
 def test_generation():

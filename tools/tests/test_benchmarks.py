@@ -175,6 +175,15 @@ def test_peak_memory_is_above_the_inputs():
     assert output_bytes <= json.loads(run.stdout)["peak_bytes"] < 2 * output_bytes
 
 
+def test_hilbert():
+    import hilbert
+
+    rows = hilbert.locality("square", hilbert.GRIDS["square"](), 64)
+    assert rows["hilbert"] > rows["row_by_row"]
+    times = hilbert.tile_orders(256, 64, is_causal=True, rounds=2)
+    assert times["ratio"]["median"] > 0
+
+
 def test_border_copies():
     import border_copies
 

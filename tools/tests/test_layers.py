@@ -62,6 +62,7 @@ GOOD = {
     "dilated_sparse/modules/__init__.py": "import dilated_sparse.attention",
     "dilated_sparse/ops.py": "import dilated_sparse.execution, dilated_sparse.operators",
     "dilated_sparse/operators.py": "",
+    "dilated_sparse/order/__init__.py": "",
     "dilated_sparse/pattern/__init__.py": "",
     "dilated_sparse/presets/__init__.py": "import dilated_sparse.modules, dilated_sparse.windowed",
     "dilated_sparse/windowed/__init__.py": "import dilated_sparse.operators",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dilated_core.pattern.hilbert import hilbert_order
+from dilated_core.pattern.hilbert import hilbert_index, hilbert_order
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,3 +43,19 @@ def test_the_order_is_on_the_cpu_whatever_the_default_device():
         torch.set_default_device(None)
     assert torch.equal(orders[0], hilbert_order(3, 5))
     assert orders[1].device.type == "cpu"
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), data=st.data())
+def test_some_cells_have_the_order_that_they_have_among_all(height, width, data):
+    order = hilbert_order(height, width)
+    chosen = data.draw(st.lists(st.integers(0, height * width - 1), unique=True))
+    cells = torch.tensor(chosen, dtype=torch.int64)
+    index = hilbert_index(cells // width, cells % width, height, width)
+    wanted = [cell for cell in order.tolist() if cell in set(chosen)]
+    assert cells[index.argsort()].tolist() == wanted
+
+
+def test_a_grid_as_large_as_int64_allows():
+    corners = torch.tensor([0, 2**31 - 1])
+    index = hilbert_index(torch.zeros(2, dtype=torch.int64), corners, 2**31, 2**31)
+    assert index.tolist() == [0, 2**62 - 1]

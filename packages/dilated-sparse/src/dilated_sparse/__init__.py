@@ -10,6 +10,8 @@ blocks to keep.
 
 from importlib.metadata import version as _version
 
+from dilated_core.pattern.hilbert import hilbert_order
+
 from dilated_sparse.adaptive.attention import AdaptiveSparseAttention
 from dilated_sparse.adaptive.config import AdaptiveSparseConfig
 from dilated_sparse.adaptive.factory import create_adaptive_sparse_attention
@@ -26,6 +28,7 @@ from dilated_sparse.modules.windowed import (
     WindowedDilatedAttention,
     WindowedDilatedAttentionConfig,
 )
+from dilated_sparse.order.hilbert import attend_in_order, hilbert_token_order
 from dilated_sparse.pattern.blocks import BlockPattern
 from dilated_sparse.pattern.dilated import from_dilated, is_exact_for
 from dilated_sparse.pattern.generators import (
@@ -79,6 +82,10 @@ __all__ = [
     "AdaptiveSparseMultiheadAttention",
     "BlockSelection",
     "create_adaptive_sparse_attention",
+    # orders of tokens
+    "attend_in_order",
+    "hilbert_order",
+    "hilbert_token_order",
     # patterns
     "BlockPattern",
     "PatternType",

@@ -30,29 +30,45 @@ def hilbert_order(height: int, width: int) -> torch.Tensor:
     """
     height = check_integer("height", height, at_least=0)
     width = check_integer("width", width, at_least=0)
-    short, long = sorted((height, width))
-    if short == 0:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    side = 1 << (short - 1).bit_length()
-    along, across = _square(side)
-    along = (torch.arange(0, long, side, device="cpu")[:, None] + along).flatten()
-    across = across.repeat(-(-long // side))
-    exists = (along < long) & (across < short)
-    along, across = along[exists], across[exists]
-    return across * width + along if width >= height else along * width + across
+    rows = torch.arange(height, device="cpu").repeat_interleave(width)
+    columns = torch.arange(width, device="cpu").repeat(height)
+    return hilbert_index(rows, columns, height, width).argsort()
 
 
-def _square(side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The curve through a square from (0, 0) to (side − 1, 0): both coordinates of each step.
+def hilbert_index(
+    rows: torch.Tensor, columns: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """Where cells of a grid stand on the curve of `hilbert_order`, counting skipped cells too.
 
-    Four curves of half the size make the next one: the first and the last mirrored.
+    Cells sorted by it are in the order of the curve, all of the grid or a few.
+
+    Args:
+        rows, columns: int64, of one shape, from 0 to below `height` and `width`.
+        height, width: Rows and columns of the grid, at most 2³¹ each.
+
+    Returns:
+        int64 of that shape; equal only for equal cells.
+
+    Example:
+        >>> hilbert_index(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 4)
+        tensor([0, 1, 2])
     """
-    x = y = torch.zeros(1, dtype=torch.int64, device="cpu")
-    size = 1
-    while size < side:
+    along, across = (columns, rows) if width >= height else (rows, columns)
+    side = 1 << max(0, min(height, width) - 1).bit_length()
+    index = along // side * side**2
+    x, y = along % side, across
+    # The curve of a square goes through its four quarters: up, to the right, down. It ends at
+    # (side − 1, 0), beside the start of the next square. In the first and the last quarter the
+    # curve of half the size is mirrored.
+    half = side // 2
+    while half:
+        right, upper = x >= half, y >= half
+        first, last = ~right & ~upper, right & ~upper
+        quarter = torch.where(upper, 1 + right.long(), 3 * right.long())
+        index = index + quarter * half**2
         x, y = (
-            torch.cat([y, x, x + size, 2 * size - 1 - y]),
-            torch.cat([x, y + size, y + size, size - 1 - x]),
+            torch.where(first, y, torch.where(last, half - 1 - y, x - half * right)),
+            torch.where(first, x, torch.where(last, 2 * half - 1 - x, y - half)),
         )
-        size *= 2
-    return x, y
+        half //= 2
+    return index

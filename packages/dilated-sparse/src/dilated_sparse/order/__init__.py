@@ -1,0 +1,1 @@
+"""Orders of tokens that lie on a grid, such as tiles of an image."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -171,27 +173,24 @@ def copy_accuracy(model: LongNetLM, stream: NoiseStream) -> list[dict[str, Any]]
     return rows
 
 
-def run(names: Iterable[str], seeds: Iterable[int], steps: int) -> list[dict[str, Any]]:
-    """Train and score the contenders."""
-    results: list[dict[str, Any]] = []
-    for seed in seeds:
-        for name in names:
-            model, began = build(name, seed), time.process_time()
-            loss = train(model, NoiseStream(seed), seed=seed, steps=steps)
-            row = {
-                "contender": name,
-                "seed": seed,
-                "steps": steps,
-                "tokens": steps * BATCH_SIZE * SEQ_LEN,
-                "last_loss": round(loss, 4),
-                "train_cpu_s": round(time.process_time() - began, 1),
-                "accuracy": copy_accuracy(model, NoiseStream(1000 + seed)),
-                "model": model.config.to_dict(),
-            }
-            results.append(row)
-            by_place = [f"{part['accuracy']:.2f}" for part in row["accuracy"]]
-            print(f"{name:>15} seed {seed}: {' '.join(by_place)}, loss {loss:.3f}", flush=True)
-    return results
+def measure(name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train and score one contender."""
+    torch.set_num_threads(1)
+    model, began = build(name, seed), time.process_time()
+    loss = train(model, NoiseStream(seed), seed=seed, steps=steps)
+    row = {
+        "contender": name,
+        "seed": seed,
+        "steps": steps,
+        "tokens": steps * BATCH_SIZE * SEQ_LEN,
+        "last_loss": round(loss, 4),
+        "train_cpu_s": round(time.process_time() - began, 1),
+        "accuracy": copy_accuracy(model, NoiseStream(1000 + seed)),
+        "model": model.config.to_dict(),
+    }
+    by_place = " ".join(f"{part['accuracy']:.2f}" for part in row["accuracy"])
+    print(f"{name:>15} seed {seed}: {by_place}, loss {loss:.3f}", flush=True)
+    return row
 
 
 def main() -> None:
@@ -199,15 +198,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--contender", choices=list(CONTENDERS))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     if options.quick or options.contender:
-        run(
-            [options.contender or "window of 64"], SEEDS[:1], 10 if options.quick else options.steps
-        )
+        measure(options.contender or "window of 64", 0, 10 if options.quick else STEPS)
         return
-    write_result(RESULT, "border_copies", run(CONTENDERS, SEEDS, options.steps))
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        seeds = [seed for seed in SEEDS for _ in CONTENDERS]
+        # Rows come seed by seed, and the file always holds whole seeds.
+        for row in pool.map(measure, [*CONTENDERS] * len(SEEDS), seeds, repeat(STEPS)):
+            rows.append(row)
+            if len(rows) % len(CONTENDERS) == 0:
+                write_result(RESULT, "border_copies", rows)
 
 
 if __name__ == "__main__":

@@ -187,8 +187,8 @@ def test_hilbert():
 def test_border_copies():
     import border_copies
 
-    rows = border_copies.run(["shifted layers", "window of 64"], [0], steps=2)
-    for row in rows:
+    for name in ("shifted layers", "window of 64"):
+        row = border_copies.measure(name, 0, steps=2)
         assert len(row["accuracy"]) == len(border_copies.DISTANCES) * len(border_copies.PLACES)
         assert all(0 <= part["accuracy"] <= 1 and part["tokens"] for part in row["accuracy"])
     shifted = border_copies.build("shifted layers", 0)

@@ -73,10 +73,10 @@ def test_a_row_too_many(tmp_path, row, message):
 @pytest.mark.parametrize(
     "change",
     [
-        ('id = "HIL-01"', 'id = "HIL-01", check = ""', 'status = "later"', 'status = "soon"'),
+        ('id = "ANA-03d"', 'id = "ANA-03d", check = ""', 'status = "later"', 'status = "soon"'),
         (
-            'target = "dilated-sparse", note = "As `hilbert',
-            'target = "sparse", note = "As `hilbert',
+            'target = "dilated-models", note = "As the planner',
+            'target = "models", note = "As the planner',
         ),
         (', target = "dilated_core.recommended_dtype" }', " }"),
     ],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dilated_core import DilatedAttentionConfig, DilatedPattern
+from dilated_core import DilatedAttentionConfig, DilatedPattern, create_dilated_attention
 from dilated_core.checks import (
     answers_names,
     check_bool,
@@ -22,9 +22,14 @@ from dilated_core.checks import (
     check_number,
 )
 from dilated_core.pattern.branches import HeadOffsets, Padding
+from torch import nn
 
 Activation = Literal["relu", "gelu"]
 PositionKind = Literal["xpos", "rotary", "none"]
+AttentionKind = Literal["dilated", "block_sparse", "moba"]
+
+# Fields that describe dilated branches, and have no effect on another kind of attention.
+_BRANCH_FIELDS = ("segment_lengths", "dilation_rates", "head_offsets", "padding", "local_window")
 
 # What `check_names` answers to arguments that users give to a config or model.
 ELSEWHERE = {
@@ -56,6 +61,12 @@ class LongNetConfig:
         dim_feedforward: Width of the feed-forward halves.
         segment_lengths: w of each branch, in tokens.
         dilation_rates: r of each branch.
+        attention_kind: `"dilated"`; or from dilated-sparse `"block_sparse"`, blocks by a fixed
+            pattern, or `"moba"`, blocks that each query chooses. The last is causal only.
+        attention_options: Options of these two by name: `pattern_type`, `sparsity_ratio` and
+            `block_size` as in `dilated_sparse.BlockSparseAttentionConfig`, or `block_size` and
+            `topk` as in `dilated_sparse.MoBAConfig`. They have no dilated branches, so the branches
+            and their options must have their defaults.
         dropout: Probability, in [0, 1): of the embedding, of what each half of a block adds, and
             inside the feed-forward. Attention probabilities are never dropped.
         activation: `"relu"` or `"gelu"`.
@@ -97,6 +108,8 @@ class LongNetConfig:
     dim_feedforward: int = 3072
     segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: Sequence[int] = (1, 2, 4, 6, 12)
+    attention_kind: AttentionKind = "dilated"
+    attention_options: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
     dropout: float = 0.0
     activation: Activation = "relu"
     layer_norm_eps: float = 1e-5
@@ -145,9 +158,73 @@ class LongNetConfig:
             "activation_checkpointing",
         ):
             check_bool(name, getattr(self, name))
+        self._check_attention_kind()
         attention = self.attention  # checks lengths, rates, head_offsets, padding and backend
         self._set("segment_lengths", attention.segment_lengths)
         self._set("dilation_rates", attention.dilation_rates)
+
+    def _check_attention_kind(self) -> None:
+        """Check the kind and its options; keep the options as pairs, so that configs have a hash.
+
+        Raises:
+            TypeError: If an option is unknown.
+            ValueError: If the kind is unknown or not installed, or a value has no effect.
+        """
+        kind = self.attention_kind
+        check_choice("attention_kind", kind, get_args(AttentionKind))
+        try:
+            options = dict(self.attention_options)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"attention_options is {self.attention_options!r}; it must be a dict, such as "
+                f"{{'block_size': 64}}."
+            ) from None
+        self._set("attention_options", tuple(sorted(options.items())))
+        if kind == "dilated":
+            if options:
+                raise ValueError(
+                    f"attention_options is {options!r} and attention_kind 'dilated', whose options "
+                    f"are fields of this config, so leave attention_options out."
+                )
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = tuple(value) if isinstance(value, list) else value  # pyright: ignore
+            if field.name in _BRANCH_FIELDS and value != field.default:
+                raise ValueError(
+                    f"{field.name} is {value!r}; attention_kind {kind!r} has no dilated branches, "
+                    f"so leave it out."
+                )
+        for name in ("scale", "dropout", "backend", *_BRANCH_FIELDS):
+            if name in options:
+                raise ValueError(
+                    f"attention_options holds {name}; it must hold options of the blocks only, so "
+                    f"leave it out. The scale is 1/√head_dim, attention probabilities are never "
+                    f"dropped, and backend is a field of the config."
+                )
+        self.build_attention()
+
+    def check_over_ranks(self) -> None:
+        """Refuse attention that cannot be spread over ranks.
+
+        Raises:
+            ValueError: If there is no such attention of this kind.
+        """
+        if self.attention_kind == "moba":
+            raise ValueError(
+                "context_parallel is given and attention_kind is 'moba'; over ranks attention must "
+                "be 'dilated' or 'block_sparse', so leave context_parallel out."
+            )
+
+    def build_attention(self) -> nn.Module:
+        """The attention of a block on q, k and v, if it is not dilated.
+
+        Raises:
+            TypeError, ValueError: As for the options of this kind; if it is not installed.
+        """
+        return create_dilated_attention(
+            self.attention_kind, backend=self.backend, **dict(self.attention_options)
+        )
 
     def _set(self, name: str, value: object) -> None:
         """Replace a value by its checked form."""
@@ -160,7 +237,7 @@ class LongNetConfig:
 
     @property
     def attention(self) -> DilatedAttentionConfig:
-        """The attention of every block."""
+        """The dilated attention of every block; of its defaults for another `attention_kind`."""
         return DilatedAttentionConfig(
             segment_lengths=self.segment_lengths,
             dilation_rates=self.dilation_rates,
@@ -171,7 +248,16 @@ class LongNetConfig:
 
     @property
     def pattern(self) -> DilatedPattern:
-        """The pattern of every block."""
+        """The pattern of every block.
+
+        Raises:
+            ValueError: If the attention is of another kind.
+        """
+        if self.attention_kind != "dilated":
+            raise ValueError(
+                f"attention_kind is {self.attention_kind!r}; only 'dilated' attention has a "
+                f"pattern of branches."
+            )
         return self.attention.pattern
 
     @property
@@ -187,6 +273,7 @@ class LongNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["attention_options"] = dict(self.attention_options)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
     @classmethod

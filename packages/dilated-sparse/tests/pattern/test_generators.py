@@ -89,7 +89,9 @@ def test_sinks_are_blocks_and_stay_few() -> None:
     full_rows, full_columns = (int(kept.all(d).sum()) for d in (1, 0))
     assert full_rows == full_columns == 3
     causal = dense(pattern_of_type("global_local", 256, sparsity_ratio=0.1, is_causal=True))
-    assert int(causal[64:].all(0).sum()) == 3
+    # A row has sinks for its own budget: an eighth of 0.1 · 256 blocks, or of 0.1 · 65.
+    assert int(causal[250:, :128].all(0).sum()) == 3
+    assert int(causal[64:].all(0).sum()) == 1
     assert int(causal[3:].all(1).sum()) == 0
 
 
@@ -128,3 +130,11 @@ def test_random_blocks_follow_the_seed_alone() -> None:
 def test_wrong_numbers_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("kind", PATTERN_TYPES)
+def test_a_longer_sequence_does_not_change_causal_rows(kind, ratio: float) -> None:
+    whole = pattern_of_type(kind, 200, sparsity_ratio=ratio, is_causal=True)
+    for n in (1, 2, 7, 64, 100, 199):
+        assert pattern_of_type(kind, n, sparsity_ratio=ratio, is_causal=True) == whole.leading(n)

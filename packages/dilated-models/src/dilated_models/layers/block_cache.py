@@ -9,6 +9,7 @@ from dilated_core import DecodingCache
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.key_history import KeyHistory
 
 
 class BlockCache:
@@ -22,7 +23,8 @@ class BlockCache:
         max_seq_len: As for `dilated_core.DecodingCache`.
 
     Attributes:
-        attention: The keys and values.
+        attention: The keys and values: in bounded memory for dilated attention, all of them for
+            other kinds.
         inputs: `(B, key_conv − 1, d_model)`, the inputs of the convolution before the next token,
             zeros before the first token; None without a convolution.
     """
@@ -36,15 +38,26 @@ class BlockCache:
         dtype: torch.dtype,
         max_seq_len: int | None,
     ) -> None:
-        self.attention = DecodingCache(
-            config.pattern,
-            batch_size=batch_size,
-            num_heads=config.nhead,
-            head_dim=config.head_dim,
-            device=device,
-            dtype=dtype,
-            max_seq_len=max_seq_len,
-        )
+        self.attention: DecodingCache | KeyHistory
+        if config.attention_kind == "dilated":
+            self.attention = DecodingCache(
+                config.pattern,
+                batch_size=batch_size,
+                num_heads=config.nhead,
+                head_dim=config.head_dim,
+                device=device,
+                dtype=dtype,
+                max_seq_len=max_seq_len,
+            )
+        else:
+            self.attention = KeyHistory(
+                batch_size=batch_size,
+                num_heads=config.nhead,
+                head_dim=config.head_dim,
+                device=device,
+                dtype=dtype,
+                max_seq_len=max_seq_len,
+            )
         shape = (batch_size, config.key_conv - 1, config.d_model)
         self.inputs = torch.zeros(shape, device=device, dtype=dtype) if config.key_conv else None
 

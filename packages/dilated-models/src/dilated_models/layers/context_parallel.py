@@ -7,7 +7,7 @@ Most of a model treats each position on its own. Three parts do not: attention, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from dilated_core import DilatedPattern
@@ -15,7 +15,7 @@ from dilated_core.checks import check_choice, check_integer, check_number
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dilated_ring import Layout
+    from dilated_ring import BlocksForLength, Layout
     from dilated_ring.plan.exchange import ExchangeKind
     from dilated_ring.sharding.group import Group
 
@@ -125,16 +125,21 @@ class ContextParallel:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        pattern: DilatedPattern,
+        pattern: DilatedPattern | BlocksForLength,
         *,
         is_causal: bool,
         cu_seqlens: Tensor | None,
         backend: str,
     ) -> Tensor:
-        """Attention of local q to k and v of all ranks; see `ring_dilated_attention`."""
-        from dilated_ring import ring_dilated_attention
+        """Attention of local q to k and v of all ranks.
 
-        return ring_dilated_attention(
+        See `ring_dilated_attention`, and for blocks `ring_block_sparse_attention`.
+        """
+        from dilated_ring import ring_block_sparse_attention, ring_dilated_attention
+
+        is_dilated = isinstance(pattern, DilatedPattern)
+        attend: Any = ring_dilated_attention if is_dilated else ring_block_sparse_attention
+        return attend(
             q,
             k,
             v,

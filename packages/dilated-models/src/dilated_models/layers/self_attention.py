@@ -21,10 +21,13 @@ from torch import Tensor
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.layers.documents import Documents
+from dilated_models.layers.key_history import KeyHistory
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):
     """Project, rotate q and k, attend, LayerNorm, project out.
+
+    With the `attention_kind` of the config the attention inside may be another one than dilated.
 
     All but the rotation is `dilated_core.MultiheadDilatedAttention`. Rotation comes before the
     pattern selects positions, so each row is turned by its absolute position in every branch.
@@ -53,9 +56,12 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             ),
             config.attention,
         )
+        self.kind = config.attention_kind
         self.local_window = config.local_window
-        if config.local_window:
-            # The base class calls it with tensors and masks, as it calls its own.
+        # The base class calls it with tensors and masks, as it calls its own.
+        if self.kind != "dilated":
+            self.attention: Any = config.build_attention()
+        elif config.local_window:
             self.attention = _windowed_attention(config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,7 +71,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         *,
         is_causal: bool = False,
         documents: Documents | None = None,
-        cache: DecodingCache | None = None,
+        cache: DecodingCache | KeyHistory | None = None,
         counts: Sequence[int] | None = None,
         context_parallel: ContextParallel | None = None,
     ) -> Tensor:
@@ -96,11 +102,13 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
                     f"local_window of the model is {self.local_window}, and context_parallel is "
                     f"given; attention over ranks has no window, so leave context_parallel out."
                 )
+            # The config of block-sparse attention has the pattern of each length.
+            attention = self.attention
             out = context_parallel.attend(
                 q,
                 k,
                 v,
-                self.attention.pattern,
+                attention.pattern if self.kind == "dilated" else attention.config,
                 is_causal=is_causal,
                 cu_seqlens=cu_seqlens,
                 backend=self.attention.config.backend,
@@ -113,10 +121,12 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cache: DecodingCache,
+        cache: DecodingCache | KeyHistory,
         counts: Sequence[int] | None,
     ) -> Tensor:
         q, k, v = (x.to(cache.keys.dtype) for x in (q, k, v))
+        if isinstance(cache, KeyHistory):
+            return cache.attend(q, k, v, counts, self.attend)
         backend = self.attention.config.backend
         # A named backend is used, whether it has a kernel for single tokens or not.
         has_kernel = backend == "auto" or has_capability(get_backend(backend), DecodingBackend)

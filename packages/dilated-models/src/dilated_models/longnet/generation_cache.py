@@ -26,7 +26,9 @@ class GenerationCache:
     """The state of texts that a `LongNetLM` continues: `model(tokens, cache=cache)`.
 
     Its memory is that of `dilated_core.DecodingCache` for each block, and does not grow with the
-    texts. Each text has a position of its own. `copy.copy` gives a cache that shares no memory.
+    texts. With an `attention_kind` other than dilated it keeps all keys and values, and memory and
+    time for a token grow with the text. Each text has a position of its own. `copy.copy` gives a
+    cache that shares no memory.
 
     Args:
         model: The model. Its device and the dtype of its queries (that of autocast, inside such a
@@ -174,11 +176,17 @@ class GenerationCache:
         """Tokens of each text in a part: few enough for xPos to be in range of the dtype."""
         length = max(1, _TOKENS_PER_PART // max(1, self.batch_size))
         if self.config.positions == "xpos":
-            seen = max(self.config.segment_lengths)
+            seen = self._reach_of_attention(0)
             room = 2 * decay_reach(self.config.xpos_scale_base, self._dtype) - seen
             # Without room texts end, with an error, where xPos leaves the range.
             length = min(length, room) if room > 0 else length
         return length
+
+    def _reach_of_attention(self, num_tokens: int) -> int:
+        """How many tokens back a token of a text of `num_tokens` may see."""
+        if self.config.attention_kind != "dilated":
+            return num_tokens
+        return max(self.config.segment_lengths)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -219,11 +227,12 @@ class GenerationCache:
         sees, and near enough to both. When a text has gone too far from its center, the center
         moves, and the keys in the cache are multiplied by ζ^(move/base).
         """
-        seen, reach = max(self.config.segment_lengths), decay_reach(scale_base, self._dtype)
+        reach = decay_reach(scale_base, self._dtype)
         moves = [0] * self.batch_size
         for i, (position, count) in enumerate(zip(self.positions, counts, strict=True)):
             if count and position + count - 1 - self._centers[i] > reach:
                 # As far ahead as the oldest visible key allows, so that centers move rarely.
+                seen = self._reach_of_attention(position + 1)
                 center = max(0, position - seen + 1) + reach
                 check_decay_range(position + count - 1 - center, scale_base, self._dtype)
                 moves[i] = center - self._centers[i]

@@ -223,6 +223,8 @@ class LongNetLM(nn.Module):
                     f"cu_seqlens must hold values, so give it on the CPU."
                 )
         self._check_known(tokens)
+        if context_parallel is not None:
+            self.config.check_over_ranks()
         shard = shard_of_call(tokens, context_parallel)
         if cu_seqlens is not None:
             documents = Documents.of(cu_seqlens.to(tokens.device), shard.positions)

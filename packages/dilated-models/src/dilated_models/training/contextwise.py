@@ -179,7 +179,9 @@ def contextwise(
     """
     check_weights(model)
     longest = stretches.contexts[-1]
-    distances = distances_from_border(model.config.pattern, longest)
+    config = model.config
+    is_dilated = config.attention_kind == "dilated"  # other kinds have no borders of segments
+    distances = distances_from_border(config.pattern, longest) if is_dilated else None
     sets = [stretches.windows(context) for context in stretches.contexts]
     lengths = [stretches.byte_lengths] * len(sets)
     if distances is not None:

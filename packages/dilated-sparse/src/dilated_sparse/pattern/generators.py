@@ -178,7 +178,8 @@ def pattern_of_type(
 
     `"local_window"`, `"dilated_sparse"` and `"hierarchical"` keep as many blocks in each row.
     `"global_local"` gives an eighth of a row's blocks to sinks, one at least if there are two
-    blocks; the full rows of sinks count too, so it meets the fraction over all rows together.
+    blocks; the full rows of sinks count too, so it meets the fraction over all rows together. A
+    causal row depends on its number only: more blocks behind it do not change it.
 
     Args:
         pattern_type: `"local_window"`, `"dilated_sparse"`, `"global_local"` or `"hierarchical"`.
@@ -201,10 +202,12 @@ def pattern_of_type(
 
 
 def _global_local_of_ratio(N: int, ratio: float, is_causal: bool) -> BlockPattern:
-    budget = ratio * N
-    g = 0 if budget < 2 else max(1, round(budget / 8))
     if is_causal:
-        return ranked_pattern(N, ratio, sink_rank(g), is_causal=True)
+        # Each row has sinks for its own budget: a longer sequence must not change earlier rows.
+        return ranked_pattern(
+            N, ratio, lambda i, j: sink_rank(_sinks_of(ratio * (i + 1)))(i, j), is_causal=True
+        )
+    g = _sinks_of(ratio * N)
     # The full rows take g·N of the ratio·N² blocks. They come down to what leaves every other row
     # its own block and the sinks.
     while g and (ratio * N * N - g * N) < (N - g) * (g + 1):
@@ -214,6 +217,11 @@ def _global_local_of_ratio(N: int, ratio: float, is_causal: bool) -> BlockPatter
     rest = ranked_pattern(N, (ratio * N * N - g * N) / (N - g) / N, sink_rank(g), is_causal=False)
     full = np.arange(N)
     return BlockPattern.from_rows([full if i < g else row for i, row in enumerate(rest.rows()[0])])
+
+
+def _sinks_of(budget: float) -> int:
+    """How many of the blocks of a row are sinks."""
+    return 0 if budget < 2 else max(1, round(budget / 8))
 
 
 def _levels(num_blocks: int) -> int:

@@ -1,0 +1,123 @@
+"""All keys and values of texts, for attention that has no cache of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from dilated_core.checks import check_integer
+from torch import Tensor
+
+# Room for this many tokens at first; it doubles when it is full.
+_FIRST_ROOM = 256
+
+
+class KeyHistory:
+    """The keys and values of all tokens so far; memory and time for a token grow with the text.
+
+    A step runs the attention of the whole text, with zeros for the queries of earlier tokens, and
+    keeps the rows of the new ones. Causal attention of a token depends on its own query only.
+
+    Args:
+        batch_size: B.
+        num_heads: H.
+        head_dim: D.
+        device: Of the memory.
+        dtype: Of q, k and v.
+        max_seq_len: Most tokens of a text; None for any number.
+
+    Attributes:
+        keys, values: `(B, room, H, D)`; text b has the first `positions[b]` rows.
+        positions: Tokens of each text.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        max_seq_len: int | None,
+    ) -> None:
+        batch_size = check_integer("batch_size", batch_size, at_least=1)
+        if max_seq_len is not None:
+            max_seq_len = check_integer("max_seq_len", max_seq_len, at_least=1)
+        self.max_seq_len = max_seq_len
+        room = _FIRST_ROOM if max_seq_len is None else min(_FIRST_ROOM, max_seq_len)
+        shape = (batch_size, room, num_heads, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = (0,) * batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """B, which `reorder` may change."""
+        return len(self.positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, with the room for more."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        counts: Sequence[int] | None,
+        attend: Callable[..., Tensor],
+    ) -> Tensor:
+        """Append new tokens, and attend from them to all tokens.
+
+        Args:
+            q, k, v: `(B, n, H, D)`.
+            counts: How many of the n tokens of each text are not padding; None: all.
+            attend: Attention of q, k and v of a whole text, with the keyword `is_causal`.
+
+        Returns:
+            `(B, n, H, D)`, 0 for padding.
+        """
+        n = q.shape[1]
+        counts = [n] * self.batch_size if counts is None else list(counts)
+        ends = [a + b for a, b in zip(self.positions, counts, strict=True)]
+        self._make_room(max(ends))
+        out = torch.zeros_like(q)
+        spans = list(enumerate(zip(self.positions, ends, strict=True)))
+        for (start, end), group in groupby(spans, key=lambda item: item[1]):
+            texts = [text for text, _ in group]
+            rows, count = slice(texts[0], texts[-1] + 1), end - start
+            if count == 0:
+                continue
+            self.keys[rows, start:end] = k[rows, :count]
+            self.values[rows, start:end] = v[rows, :count]
+            whole = q.new_zeros(len(texts), end, *q.shape[2:])
+            whole[:, start:] = q[rows, :count]
+            result = attend(whole, self.keys[rows, :end], self.values[rows, :end], is_causal=True)
+            out[rows, :count] = result[:, start:]
+        self.positions = tuple(ends)
+        return out
+
+    def _make_room(self, length: int) -> None:
+        room = self.keys.shape[1]
+        if length <= room:
+            return
+        more = max(length, 2 * room)
+        if self.max_seq_len is not None:
+            more = min(more, self.max_seq_len)
+        padding = (0, 0, 0, 0, 0, more - room)
+        self.keys, self.values = (
+            torch.nn.functional.pad(x, padding) for x in (self.keys, self.values)
+        )
+
+    def reorder(self, batch_indices: Tensor) -> None:
+        """Make text i a copy of what text `batch_indices[i]` was."""
+        chosen = batch_indices.to(self.keys.device, torch.int64)
+        self.keys, self.values = self.keys[chosen], self.values[chosen]
+        self.positions = tuple(self.positions[int(i)] for i in batch_indices)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.positions = (0,) * self.batch_size

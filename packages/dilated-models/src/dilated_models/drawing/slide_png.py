@@ -1,4 +1,4 @@
-"""Numbers of the tiles of a slide as a picture on their grid."""
+"""The attention that the tiles of a slide get, as a picture on their grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_slide_png(
 
     Args:
         cells: `(L, 2)`, column and row of each tile.
-        values: `(L,)`; tiles of one cell are averaged. Colours span the 1st to 99th percentile.
+        values: `(L,)`, multiples of the mean tile's attention; tiles of one cell are averaged. Colours span the 1st to 99th percentile.
         path: Of the file.
         title: Above the picture.
     """
@@ -35,7 +35,7 @@ def draw_slide_png(
     axes.set_xticks([])
     axes.set_yticks([])
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label("multiple of the mean tile", fontsize=9)
+    bar.set_label("attention, as a multiple of the mean tile", fontsize=9)
     save_png(figure, path)
 
 

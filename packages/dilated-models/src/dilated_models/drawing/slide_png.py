@@ -19,7 +19,8 @@ def draw_slide_png(
 
     Args:
         cells: `(L, 2)`, column and row of each tile.
-        values: `(L,)`, multiples of the mean tile's attention; tiles of one cell are averaged. Colours span the 1st to 99th percentile.
+        values: `(L,)`, multiples of the mean tile's attention; tiles of one cell are averaged.
+            Colours span the 1st to 99th percentile.
         path: Of the file.
         title: Above the picture.
     """

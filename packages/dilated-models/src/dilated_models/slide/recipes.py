@@ -39,7 +39,7 @@ RECIPES: Mapping[str, Recipe] = {
     "slide2vec": Recipe(False, None, "rescaled", "slide2vec/encoders/models/gigapath.py, 7cfa6bf"),
     "lazyslide": Recipe(False, None, "as_given", "lazyslide_models/vision/gigapath.py"),
     "raw2features": Recipe(
-        True, -1, "level0_tile", "raw2features/slide_embedders/gigapath_slide.py, ba942c1"
+        True, -1, "level0_tile", "raw2features/slide_embedders/gigapath_slide.py, 079f877"
     ),
 }
 """TRIDENT takes state 11 of the 13 of a 12-layer encoder: the last but one."""

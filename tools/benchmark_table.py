@@ -8,6 +8,7 @@ from typing import Any
 
 from tools.context_gain_table import context_gain
 from tools.ring_table import ring_section
+from tools.sparse_table import sparse_sections
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -139,6 +140,9 @@ def page(results: Path) -> str:
         f"{max(loads)}.",
         "",
     ]
+    for name, section in sparse_sections(results):
+        environment = json.loads((results / f"{name}.json").read_text())["environment"]
+        tables += [*section, "", _where(environment), ""]
     gained = json.loads((results / "context_gain.json").read_text())
     tables += [*context_gain(gained["rows"]), "", _where(gained["environment"]), ""]
     training = json.loads((results / "training_run.json").read_text())

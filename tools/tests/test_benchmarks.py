@@ -106,6 +106,21 @@ def test_block_sparse(is_causal):
     for row in rows:
         assert row["forward"]["speed_up"] > 0
         assert abs(row["kept"] - row["sparsity_ratio"]) <= 2 / 8
+        assert row["kept"] / 4 < row["mass"] <= 1
+
+
+def test_block_sparse_chosen_by_content_keeps_the_mass():
+    import block_sparse
+
+    adaptive = block_sparse.measure_adaptive(1024)
+    assert 0 < adaptive["selector_share_of_forward"] < 1
+    (window,) = (
+        row
+        for row in block_sparse.measure(1024, True)
+        if (row["pattern_type"], row["sparsity_ratio"]) == ("local_window", 0.1)
+    )
+    assert adaptive["mass"] > window["mass"]
+    assert block_sparse.peak(1024, "sparse") >= 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,196 @@
+"""The tables of dilated-sparse for docs/benchmarks.md: block sparsity, borders, Hilbert orders."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+BLOCK_SPARSE = """\
+## Block-sparse attention
+
+Against PyTorch's dense attention on one thread, head_dim {head_dim}, blocks of {block_size},
+{dtype}. Speed-ups are ratios of CPU time; in brackets the *efficiency*, speed-up times kept fraction, which
+is 1 where kept blocks cost what they cost in dense attention. *Mass* is the share of the dense
+softmax in the kept blocks, on inputs whose blocks share one of 64 topics, so that content decides
+where mass lies; patterns do not read it, the adaptive attention does.
+
+"""
+
+BORDERS = """\
+## Copying across borders of segments
+
+Models of two layers of 64 learn to copy random tokens from one distance back, {steps} steps of
+{tokens_per_step:,} tokens. Then the share of right tokens, by distance and by the token's place in
+its segment of {segment} tokens, behind the first border. Median of {seeds}.
+Chance is 1 / {num_tokens}.
+*LongNet* has segments of {segments} with rates {rates}; in *shifted layers* every second layer has
+its segments half a segment earlier; *two borders* adds a branch of rate 1 with segments of
+{second}; the windows are `local_window`, beside LongNet's branches in one softmax.
+
+"""
+
+HILBERT = """\
+## Hilbert orders
+
+As an order of tokens: the share of pairs of neighbours on a grid whose two tokens are in one
+segment, along the Hilbert curve and row by row. The slide is three patches of tissue.
+
+"""
+
+TILES = """\
+As an order of tiles it changes no value. CPU time of dense attention in tiles along the curve,
+over that of tiles row by row, with quartiles; {num_heads} heads of {head_dim}, {dtype}, one thread:
+
+"""
+
+
+def sparse_sections(results: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and lines of each section whose result was recorded."""
+    sections: dict[str, Callable[[Rows], list[str]]] = {
+        "block_sparse": block_sparse,
+        "border_copies": border_copies,
+        "hilbert": hilbert,
+    }
+    for name, section in sections.items():
+        path = results / f"{name}.json"
+        if path.exists():
+            yield name, section(json.loads(path.read_text())["rows"])
+
+
+def block_sparse(rows: Rows) -> list[str]:
+    """Speed by length, kind and ratio; lengths of crossover; memory; the adaptive attention."""
+    speed = [row for row in rows if row["part"] == "speed"]
+    lines = [
+        BLOCK_SPARSE.format(**speed[0])
+        + "| positions | | pattern | kept | forward | backward | mass |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in speed:
+        if row["seq_len"] < 4096:
+            continue
+        cells = [
+            f"{row['seq_len']:,}",
+            "causal" if row["is_causal"] else "full",
+            f"`{row['pattern_type']}`",
+            f"{row['kept']:.1%}",
+            *(
+                f"{row[part]['speed_up']:.1f} ({row[part]['efficiency']:.2f})"
+                for part in ("forward", "backward")
+            ),
+            "" if row["mass"] is None else f"{row['mass']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_crossovers(speed)]
+    for row in (row for row in rows if row["part"] == "adaptive"):
+        forward, backward = (
+            row[part]["dense_cpu_s"] / row[part]["sparse_cpu_s"] for part in ("forward", "backward")
+        )
+        lines += [
+            "",
+            f"`AdaptiveSparseAttention` with {row['sparsity_ratio']:.0%} of the blocks, causal, "
+            f"{row['seq_len']:,} positions: {forward:.1f} times as fast forward as dense "
+            f"attention, {backward:.1f} backward, {row['mass']:.1%} of the mass; choosing takes "
+            f"{row['selector_share_of_forward']:.1%} of forward.",
+        ]
+    memory = [row for row in rows if row["part"] == "memory"]
+    lines += [
+        "",
+        "| positions | heads | forward of | memory above inputs |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['seq_len']:,} | {row['num_heads']} "
+        f"| {'dense attention' if row['attention'] == 'dense' else '`dilated_sparse`, 10 %'} "
+        f"| {row['bytes_above_inputs'] / 2**20:.0f} MiB |"
+        for row in memory
+    ]
+    return lines
+
+
+def _crossovers(rows: Rows) -> Iterator[str]:
+    """From which length on each pattern is faster, of those measured."""
+    yield "From this length on, of those measured, forward and backward are faster than dense:"
+    yield ""
+    yield "| pattern | at 10 % | at 2 % |"
+    yield "| --- | --- | --- |"
+    full = [row for row in rows if not row["is_causal"]]
+    for kind in dict.fromkeys(row["pattern_type"] for row in full):
+        cells: list[str] = []
+        for ratio in (0.1, 0.02):
+            own = [r for r in full if (r["pattern_type"], r["sparsity_ratio"]) == (kind, ratio)]
+            slower = [row["seq_len"] for row in own if not _is_faster(row)]
+            faster = [row["seq_len"] for row in own if row["seq_len"] > max(slower, default=0)]
+            cells.append(f"{min(faster):,}" if faster else "none")
+        yield f"| `{kind}` | {' | '.join(cells)} |"
+
+
+def _is_faster(row: dict[str, Any]) -> bool:
+    dense, sparse = (
+        sum(row[part][f"{name}_cpu_s"] for part in ("forward", "backward"))
+        for name in ("dense", "sparse")
+    )
+    return sparse < dense
+
+
+def border_copies(rows: Rows) -> list[str]:
+    """Accuracy of each contender by distance and place."""
+    plain = next(row["model"] for row in rows if row["contender"] == "LongNet")
+    two = next(row["model"] for row in rows if row["contender"] == "two borders")
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    seeds = len({row["seed"] for row in rows})
+    text = BORDERS.format(
+        steps=rows[0]["steps"],
+        tokens_per_step=rows[0]["tokens"] // rows[0]["steps"],
+        segment=plain["segment_lengths"][0],
+        seeds=f"{seeds} seeds" if seeds > 1 else "one seed",
+        num_tokens=plain["num_tokens"],
+        segments=" and ".join(map(str, plain["segment_lengths"])),
+        rates=" and ".join(map(str, plain["dilation_rates"])),
+        second=two["segment_lengths"][1],
+    )
+    lines = [
+        text + f"| distance | place in segment | {' | '.join(contenders)} |",
+        "| --- " * (2 + len(contenders)) + "|",
+    ]
+    for i, part in enumerate(rows[0]["accuracy"]):
+        cells = [
+            _median([row["accuracy"][i]["accuracy"] for row in rows if row["contender"] == name])
+            for name in contenders
+        ]
+        near, far = part["distances"]
+        first, last = part["places"]
+        shown = " | ".join(f"{cell:.0%}" for cell in cells)
+        lines.append(f"| {near} to {far} | {first} to {last} | {shown} |")
+    return lines
+
+
+def _median(values: list[float]) -> float:
+    values = sorted(values)
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+def hilbert(rows: Rows) -> list[str]:
+    """Neighbours within a segment, and the time of tile orders."""
+    counted = [row for row in rows if row["part"] == "locality"]
+    timed = [row for row in rows if row["part"] == "tile_orders"]
+    return [
+        HILBERT + "| grid | tokens | segment | Hilbert | row by row |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['grid']} | {row['tokens']:,} | {row['segment']:,} | {row['hilbert']:.1%} "
+            f"| {row['row_by_row']:.1%} |"
+            for row in counted
+        ),
+        "",
+        TILES.format(**timed[0]) + "| positions | tile | | time |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {row['seq_len']:,} | {row['tile']} | {'causal' if row['is_causal'] else 'full'} "
+            f"| {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} to "
+            f"{row['ratio']['high']:.2f}) |"
+            for row in timed
+        ),
+    ]

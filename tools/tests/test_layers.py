@@ -73,6 +73,7 @@ GOOD = {
     "dilated_models/config.py": "",
     "dilated_models/drawing/__init__.py": "import dilated_models.longnet, dilated_models.text",
     "dilated_models/encoder/__init__.py": "import dilated_models.layers",
+    "dilated_models/huggingface/__init__.py": "import dilated_models.longnet",
     "dilated_models/layers/__init__.py": "import dilated_models.config",
     "dilated_models/longnet/__init__.py": "import dilated_models.layers, dilated_models.text",
     "dilated_models/slide/__init__.py": "import dilated_models.encoder",

@@ -1,0 +1,37 @@
+"""Hugging Face transformers with dilated attention; needs the extra `huggingface`.
+
+`register_with_transformers()` makes `attn_implementation="dilated"` known, for the models that
+transformers has: Llama, Qwen, GPT-2, BERT and others like them. `dilated_pattern` chooses the
+pattern inside a `with`, where a model's config does not hold it.
+
+Inside: `pattern` (which pattern a layer has) and `refusals` (what cannot be honoured); `columns`
+(which columns of a batch are which sequences); `attention` and `masks`, the two functions that
+transformers calls; `registration`.
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dilated_models.huggingface.pattern import dilated_pattern
+    from dilated_models.huggingface.registration import register_with_transformers
+
+__all__ = ["dilated_pattern", "register_with_transformers"]
+
+# Loaded on first use: what defines models imports transformers.
+_MODULES = {
+    "dilated_pattern": "dilated_models.huggingface.pattern",
+    "register_with_transformers": "dilated_models.huggingface.registration",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(_import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,10 +11,10 @@ BLOCK_SPARSE = """\
 ## Block-sparse attention
 
 Against PyTorch's dense attention on one thread, head_dim {head_dim}, blocks of {block_size},
-{dtype}. Speed-ups are ratios of CPU time; in brackets the *efficiency*, speed-up times kept fraction, which
-is 1 where kept blocks cost what they cost in dense attention. *Mass* is the share of the dense
-softmax in the kept blocks, on inputs whose blocks share one of 64 topics, so that content decides
-where mass lies; patterns do not read it, the adaptive attention does.
+{dtype}. Speed-ups are ratios of CPU time; in brackets the *efficiency*, speed-up times kept
+fraction, which is 1 where kept blocks cost what they cost in dense attention. *Mass* is the share
+of the dense softmax in the kept blocks, on inputs whose blocks share one of 64 topics, so that
+content decides where mass lies; patterns do not read the content, adaptive attention does.
 
 """
 

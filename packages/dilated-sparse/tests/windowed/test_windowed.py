@@ -12,7 +12,11 @@ from dilated_core import (
 )
 from dilated_core.testing.dropout import kept_pairs
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
-from dilated_sparse import windowed_dilated_attention, windowed_dilated_attention_with_lse
+from dilated_sparse import (
+    WindowedDilatedAttention,
+    windowed_dilated_attention,
+    windowed_dilated_attention_with_lse,
+)
 from dilated_sparse.operators import choice_for
 from dilated_sparse.windowed.ops import WINDOWED
 from dilated_sparse.windowed.plan import WINDOW_BRANCH
@@ -384,6 +388,24 @@ def test_wrong_arguments_are_refused(error, message: str, change: dict) -> None:
     arguments = {"pattern": PATTERNS[1], "window": 4} | change
     with pytest.raises(error, match=message):
         windowed_dilated_attention(q, q, q, **arguments)
+
+
+def test_the_module_is_the_function_with_its_options() -> None:
+    q, k, v = (x.detach() for x in leaves(*[(1, 20, 4, 8)] * 3))
+    module = WindowedDilatedAttention([4, 8], [1, 2], window=3, overlap="added", scale=0.3)
+    expected = windowed_dilated_attention(
+        q, k, v, PATTERNS[1], 3, is_causal=True, overlap="added", scale=0.3
+    )
+    assert torch.equal(module(q, k, v, is_causal=True), expected)
+    assert repr(module).startswith(
+        "WindowedDilatedAttention(segment_lengths=[4, 8], dilation_rates=[1, 2], window=3"
+    )
+    with pytest.raises(ValueError, match="max_workspace_bytes is 5; windowed attention has no"):
+        WindowedDilatedAttention([4], [1], window=3, max_workspace_bytes=5)
+    with pytest.raises(ValueError, match="window is 0"):
+        WindowedDilatedAttention([4], [1], window=0)
+    with pytest.raises(TypeError, match="window"):
+        WindowedDilatedAttention([4], [1])
 
 
 def test_no_positions_and_no_sequences() -> None:

@@ -12,17 +12,10 @@ from dilated_core import (
 )
 from dilated_core.testing.dropout import kept_pairs
 from dilated_core.testing.error_budget import assert_within_budget, relative_error
-from dilated_sparse import (
-    WindowedDilatedAttention,
-    windowed_dilated_attention,
-    windowed_dilated_attention_with_lse,
-)
-from dilated_sparse.operators import choice_for
-from dilated_sparse.windowed.ops import WINDOWED
+from dilated_sparse import windowed_dilated_attention, windowed_dilated_attention_with_lse
 from dilated_sparse.windowed.plan import WINDOW_BRANCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 PATTERNS = [
     None,
@@ -332,38 +325,6 @@ def test_positions_decide_what_is_dropped(pattern, is_causal, overlap) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
-# opcheck reads .grad of the tensors it compares, leaves or not.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_operators_are_registered_rightly() -> None:
-    q, k, v = leaves(*[(1, 20, 2, 8)] * 3, dtype=torch.float32)
-    choice = choice_for("sdpa", q, k, has_dropout=False, has_mask=False)
-    options = repr((((4, 8), (1, 2), "interleaved", "masked"), 3, "once", True, None, choice))
-    arguments = (0.3, 0.0, options, None, None, None)
-    torch.library.opcheck(WINDOWED.forward, (q, k, v, *arguments))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = WINDOWED.forward(q, k, v, *arguments)
-    for dlse in (None, torch.randn_like(lse)):
-        backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
-        torch.library.opcheck(WINDOWED.backward, backward)
-
-
-def test_compiled_and_checkpointed_calls_compute_the_same() -> None:
-    tensors = leaves(*[(1, 20, 2, 8)] * 3)
-
-    def attend(*x: torch.Tensor) -> torch.Tensor:
-        return windowed_dilated_attention(*x, PATTERNS[1], 3, is_causal=True)
-
-    plain = attend(*tensors)
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
-    for other in (compiled(*tensors), checkpoint(attend, *tensors, use_reentrant=False)):
-        assert torch.equal(plain, other)
-        grads = [
-            torch.autograd.grad(x.square().sum(), tensors, retain_graph=True)
-            for x in (plain, other)
-        ]
-        torch.testing.assert_close(*grads)
-
-
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
@@ -388,24 +349,6 @@ def test_wrong_arguments_are_refused(error, message: str, change: dict) -> None:
     arguments = {"pattern": PATTERNS[1], "window": 4} | change
     with pytest.raises(error, match=message):
         windowed_dilated_attention(q, q, q, **arguments)
-
-
-def test_the_module_is_the_function_with_its_options() -> None:
-    q, k, v = (x.detach() for x in leaves(*[(1, 20, 4, 8)] * 3))
-    module = WindowedDilatedAttention([4, 8], [1, 2], window=3, overlap="added", scale=0.3)
-    expected = windowed_dilated_attention(
-        q, k, v, PATTERNS[1], 3, is_causal=True, overlap="added", scale=0.3
-    )
-    assert torch.equal(module(q, k, v, is_causal=True), expected)
-    assert repr(module).startswith(
-        "WindowedDilatedAttention(segment_lengths=[4, 8], dilation_rates=[1, 2], window=3"
-    )
-    with pytest.raises(ValueError, match="max_workspace_bytes is 5; windowed attention has no"):
-        WindowedDilatedAttention([4], [1], window=3, max_workspace_bytes=5)
-    with pytest.raises(ValueError, match="window is 0"):
-        WindowedDilatedAttention([4], [1], window=0)
-    with pytest.raises(TypeError, match="window"):
-        WindowedDilatedAttention([4], [1])
 
 
 def test_no_positions_and_no_sequences() -> None:

@@ -9,8 +9,11 @@ import re
 import sys
 
 import torch
+from dilated_core import AttentionOptions
+from dilated_core.backends.contract import BlockLists
 from dilated_kernels.fused import decode
-from dilated_kernels.fused.tuning import Config
+from dilated_kernels.fused.blocks import attention
+from dilated_kernels.fused.tuning import Config, Tuning
 
 from tools.compile_ahead import (
     attention_launches,
@@ -68,6 +71,36 @@ def steps():
     return found
 
 
+def blocks():
+    """Resources of the block-sparse kernels, and the specialisations of several lengths."""
+    found = {"resources": [], "specialisations": []}
+    for capability, dtype, head_dim in (((9, 0), torch.bfloat16, 64), ((8, 0), torch.float32, 128)):
+        for launch in block_launches(1000, dtype, head_dim, capability):
+            found["resources"].append(resources(launch, capability))
+    kinds = set()
+    for seq_len in (1, 16, 1000, 1024, 2**20):
+        for launch in block_launches(seq_len, torch.bfloat16, 64, (9, 0)):
+            kinds.add(launch.kernel.fn.__name__ + repr(specialize(launch, (9, 0))[:3]))
+    found["specialisations"] = len(kinds)
+    return found
+
+
+def block_launches(seq_len, dtype, head_dim, capability):
+    """Forward and backward over blocks of 64, of tensors without data."""
+    q, k, v, dout = (
+        torch.empty(1, seq_len, 4, head_dim, device="meta", dtype=dtype) for _ in "qkvd"
+    )
+    rows = torch.empty(1, seq_len, 4, device="meta")
+    num_blocks = -(-seq_len // 64)
+    offsets = torch.empty(4, num_blocks + 1, dtype=torch.int64, device="meta")
+    entries = torch.empty(num_blocks, dtype=torch.int32, device="meta")
+    lists = BlockLists(64, offsets, entries, offsets, entries)
+    options, tuning = AttentionOptions(True, 0.1), Tuning(capability, "ieee")
+    call = attention.Call(q, k, v, lists, options, tuning)
+    yield attention.forward_launch(call, q, rows)
+    yield from attention.backward_launches(call, dout, rows, rows, (q, k, v))
+
+
 if __name__ == "__main__":
     kernels = [kernel(*row, **options) for *row, options in json.loads(sys.argv[1])]
-    print(json.dumps({"kernels": kernels, "steps": steps()}))
+    print(json.dumps({"kernels": kernels, "steps": steps(), "blocks": blocks()}))

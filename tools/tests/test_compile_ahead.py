@@ -98,6 +98,18 @@ def test_no_step_needs_another_compilation(compiled):
     assert kinds == 1
 
 
+def test_block_sparse_kernels_fit(compiled):
+    rows = [Resources(*row) for row in compiled["blocks"]["resources"]]
+    assert len(rows) == 6
+    for used in rows:
+        assert used.spills_in_loops == 0, used
+        assert used.shared_bytes <= configs.SHARED_BYTES["ampere"], used
+
+
+def test_no_length_and_no_list_compiles_block_sparse_kernels_again(compiled):
+    assert compiled["blocks"]["specialisations"] == 3
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match=r"unknown options \['causal'\]; there are key_mask, "):
         compile_ahead.compile_kernel(

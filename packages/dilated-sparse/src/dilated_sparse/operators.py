@@ -135,9 +135,17 @@ def _differentiate(
 
 
 def choice_for(
-    backend: str, q: torch.Tensor, k: torch.Tensor, *, has_dropout: bool, has_mask: bool
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    has_dropout: bool,
+    has_mask: bool,
+    block_size: int | None = None,
 ) -> tuple[str, int]:
     """The backend for q and k, for the text of the options: backward runs the backend of forward.
+
+    `block_size`: Given where a `BlockSparseBackend` gets the lists of whole sequences.
 
     Raises:
         ValueError: If the named backend, or none, can run.
@@ -146,6 +154,7 @@ def choice_for(
         *(backend, q.device.type, q.device.index, str(q.dtype).removeprefix("torch.")),
         # operator.index fixes a symbolic size to its number; int() would not.
         *(index(q.shape[2]), index(q.shape[3]), index(k.shape[2]), has_dropout, has_mask),
+        block_size,
     )
 
 
@@ -159,6 +168,7 @@ def _recorded_choice(
     num_kv_heads: int,
     has_dropout: bool,
     has_key_padding_mask: bool,
+    block_size: int | None,
 ) -> tuple[str, int]:
     inputs = AttentionInputs(
         torch.device(device_type if device_index is None else f"{device_type}:{device_index}"),
@@ -169,6 +179,7 @@ def _recorded_choice(
         num_kv_heads=num_kv_heads,
         has_key_padding_mask=has_key_padding_mask,
         is_rectangular=True,
+        block_size=block_size,
     )
     return record_choice(choose_backend(name, inputs))
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from dilated_core import AttentionOptions, AttentionOutput, Gradients
+from dilated_core.backends.contract import BlockSparseBackend, has_capability
 from dilated_core.backends.registry import recorded_backend
 
-from dilated_sparse.execution.run import Call, backward, forward
+from dilated_sparse.execution import run, whole
+from dilated_sparse.execution.run import Call
 from dilated_sparse.operators import AttentionOperator, choice_for
 from dilated_sparse.pattern.blocks import BlockPattern
 from dilated_sparse.pattern.rule import PatternRule
@@ -53,6 +55,7 @@ def attend(
         *(backend, q, k),
         has_dropout=dropout_seed is not None,
         has_mask=key_padding_mask is not None,
+        block_size=block_size,
     )
     lists, rule = (None, None), None
     if isinstance(pattern, BlockPattern):
@@ -101,8 +104,9 @@ def _call_of(
 def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _call_of(*options)
     with torch.autocast(q.device.type, enabled=False):
-        return forward(_call_of(*options), q, k, v, options[-1])
+        return _engine(call).forward(call, q, k, v, options[-1])
 
 
 def _backward_operator(
@@ -115,8 +119,14 @@ def _backward_operator(
     lse: torch.Tensor,
     *options: Any,
 ) -> Gradients:
+    call = _call_of(*options)
     with torch.autocast(q.device.type, enabled=False):
-        return backward(_call_of(*options), dout, dlse, q, k, v, out, lse, options[-1])
+        return _engine(call).backward(call, dout, dlse, q, k, v, out, lse, options[-1])
+
+
+def _engine(call: Call) -> Any:
+    """The module that runs the call: by lists if the backend walks them, else by tasks."""
+    return whole if has_capability(call.backend, BlockSparseBackend) else run
 
 
 BLOCK_SPARSE = AttentionOperator(

@@ -39,6 +39,9 @@ class AttentionInputs(NamedTuple):
         max_workspace_bytes: Limit of the memory beyond inputs and results, or None.
         seq_len: S, or T if packed; None for inputs of any length.
         is_rectangular: Whether k and v may have other rows than q (M ≠ N), as in a ring.
+        block_size: Positions of a block of block-sparse attention, or None. A `BlockSparseBackend`
+            then gets whole sequences with the lists of their blocks; any other backend gets blocks
+            of queries with the keys that they keep, so `is_rectangular` is True, too.
     """
 
     device: torch.device
@@ -52,6 +55,7 @@ class AttentionInputs(NamedTuple):
     max_workspace_bytes: int | None = None
     seq_len: int | None = None
     is_rectangular: bool = False
+    block_size: int | None = None
 
 
 class AttentionOptions(NamedTuple):
@@ -251,12 +255,38 @@ class BoundedWorkspaceBackend(Protocol):
         ...
 
 
+class BlockLists(NamedTuple):
+    """The blocks of the attention matrix to compute, by rows and by columns, on the device of q.
+
+    A block is `block_size` queries by as many keys; the last of the N = ⌈S / block_size⌉ blocks of
+    positions may be short. Each of P lists is for H / P consecutive heads of q. Nothing here has
+    O(N²) entries.
+
+    Attributes:
+        block_size: Positions of a block.
+        row_offsets: int64 `(P, N + 1)`: `row_offsets[p, i]` and `row_offsets[p, i + 1]` bound the
+            entries of row i of list p in `key_blocks`. A row may be empty.
+        key_blocks: int32, the blocks of keys of each row, ascending.
+        column_offsets: int64 `(P, N + 1)`, the same for column j in `query_blocks`.
+        query_blocks: int32, the blocks of queries of each column, ascending.
+    """
+
+    block_size: int
+    row_offsets: torch.Tensor
+    key_blocks: torch.Tensor
+    column_offsets: torch.Tensor
+    query_blocks: torch.Tensor
+
+
 @runtime_checkable
 class BlockSparseBackend(Protocol):
-    """A backend that also skips blocks of the attention matrix.
+    """A backend that also attends over a list of blocks, on whole sequences.
 
-    A block is `block_size` queries by `block_size` keys; `kept` `(H, ⌈M/block_size⌉,
-    ⌈N/block_size⌉)` bool is True for the blocks to compute.
+    `options.key_padding_mask` is `(B, S)`; masked rows of k and v may hold NaN, add nothing to any
+    result, and have gradients 0. `options.is_causal`: the lists keep no block above the
+    diagonal, and query i sees only the keys j ≤ i of its own block. `options.dropout_p` is 0, or
+    `why_not` has accepted dropout for inputs with a `block_size`; `options.dropout_rows` then has
+    the numbers of the rows, `(B, S, H)` and `(B, S)`.
     """
 
     def block_sparse_forward(
@@ -264,11 +294,10 @@ class BlockSparseBackend(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        kept: torch.Tensor,
-        block_size: int,
+        blocks: BlockLists,
         options: AttentionOptions,
     ) -> AttentionOutput:
-        """As `AttentionBackend.forward`, over the keys of the kept blocks."""
+        """Attention of q `(B, S, H, D)` over the keys of the listed blocks of k and v."""
         ...
 
     def block_sparse_backward(
@@ -277,15 +306,19 @@ class BlockSparseBackend(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        out: torch.Tensor,
         lse: torch.Tensor,
-        kept: torch.Tensor,
-        block_size: int,
+        delta: torch.Tensor,
+        blocks: BlockLists,
         options: AttentionOptions,
-        *,
-        delta: torch.Tensor | None = None,
     ) -> Gradients:
-        """As `AttentionBackend.backward`, over the keys of the kept blocks."""
+        """As `AttentionBackend.backward`, over the keys of the listed blocks.
+
+        Args:
+            dout, q, k, v, blocks, options: As for `block_sparse_forward`.
+            lse: `(B, S, H)`, float32 or wider; +∞ for a row without keys.
+            delta: rowsum(dout · out) − dlse, `(B, S, H)`, float32 or wider: the gradient of lse
+                enters the scores as ds = p · (dout·vᵀ − delta).
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""Backend `triton`: the whole pattern by fused kernels, on strips too.
+"""Backend `triton`: the whole pattern by fused kernels, on strips and on lists of blocks, too.
 
 Triton is imported when a call needs it, so a machine without a GPU never loads it.
 """
@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from dilated_core import AttentionInputs, AttentionOutput, DilatedPattern
 from dilated_core.backends.cache_layout import CacheLayout
-from dilated_core.backends.contract import CONTRACT_VERSION, AttentionOptions, Gradients
+from dilated_core.backends.contract import (
+    CONTRACT_VERSION,
+    AttentionOptions,
+    BlockLists,
+    Gradients,
+)
 
 from dilated_kernels.availability import (
     HALF_DTYPES,
@@ -26,19 +31,21 @@ from dilated_kernels.fused.tuning import Config, Kind, check_configs
 from dilated_kernels.ranking.table import Rank, rank
 
 MAX_HEAD_DIM = 256
+MIN_BLOCK_SIZE = 16  # smallest side of a matrix product in Triton
 
 
 class TritonBackend:
-    """Fused dilated attention in Triton, forward, backward and decoding.
+    """Fused dilated and block-sparse attention in Triton, forward and backward, and decoding.
 
     float32 products are true float32, or TF32 after `torch.set_float32_matmul_precision("high")` or
     `"medium"`.
 
     Args:
         tile_order: The order in which the tiles of a launch start, "row_major" or "hilbert".
-            Results are the same to the bit.
+            Results are the same to the bit. Tiles of block-sparse attention are in order of rows.
         configs: Tiles, warps and stages for the kernels "forward", "dq" and "dk_dv", as
-            `{"dq": (64, 64, 4, 3)}`; a kernel that is not named takes those of the table.
+            `{"dq": (64, 64, 4, 3)}`; a kernel that is not named takes those of the table. Tiles of
+            block-sparse attention are at most as long as a block.
         name: The name to register it by, beside the one that is registered already.
 
     Raises:
@@ -95,7 +102,9 @@ class TritonBackend:
             head_dim_multiple=1,
             max_head_dim=MAX_HEAD_DIM,
         )
-        if inputs.is_rectangular:
+        if inputs.block_size is not None:
+            reasons += _block_reasons(inputs.block_size, inputs.dropout_p)
+        elif inputs.is_rectangular:
             reasons.append("k has other rows than q; its kernels need as many keys as queries.")
         if inputs.max_workspace_bytes is not None:
             reasons.append(
@@ -179,6 +188,34 @@ class TritonBackend:
             q, k, v, keys, values, layout, position=position, scale=scale
         )
 
+    def block_sparse_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        blocks: BlockLists,
+        options: AttentionOptions,
+    ) -> AttentionOutput:
+        """See `BlockSparseBackend`."""
+        module = _block_attention(blocks, options)
+        return module.forward(module.Call(q, k, v, blocks, options, self._tuning(q)))
+
+    def block_sparse_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        blocks: BlockLists,
+        options: AttentionOptions,
+    ) -> Gradients:
+        """See `BlockSparseBackend`."""
+        module = _block_attention(blocks, options)
+        call = module.Call(q, k, v, blocks, options, self._tuning(q))
+        return module.backward(dout, lse, delta, call)
+
     def _dense(self, q: torch.Tensor, k: torch.Tensor) -> DilatedPattern:
         if q.shape[1] != k.shape[1]:
             raise ValueError(
@@ -200,6 +237,26 @@ def _all_options(options: AttentionOptions, cu_seqlens: torch.Tensor | None) -> 
         options.key_padding_mask,
         cu_seqlens,
     )
+
+
+def _block_reasons(block_size: int, dropout_p: float) -> list[str]:
+    """Reasons why the block-sparse kernels cannot run."""
+    reasons: list[str] = []
+    if block_size < MIN_BLOCK_SIZE or block_size & (block_size - 1):
+        reasons.append(
+            f"block_size is {block_size}; its block-sparse kernels take a power of two of "
+            f"{MIN_BLOCK_SIZE} or more."
+        )
+    if dropout_p:
+        reasons.append(f"dropout_p is {dropout_p}; its block-sparse kernels have no dropout.")
+    return reasons
+
+
+def _block_attention(blocks: BlockLists, options: AttentionOptions) -> Any:
+    """The module that launches the kernels, after the `why_not` checks that shapes do not show."""
+    if reasons := _block_reasons(blocks.block_size, options.dropout_p):
+        raise ValueError(" ".join(reasons))
+    return imported("dilated_kernels.fused.blocks.attention")
 
 
 def _attention() -> Any:

@@ -16,6 +16,7 @@ def tensors(*shape: int, dtype=torch.float64) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
 
 
+@pytest.mark.slow
 # opcheck reads .grad of the tensors it compares, leaves or not.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_are_registered_rightly() -> None:

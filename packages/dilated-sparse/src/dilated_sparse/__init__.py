@@ -14,6 +14,7 @@ from dilated_core.pattern.hilbert import hilbert_order
 
 from dilated_sparse.adaptive.attention import AdaptiveSparseAttention
 from dilated_sparse.adaptive.config import AdaptiveSparseConfig
+from dilated_sparse.adaptive.decoding import AdaptiveCache
 from dilated_sparse.adaptive.factory import create_adaptive_sparse_attention
 from dilated_sparse.adaptive.multihead import AdaptiveSparseMultiheadAttention
 from dilated_sparse.attention import (
@@ -77,6 +78,7 @@ __all__ = [
     "WindowedDilatedAttentionConfig",
     "create_block_sparse_attention",
     # content-adaptive
+    "AdaptiveCache",
     "AdaptiveSparseAttention",
     "AdaptiveSparseConfig",
     "AdaptiveSparseMultiheadAttention",

@@ -19,8 +19,10 @@ from dilated_sparse.adaptive.config import (
     AdaptiveSparseArguments,
     AdaptiveSparseConfig,
 )
+from dilated_sparse.adaptive.decoding import AdaptiveCache
 from dilated_sparse.adaptive.gate import BlockGate
 from dilated_sparse.adaptive.learning import add_loss
+from dilated_sparse.adaptive.scores import Shape
 from dilated_sparse.adaptive.sequence import Sequence
 from dilated_sparse.attention import checked_tensors
 from dilated_sparse.pattern.selection import BlockSelection
@@ -166,6 +168,57 @@ class AdaptiveSparseAttention(nn.Module):
         learns_all = self.config.distillation == "all"
         total, rows = sequence.loss(None if learns_all else sequence.select())
         return total / rows.clamp_min(1)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: AdaptiveCache,
+        *,
+        unrotated: Unrotated | None = None,
+    ) -> torch.Tensor:
+        """Append tokens to a cache, and return their outputs, without gradients.
+
+        Without `lookahead` each output is that of the same row of a causal `forward` over all
+        tokens. With it, a token selects by the queries of its block so far, and the last token of a
+        block as the block does in `forward`; the tokens of a first call are a `forward`.
+
+        Args:
+            q: `(B, T, H, D)` of the T next tokens; of a prompt, if the cache is empty.
+            k, v: `(B, T, H_kv, D)`.
+            cache: Of the tokens so far.
+            unrotated: As for `forward`.
+
+        Raises:
+            TypeError: If `cache` is no `AdaptiveCache`, or as for `forward`.
+            ValueError: If the cache holds other sequences, the module learns a bias, which
+                `decode` does not have, or as for `forward`.
+        """
+        if not isinstance(cache, AdaptiveCache):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"cache is a {type(cache).__name__}; it must be an AdaptiveCache.")
+        if self.config.gate_gradient is not None:
+            raise ValueError(
+                "gate_gradient is 'bias'; decode adds no bias, so call forward on all tokens."
+            )
+        q, k, v = self._checked(q, k, v, True, unrotated, None, None)
+        before = (q, k) if unrotated is None else unrotated
+        scale = check_scale(self.config.scale, self.head_dim)
+        shape = Shape(self.num_kv_heads, self.config.block_size, self.config.positions_per_mean)
+        if cache.length == 0 and q.shape[1] > 1:
+            sequence = Sequence(self.config, self.gate, q, k, v, before, True, None, scale)
+            out = sequence.attend(sequence.select(), 0.0, None).out
+            cache.extend(q, k, v, before, shape, self.gate)
+            cache.resume(self.config, shape, self.gate, scale)
+            return out
+        outs: list[torch.Tensor] = []
+        for t in range(q.shape[1]):
+            one = slice(t, t + 1)
+            unrotated_one = before[0][:, one], before[1][:, one]
+            cache.extend(q[:, one], k[:, one], v[:, one], unrotated_one, shape, self.gate)
+            outs.append(cache.step(q[:, one], self.config, shape, self.gate, scale))
+        return torch.cat(outs, 1) if outs else torch.zeros_like(q)
 
     def _sequence(
         self,

@@ -25,8 +25,8 @@ from dilated_sparse.adaptive.pooling import (
     unflatten,
 )
 
-# Numbers of one strip of scores: in float32 4 MiB, which stay in a processor's cache.
-_STRIP = 2**20
+# Numbers of one strip of scores: in float32 1 MiB, which stay in a processor's cache.
+_STRIP = 2**18
 
 
 class QueryTerms(NamedTuple):
@@ -174,25 +174,32 @@ def block_scores(
     B, K, rows, T, G, _ = queries.mean.shape
     scores = (queries.mean.flatten(2, 4) * scale) @ keys.mean.transpose(-1, -2)
     scores = scores.view(B, K, rows, T, G, -1)
-    shares = (
-        queries.log_share[:, None, :, :, None, None] + keys.log_share[:, None, None, None, None]
-    )
-    scores = scores + shares
+    shares = queries.log_share[:, None, :, :, None, None]
+    gain = None
     if queries.gate is not None and keys.gate is not None:
-        scores = scores + correction(queries.gate, keys.gate).to(scores.dtype).unsqueeze(4)
+        gain = correction(queries.gate, keys.gate).to(scores.dtype).unsqueeze(4)
+        scores = scores + gain if gain.requires_grad else scores.add_(gain)
+    # Without gradients all of this is in place: it is what selecting costs beside the products.
+    learns = scores.requires_grad
+    scores = scores + shares if learns else scores.add_(shares)
+    if bool((keys.log_share != 0).any()):
+        scores = scores + keys.log_share[:, None, None, None, None]
     # (B, K, rows, T·G, blocks, P)
     scores = unflatten(scores.flatten(3, 4), -1, (-1, per_block))
     finite = torch.finfo(scores.dtype)
-    largest = scores.detach().amax((3, 5))
+    largest = scores.detach().amax(3).amax(-1)  # twice as fast as both at once
     if first_row is not None:
         i = torch.arange(first_row, first_row + rows, device=scores.device).unsqueeze(1)
         is_future = torch.arange(largest.shape[-1], device=scores.device) >= i
         largest = largest.masked_fill(is_future, -torch.inf)
     largest = largest.amax(-1, keepdim=True).clamp_min(finite.min)
-    below = scores - largest[..., None, :, None]
+    shift = largest[..., None, :, None]
+    below = scores - shift if learns else scores.sub_(shift)
     if first_row is not None:
-        below = below.clamp_max(0)  # blocks of the future may exceed it, and must not overflow
-    return below.exp().sum((3, 5)).clamp_min(finite.tiny).log() + largest
+        # Blocks of the future may exceed it, and must not overflow.
+        below = below.clamp_max(0) if learns else below.clamp_max_(0)
+    shares_of_blocks = (below.exp() if learns else below.exp_()).sum(3).sum(-1)
+    return shares_of_blocks.clamp_min(finite.tiny).log() + largest
 
 
 def strips(queries: QueryTerms, num_keys: int) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,7 @@ elsewhere. Its last two blocks ask for one of the keys, and the last one answers
 that key, which lies further away than a local window of the same budget reaches. One attention
 layer between an embedding and a readout. The model first learns with dense attention, then the gate
 alone learns the mass of all blocks, then the model learns with a tenth of the blocks: those
-that adaptive attention selects, or a window. A window from the first step stands beside. One thread.
+that adaptive attention selects, or a window. A window from the first step is beside. One thread.
 
 Run `python benchmarks/adaptive_retrieval.py`; `--quick` trains one seed for a few steps.
 """

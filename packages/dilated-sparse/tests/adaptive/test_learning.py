@@ -137,7 +137,7 @@ def test_the_gate_learns_the_mass(distillation) -> None:
         return float((mass * kept).sum(-1).mean())
 
     before = held()
-    optimizer = torch.optim.Adam(attention.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
         attention.distillation_loss(q, k, is_causal=True).backward()
@@ -202,3 +202,25 @@ def test_no_array_of_all_pairs_of_positions() -> None:
     with Largest() as largest:
         block_mass(q, q, block_size=64, scale=0.5, is_causal=True)
     assert largest.numbers <= 2**22 < S * S
+
+
+@pytest.mark.parametrize(("is_causal", "lookahead"), [(True, False), (True, True), (False, False)])
+def test_gradients_of_the_loss_are_its_slopes(is_causal: bool, lookahead: bool) -> None:
+    q, k, _ = (x * 2 for x in tensors(64, B=1))
+    attention = AdaptiveSparseAttention(
+        num_heads=4, head_dim=8, num_kv_heads=2, block_size=8, sub_block_size=4,
+        lookahead=lookahead, distillation="all", dtype=torch.float64,
+    )  # fmt: skip
+    for weight in attention.parameters():
+        weight.data += torch.randn_like(weight) * 0.1
+    loss = attention.distillation_loss(q, k, is_causal)
+    parameters = list(attention.parameters())
+    for weight, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        start, step = weight.data.clone(), torch.randn_like(weight)
+        ends = []
+        for sign in (1, -1):
+            weight.data = start + sign * 1e-6 * step
+            ends.append(float(attention.distillation_loss(q, k, is_causal).detach()))
+        weight.data = start
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert float((grad * step).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8)

@@ -19,7 +19,8 @@ def mean(x: torch.Tensor) -> torch.Tensor:
 def features(x: torch.Tensor) -> torch.Tensor:
     """Mean, maximum and minimum over positions and heads of `(s, G, D)`."""
     x = x.double().flatten(0, 1)
-    return torch.cat([x.mean(0), x.amax(0), x.amin(0)])
+    pooled = torch.cat([x.mean(0), x.amax(0), x.amin(0)])
+    return pooled / (pooled.square().mean() + 1e-6).sqrt()
 
 
 def defined_score(

@@ -14,10 +14,11 @@ Projected = tuple[torch.Tensor, torch.Tensor]
 class BlockGate(nn.Module):
     """A bilinear form of pooled queries and keys, one for each head of k and v.
 
-    The correction of sub-blocks with features f and g is the difference of two forms,
-    ((A₁f)·(B₁g) − (A₂f)·(B₂g)) / √d. Both begin with the same weights, so the correction begins at
-    exactly 0 and every weight has a gradient from the first step on (Zhang et al., arXiv
-    1905.07777); a form with one factor of 0 would have none for the other factor.
+    The correction of sub-blocks with features f and g, each divided by its root mean square, is the
+    difference of two forms, ((A₁f)·(B₁g) − (A₂f)·(B₂g)) / √d. Both forms begin with the same
+    weights, so the correction begins at exactly 0 and every weight has a gradient from the first
+    step on (Zhang et al., arXiv 1905.07777); a form with one factor of 0 would have none for the
+    other factor.
 
     Args:
         num_kv_heads: K.
@@ -60,6 +61,8 @@ class BlockGate(nn.Module):
 
 
 def _projected(features: torch.Tensor, weight: torch.Tensor) -> Projected:
+    # Features of any size learn at one rate.
+    features = features * features.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
     # One product for each of the two forms: equal weights then give equal bits.
     rows = features.to(weight.dtype).flatten(2, -2)
     first, second = (rows @ part for part in weight)

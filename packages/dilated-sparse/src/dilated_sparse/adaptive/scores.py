@@ -188,6 +188,7 @@ def block_scores(
     scores = unflatten(scores.flatten(3, 4), -1, (-1, per_block))
     finite = torch.finfo(scores.dtype)
     largest = scores.detach().amax(3).amax(-1)  # twice as fast as both at once
+    is_future = None
     if first_row is not None:
         i = torch.arange(first_row, first_row + rows, device=scores.device).unsqueeze(1)
         is_future = torch.arange(largest.shape[-1], device=scores.device) >= i
@@ -195,9 +196,10 @@ def block_scores(
     largest = largest.amax(-1, keepdim=True).clamp_min(finite.min)
     shift = largest[..., None, :, None]
     below = scores - shift if learns else scores.sub_(shift)
-    if first_row is not None:
-        # Blocks of the future may exceed it, and must not overflow.
-        below = below.clamp_max(0) if learns else below.clamp_max_(0)
+    if is_future is not None:
+        # Blocks of the future may exceed the largest of the past, and must not overflow.
+        is_future = is_future[:, None, :, None]
+        below = below.masked_fill(is_future, 0) if learns else below.masked_fill_(is_future, 0)
     shares_of_blocks = (below.exp() if learns else below.exp_()).sum(3).sum(-1)
     return shares_of_blocks.clamp_min(finite.tiny).log() + largest
 

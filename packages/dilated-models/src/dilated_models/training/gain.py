@@ -99,7 +99,8 @@ def recorded_plain_training(
     numbers = training.to_dict()
     records: list[dict[str, Any]] = json.loads(_RECORDED.read_text("utf-8"))
     for record in records:
-        if record["model"] == model.to_dict() and all(
+        # A field that is younger than the record has its default there.
+        if LongNetConfig.from_dict(record["model"]) == model and all(
             record["training"][name] == numbers[name] for name in COMPARED
         ):
             return tuple(ContextLoss(**row) for row in record["by_context"])

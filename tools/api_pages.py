@@ -10,6 +10,7 @@ import inspect
 import re
 import shutil
 import sys
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,10 @@ def main() -> int:
 
 def read_modules(package: Package) -> dict[str, list[Entry]]:
     """The public names of each public module of a package."""
-    definitions = _definitions(package.folder / "src")
+    # A name may be another package's, exported once more.
+    sources = [each.folder / "src" for each in find_packages(ROOT).values()]
+    everywhere = ChainMap(*(_definitions(source) for source in sources))
+    definitions = ChainMap(_definitions(package.folder / "src"), everywhere)
     modules: dict[str, list[Entry]] = {}
     entries: list[Entry] = []
     text = (ROOT / "docs" / "api" / f"{package.name}.txt").read_text(encoding="utf-8")
@@ -191,13 +195,17 @@ def _groups(path: Path, names: list[str]) -> list[tuple[str, list[str]]]:
 
 @cache
 def _definitions(source: Path) -> dict[str, Documented]:
-    """Every class and function at the top level of a module in a folder, by name."""
-    return {
-        node.name: node
-        for path in sorted(source.rglob("*.py"), reverse=True)
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, Documented)
-    }
+    """Every class and function at the top level of a module in a folder, by each of its names."""
+    paths = sorted(source.rglob("*.py"), reverse=True)
+    nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    definitions = {node.name: node for node in nodes if isinstance(node, Documented)}
+    for node in nodes:
+        match node:
+            case ast.Assign([ast.Name(id=name)], ast.Name(id=other)) if other in definitions:
+                definitions[name] = definitions[other]
+            case _:
+                pass
+    return definitions
 
 
 def _path(package: Package, module: str) -> Path:

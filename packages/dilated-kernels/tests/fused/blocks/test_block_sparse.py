@@ -6,9 +6,10 @@ import pytest
 import torch
 from dilated_core import AttentionInputs, AttentionOptions
 from dilated_core.backends.contract import BlockLists, BlockSparseBackend, has_capability
-from dilated_core.backends.registry import get_backend
+from dilated_core.backends.registry import choose_backend, forget_choices, get_backend
 from dilated_core.testing import assert_within_budget, relative_error
 from dilated_core.testing.error_budget import pytorch_errors
+from dilated_kernels import availability
 from dilated_kernels.fused import TritonBackend
 from dilated_kernels.fused.blocks import attention
 from dilated_kernels.fused.tuning import Tuning
@@ -208,6 +209,18 @@ def test_what_the_kernels_cannot_is_a_reason_and_an_error(block_size, dropout_p,
         backend.block_sparse_forward(
             q, q, q, lists, AttentionOptions(False, 1.0, dropout_p=dropout_p)
         )
+
+
+def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(monkeypatch):
+    monkeypatch.setattr(availability, "cuda_capability", lambda device: (9, 0))
+    inputs = AttentionInputs(
+        torch.device("cuda"), torch.bfloat16, 2, 64, is_rectangular=True, block_size=64
+    )
+    forget_choices()
+    assert choose_backend("auto", inputs).name == "triton"
+    for change in ({"block_size": None}, {"block_size": 48}, {"dropout_p": 0.1}):
+        assert choose_backend("auto", inputs._replace(**change)).name != "triton"
+    forget_choices()
 
 
 def test_no_positions():

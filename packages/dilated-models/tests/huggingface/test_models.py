@@ -1,0 +1,157 @@
+"""LongNetForCausalLM and LongNetModel are LongNetLM, in files, training and generation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dilated_models import LongNetLM
+from dilated_models.huggingface import (
+    LongNetForCausalLM,
+    LongNetModel,
+    LongNetPretrainedConfig,
+)
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+
+def make(**options: Any) -> LongNetForCausalLM:
+    torch.manual_seed(0)
+    config = LongNetPretrainedConfig(
+        num_tokens=61,
+        d_model=32,
+        nhead=4,
+        num_decoder_layers=2,
+        dim_feedforward=48,
+        segment_lengths=[6, 16, 40],
+        dilation_rates=[1, 3, 4],
+        **options,
+    )
+    return LongNetForCausalLM(config).double().eval()
+
+
+def test_a_model_is_the_language_model(tokens: torch.Tensor) -> None:
+    model = make()
+    torch.manual_seed(0)
+    alone = LongNetLM(model.config.longnet).double()
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True)
+    )
+    output = model(tokens, labels=tokens)
+    assert torch.equal(output.logits, alone(tokens))
+    wanted = torch.nn.functional.cross_entropy(
+        alone(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+    )
+    torch.testing.assert_close(output.loss, wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_is_loaded_by_auto_classes(
+    tokens: torch.Tensor, tmp_path: Path, tied: bool
+) -> None:
+    model = make(tie_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, LongNetForCausalLM)
+    assert again.config.longnet == model.config.longnet
+    assert torch.equal(again.double()(tokens).logits, model(tokens).logits)
+    assert (again.lm.output.weight is again.lm.embedding.weight) == tied
+    base = AutoModel.from_pretrained(tmp_path).double()
+    assert isinstance(base, LongNetModel)
+    assert torch.equal(base(tokens).last_hidden_state, model.lm.hidden_states(tokens))
+
+
+def test_loading_is_strict(tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    wider = LongNetPretrainedConfig(**{**model.config.longnet.to_dict(), "num_decoder_layers": 3})
+    with pytest.raises(ValueError, match="missing_keys"):
+        LongNetForCausalLM.from_pretrained(tmp_path, config=wider)
+
+
+def test_names_of_transformers_are_the_same_options() -> None:
+    config = LongNetPretrainedConfig(hidden_size=64, nhead=4, vocab_size=9)
+    assert (config.d_model, config.num_tokens, config.num_attention_heads) == (64, 9, 4)
+    with pytest.raises(ValueError, match="two names of one option"):
+        LongNetPretrainedConfig(hidden_size=64, d_model=32)
+    with pytest.raises(ValueError, match="nhead is 5"):
+        LongNetPretrainedConfig(d_model=64, nhead=5)
+
+
+def test_documents_and_padding_are_as_if_alone(tokens: torch.Tensor) -> None:
+    model = make()
+    positions = torch.cat([torch.arange(20), torch.arange(25)])[None]
+    packed = model(tokens, position_ids=positions).logits
+    alone = [model(part).logits for part in tokens.split([20, 25], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-9, atol=1e-10)
+    mask = torch.ones_like(tokens)
+    mask[1, :16] = 0
+    padded = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1, 16:], model(tokens[1:, 16:]).logits[0])
+    with pytest.raises(ValueError, match="has 9 after 4"):
+        model(tokens[:, :6], position_ids=torch.tensor([[0, 1, 2, 3, 4, 9]]))
+
+
+def test_generate_equals_whole_forwards_in_a_left_padded_batch(tokens: torch.Tensor) -> None:
+    model = make()
+    mask = torch.ones_like(tokens)
+    mask[1, :16] = 0
+    arguments: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(tokens, attention_mask=mask, **arguments)
+    for b, start in enumerate([0, 16]):
+        text = tokens[b : b + 1, start:]
+        for _ in range(20):
+            text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
+        assert out[b, start:].tolist() == text[0].tolist()
+    beams = {**arguments, "num_beams": 3}
+    with_cache = model.generate(tokens, attention_mask=torch.ones_like(tokens), **beams)
+    without = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **beams
+    )
+    assert torch.equal(with_cache, without)
+
+
+def test_the_cache_does_not_grow(tokens: torch.Tensor) -> None:
+    model = make()
+    first = model(tokens, use_cache=True, logits_to_keep=1)
+    cache = first.past_key_values
+    size = cache.state.nbytes
+    torch.testing.assert_close(first.logits, model(tokens).logits[:, -1:])
+    for _ in range(3):
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+    assert (cache.get_seq_length(), cache.state.nbytes) == (180, size)
+    with pytest.raises(ValueError, match="keeps no token"):
+        cache.crop(-1)
+
+
+def test_what_cannot_be_honoured_is_refused(tokens: torch.Tensor) -> None:
+    model = make()
+    for arguments, match in [
+        ({"use_cache": True}, "logits_to_keep=1"),
+        ({"use_cache": True, "labels": tokens, "logits_to_keep": 1}, "no labels"),
+        ({"output_attentions": True}, "attention_rows"),
+        ({"inputs_embeds": torch.zeros(1)}, "unknown here"),
+        ({"attention_mask": torch.ones(2, 3)}, "must be"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            model(tokens, **arguments)
+
+
+def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = make().float()
+    data = [{"input_ids": torch.arange(30) % 7, "labels": torch.arange(30) % 7}] * 32
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]

@@ -129,6 +129,14 @@ def test_what_cannot_be_honoured_is_refused(tokens: torch.Tensor) -> None:
         ({"use_cache": True}, "logits_to_keep=1"),
         ({"use_cache": True, "labels": tokens, "logits_to_keep": 1}, "no labels"),
         ({"output_attentions": True}, "attention_rows"),
+        (
+            {
+                "use_cache": True,
+                "logits_to_keep": 1,
+                "position_ids": torch.cat([torch.arange(20), torch.arange(25)])[None],
+            },
+            "one text for each row",
+        ),
         ({"inputs_embeds": torch.zeros(1)}, "unknown here"),
         ({"attention_mask": torch.ones(2, 3)}, "must be"),
     ]:

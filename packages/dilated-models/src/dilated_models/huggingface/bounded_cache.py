@@ -35,7 +35,7 @@ class LongNetCache(Cache):
         """Columns of tokens and padding so far."""
         return self.columns
 
-    def get_max_length(self) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: no limit."""
         return -1
 

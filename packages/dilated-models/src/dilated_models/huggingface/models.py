@@ -173,10 +173,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         logits = self.lm.output(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
+            loss = cast(Any, self.loss_function)(
                 logits, labels, vocab_size=self.config.num_tokens, num_items_in_batch=count
             )
-        return CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _continue(
         self,
@@ -202,8 +202,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             find_continued(position_ids, visible, n, past + n)
         else:
             packed = find_documents(position_ids, visible, B, n)
-            # Each row with a token has one document.
-            if packed is not None and len(packed.cu_seqlens) - 1 > len(set(packed.rows.tolist())):
+            texts = B if visible is None else int(visible.any(-1).sum())
+            if packed is not None and packed.cu_seqlens.numel() - 1 > texts:
                 raise ValueError(
                     "position_ids restart inside a row; a cache holds one text for each row, so "
                     "give each document a row of its own, or use_cache=False."

@@ -1,5 +1,6 @@
 """Models with `attn_implementation="dilated"` against sdpa and against the definition."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -113,3 +114,22 @@ def test_bfloat16_under_autocast(build_model: Build, tokens: torch.Tensor) -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = model(tokens).logits
     assert (actual.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+# From torch._dynamo itself, which reads a tensor between two graphs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@torch.no_grad()
+def test_a_compiled_model_leaves_attention_out_of_its_graph(
+    llama: Any, tokens: torch.Tensor
+) -> None:
+    compiled = torch.compile(llama, backend="eager")
+    assert torch.equal(compiled(tokens).logits, llama(tokens).logits)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(llama, backend="eager", fullgraph=True)(tokens)
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"dilated-models\[huggingface\]"):
+        register_with_transformers()

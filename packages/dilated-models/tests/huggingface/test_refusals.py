@@ -118,3 +118,8 @@ def test_masks_of_a_caller_and_dropped_tokens() -> None:
             dilated_mask(**sizes, mask_function=other)
     with pytest.raises(ValueError, match="has dropped the first 2 tokens"):
         dilated_mask(**sizes, mask_function=causal, kv_offset=2)
+
+
+def test_continuous_batching_is_refused_by_transformers(llama: Any, tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="dilated is not supported for continuous batching"):
+        llama.generate_batch([tokens[0].tolist()], max_new_tokens=2)

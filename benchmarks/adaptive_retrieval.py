@@ -171,9 +171,9 @@ def main() -> None:
         train(kind, seed, steps)
         for seed in SEEDS
         for kind, steps in (
-            ("adaptive", Steps(200, 160, 30)),
-            ("local_window", Steps(200, 0, 30)),
-            ("local_window", Steps(0, 0, 230)),
+            ("adaptive", Steps(450, 300, 60)),
+            ("local_window", Steps(450, 0, 60)),
+            ("local_window", Steps(0, 0, 510)),
         )
     ]
     path = Path(__file__).parent / "results" / "adaptive_retrieval.json"

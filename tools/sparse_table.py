@@ -1,4 +1,4 @@
-"""The tables of dilated-sparse for docs/benchmarks.md: block sparsity, borders, Hilbert orders."""
+"""The tables of dilated-sparse: block sparsity, adaptive attention, borders, Hilbert orders."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -39,6 +39,27 @@ segment, along the Hilbert curve and row by row. The slide is three patches of t
 
 """
 
+RECALL = """\
+## What adaptive attention keeps
+
+Share of the softmax mass that a selection of {sparsity_ratio:.0%} of the blocks keeps, over what
+the best blocks would keep: causal attention of {seq_len:,} positions in the layers of a model of
+`dilated train`, blocks of {block_size}, sub-blocks of {sub_block_size}, {steps} steps for the gate.
+*Queries of the block* is `lookahead=True`; *queries before* is the default, which reads no later
+query.
+
+"""
+
+RETRIEVAL = """\
+## Finding a value far away
+
+One attention layer finds the value of a key among {seq_len} positions, farther away than a window
+of {kept_blocks_of_last_row} of the {num_blocks} blocks reaches. It learns with dense attention,
+then the gate alone, then with {sparsity_ratio:.0%} of the blocks. Share of right answers; chance is
+{chance:.1%}.
+
+"""
+
 TILES = """\
 As an order of tiles it changes no value. CPU time of dense attention in tiles along the curve,
 over that of tiles row by row, with quartiles; {num_heads} heads of {head_dim}, {dtype}, one thread:
@@ -50,6 +71,8 @@ def sparse_sections(results: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and lines of each section whose result was recorded."""
     sections: dict[str, Callable[[Rows], list[str]]] = {
         "block_sparse": block_sparse,
+        "adaptive_recall": adaptive_recall,
+        "adaptive_retrieval": adaptive_retrieval,
         "border_copies": border_copies,
         "hilbert": hilbert,
     }
@@ -132,6 +155,43 @@ def _is_faster(row: dict[str, Any]) -> bool:
         for name in ("dense", "sparse")
     )
     return sparse < dense
+
+
+def adaptive_recall(rows: Rows) -> list[str]:
+    """Mass kept by each way to choose blocks, by layer, in percent of the best."""
+    layers = " | ".join(f"layer {row['layer']}" for row in rows)
+    lines = [
+        RECALL.format(**rows[0]) + f"| blocks | {layers} | mean |",
+        "| --- " * (2 + len(rows)) + "|",
+    ]
+    for name in rows[0]["of_oracle"]:
+        shares = [row["of_oracle"][name] for row in rows]
+        cells = [f"{share:.1%}" for share in (*shares, sum(shares) / len(shares))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def adaptive_retrieval(rows: Rows) -> list[str]:
+    """Accuracy of adaptive attention and of windows, by seed."""
+    lines = [
+        RETRIEVAL.format(**rows[0])
+        + "| blocks | seed | steps | dense | first with few blocks | trained gate | at the end |",
+        "| --- " * 7 + "|",
+    ]
+    for row in rows:
+        before = row["accuracies_before"]
+        cells = [
+            f"`{row['kind']}`",
+            str(row["seed"]),
+            " + ".join(str(n) for n in row["steps"].values() if n),
+            *(
+                f"{before[name]:.1%}" if name in before else ""
+                for name in ("dense", "sparse at first", "trained gate")
+            ),
+            f"{row['accuracy']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def border_copies(rows: Rows) -> list[str]:

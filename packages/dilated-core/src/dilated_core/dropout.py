@@ -41,6 +41,29 @@ class DropoutRows(NamedTuple):
     keys: torch.Tensor
     heads: torch.Tensor | None = None
 
+    def of_heads(self) -> DropoutRows:
+        """The same with queries `(B, M, H)`, to which the numbers of their heads are added."""
+        if self.heads is None:
+            return self
+        return DropoutRows(self.queries.unsqueeze(-1) + self.heads, self.keys)
+
+
+def dropout_rows(seed: int, q: torch.Tensor, *, first: int = 0, first_head: int = 0) -> DropoutRows:
+    """The numbers of all positions and heads of a call: `(B, S)`, `(B, S)` and `(H,)`.
+
+    Args:
+        seed: Of the call.
+        q: `(B, S, H, …)`, of which only shape and device are read.
+        first: Number of its first position.
+        first_head: Number of its first head.
+    """
+    B, S, H = q.shape[:3]
+    return DropoutRows(
+        query_numbers(seed, B, first, S, q.device),
+        key_numbers(seed, B, first, S, q.device),
+        head_numbers(seed, first_head, H, q.device),
+    )
+
 
 def query_numbers(
     seed: int, batch_size: int, first: int, length: int, device: torch.device

@@ -20,7 +20,7 @@ from dilated_core.backends.contract import (
     check_output,
     has_capability,
 )
-from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
+from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.inputs import read_document_bounds
 from dilated_core.merge import AttentionOutput, accumulation_dtype
 from dilated_core.pattern.branches import DilatedPattern, clip_pattern
@@ -264,12 +264,8 @@ def _prepared(
         left = inputs.max_workspace_bytes - _prepared_bytes(call, q, k, v)
         call = call._replace(inputs=inputs._replace(max_workspace_bytes=left))
     if call.options.dropout_p:
-        seed, where = call.options.dropout_seed, (q.shape[0], call.dropout_start, q.shape[1])
-        rows = DropoutRows(
-            query_numbers(seed, *where, q.device),
-            key_numbers(seed, *where, q.device),
-            head_numbers(seed, call.head_range[0], q.shape[2], q.device),
-        )
+        seed, first_head = call.options.dropout_seed, call.head_range[0]
+        rows = dropout_rows(seed, q, first=call.dropout_start, first_head=first_head)
         call = call._replace(options=call.options._replace(dropout_rows=rows))
     return call, viewable(q), viewable(k), viewable(v)
 

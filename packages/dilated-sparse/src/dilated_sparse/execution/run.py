@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
-from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
+from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.merge import accumulation_dtype, empty_partial
 from dilated_core.strips.view import viewable
 from torch.nn.functional import pad
@@ -54,10 +54,7 @@ class Call(NamedTuple):
         """The call with the numbers `(B, S, H)` and `(B, S)` by which it drops, if it does."""
         if not (options := self.options).dropout_p:
             return self
-        seed, (B, S, H, _) = options.dropout_seed, q.shape
-        queries = query_numbers(seed, B, 0, S, q.device).unsqueeze(-1)
-        queries = queries + head_numbers(seed, 0, H, q.device)
-        rows = DropoutRows(queries, key_numbers(seed, B, 0, S, q.device))
+        rows = dropout_rows(options.dropout_seed, q).of_heads()
         return self._replace(options=options._replace(dropout_rows=rows))
 
 
@@ -85,14 +82,14 @@ def forward(
     else:
         # No sequence has the padding.
         into = empty_partial(q.shape, dtype=q.dtype, device=q.device)
-    call, index = call.numbered(q), 0
+    call = call.numbered(q)
     for part, at in call.sequences(q, cu_seqlens):
         sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
         out, lse = into.out[at], into.lse[at]
         for task in sequence.tasks:
             queries = sequence.queries(task)
             result = call.backend.forward(
-                queries(sequence.q), *sequence.keys(task), sequence.options(task, index)
+                queries(sequence.q), *sequence.keys(task), sequence.options(task)
             )
             if task.is_first:
                 queries.put(out, result.out)
@@ -103,7 +100,6 @@ def forward(
                 queries.put(out, merged.out)
                 queries.put(lse, merged.lse)
             del result  # before the next one is made
-            index += 1
     return AttentionOutput(into.out.to(q.dtype), into.lse)
 
 
@@ -129,7 +125,7 @@ def backward(
     # A row that sees no key at all: exp(score − ∞) is 0, where exp(−∞ + ∞) would be NaN.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     delta = (dout.to(wide) * out.to(wide)).sum(-1)
-    call, index = call.numbered(q), 0
+    call = call.numbered(q)
     for part, at in call.sequences(q, cu_seqlens):
         sequence = _sequence(call, part, *(x[at] for x in (q, k, v)))
         dq = q.new_empty(sequence.q.shape, dtype=wide)
@@ -142,7 +138,7 @@ def backward(
                 queries(x[at]) for x in (dout, out, lse, delta)
             )
             q_rows, (k_rows, v_rows) = queries(sequence.q), sequence.keys(task)
-            options = sequence.options(task, index)
+            options = sequence.options(task)
             dq_rows, dk_rows, dv_rows = call.backend.backward(
                 dout_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, options, delta=delta_rows
             )
@@ -155,7 +151,6 @@ def backward(
             queries.put(dq, dq_rows if task.is_first else queries(dq) + dq_rows)
             sequence.add_to_keys(dk, task, dk_rows)
             sequence.add_to_keys(dv, task, dv_rows)
-            index += 1
         length = dq.shape[1]
         for grad, x in zip(grads, (dq, dk[:, :length], dv[:, :length]), strict=True):
             grad[at] = x
@@ -265,15 +260,14 @@ class _Sequence:
         )
         return k, v
 
-    def options(self, task: Task, index: int) -> AttentionOptions:
-        """The options of the call of task number `index`; what it drops depends on positions."""
+    def options(self, task: Task) -> AttentionOptions:
+        """The options of the call of a task; what it drops depends on positions."""
         options, dropout = self.call_options, self.dropout
         if dropout is not None:
             queries = self.queries(task)(dropout.queries)
             dropout = DropoutRows(queries, self._of_keys(dropout.keys, task))
         return options._replace(
             is_causal=task.is_causal,
-            dropout_seed=options.dropout_seed + index,
             key_padding_mask=None if self.mask is None else self._of_keys(self.mask, task),
             dropout_rows=dropout,
         )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
-from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
+from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.merge import accumulation_dtype
 from torch.nn.functional import pad
 
@@ -171,11 +171,9 @@ def _dropout_rows(
     """The numbers by which probabilities are dropped: `(R, L, G)` and `(R, L)`, or None."""
     if not options.dropout_p:
         return None
-    seed, (B, S, H), device = options.dropout_seed, q.shape[:3], q.device
-    queries = query_numbers(seed, B, 0, S, device).unsqueeze(-1)
-    queries = queries + head_numbers(seed, 0, H, device)
-    keys = key_numbers(seed, B, 0, S, device).unsqueeze(-1).expand(B, S, blocks.num_kv_heads)
-    return DropoutRows(blocks.split(queries), blocks.split(keys).squeeze(2))
+    rows = dropout_rows(options.dropout_seed, q).of_heads()
+    keys = rows.keys.unsqueeze(-1).expand(-1, -1, blocks.num_kv_heads)
+    return DropoutRows(blocks.split(rows.queries), blocks.split(keys).squeeze(2))
 
 
 def _rows(x: torch.Tensor, task: _Task) -> torch.Tensor:

@@ -27,7 +27,7 @@ from dilated_core import (
     fold_,
     plan_problems,
 )
-from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
+from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.merge import accumulation_dtype
 from dilated_core.strips.attend import attend, differentiate
 from dilated_core.strips.view import is_batch_dense, viewable
@@ -321,11 +321,7 @@ def _numbered(options: AttentionOptions, q: torch.Tensor) -> AttentionOptions:
     """The options with the numbers of all queries and keys by which a call drops, if it does."""
     if not options.dropout_p:
         return options
-    seed, (B, S, H, _) = options.dropout_seed, q.shape
-    queries = query_numbers(seed, B, 0, S, q.device).unsqueeze(-1)
-    queries = queries + head_numbers(seed, 0, H, q.device)
-    rows = DropoutRows(queries, key_numbers(seed, B, 0, S, q.device))
-    return options._replace(dropout_rows=rows)
+    return options._replace(dropout_rows=dropout_rows(options.dropout_seed, q).of_heads())
 
 
 def _at(options: AttentionOptions, at: tuple[slice, slice]) -> AttentionOptions:

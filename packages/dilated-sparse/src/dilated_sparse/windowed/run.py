@@ -19,7 +19,7 @@ from dilated_core import (
     Problem,
     fold_,
 )
-from dilated_core.dropout import DropoutRows, head_numbers, key_numbers, query_numbers
+from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.inputs import read_document_bounds
 from dilated_core.merge import accumulation_dtype
 from dilated_core.strips.attend import attend, differentiate
@@ -68,15 +68,15 @@ def forward(
     """
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-    seed, rows = call.options.dropout_seed, _dropout_rows(call, q)
+    numbers = _dropout_rows(call, q)
     q, k, v = viewable(q), viewable(k), viewable(v)
     for sequences in _sequences(q, cu_seqlens):
-        options = _options(call, sequences, rows, seed)
+        options = _options(call, sequences, numbers)
         q_, k_, v_ = (sequences.take(x) for x in (q, k, v))
         plan = _plan(call, q_, k_, v_)
         merged = attend(plan.forward, q_, k_, v_, options, backend=call.backend)
         if plan.turned:
-            options = _turned(options, plan)
+            options = _turned(options)
             turned = attend(
                 *(plan.turned, reverse(q_), reverse(k_), reverse(v_), options),
                 backend=call.backend,
@@ -85,7 +85,6 @@ def forward(
             merged = AttentionOutput(merged.out.to(merged.lse.dtype), merged.lse)
             fold_(merged, AttentionOutput(reverse(turned.out), reverse(turned.lse)))
             del turned
-        seed += len(plan.forward) + len(plan.turned)
         for into, part in ((out, merged.out), (lse, merged.lse)):
             room = sequences.room(into)
             room.copy_(part)
@@ -106,7 +105,7 @@ def backward(
 ) -> Gradients:
     """Contiguous gradients of q, k, v from those of out and, unless None, of lse."""
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    seed, dropout_rows = call.options.dropout_seed, _dropout_rows(call, q)
+    numbers = _dropout_rows(call, q)
     q, k, v = viewable(q), viewable(k), viewable(v)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     # Each problem shares it, where a backend takes it.
@@ -115,16 +114,15 @@ def backward(
         rows = _Rows(*(sequences.take(x) for x in (dout, q, k, v, out, lse, delta)))
         dlse_ = None if dlse is None else sequences.take(dlse.contiguous())
         plan = _plan(call, rows.q, rows.k, rows.v)
-        options = _options(call, sequences, dropout_rows, seed)
+        options = _options(call, sequences, numbers)
         parts = list(rows.differentiate(plan.forward, options, call.backend, dlse_))
         if plan.turned:
             dlse_ = None if dlse_ is None else reverse(dlse_)
             turned = _Rows(*map(reverse, rows))
-            options = _turned(options, plan)
+            options = _turned(options)
             more = turned.differentiate(plan.turned, options, call.backend, dlse_)
             parts = [a + reverse(b) for a, b in zip(parts, more, strict=True)]
             del turned, more
-        seed += len(plan.forward) + len(plan.turned)
         for into, part in zip(grads, parts, strict=True):
             room = sequences.room(into)
             room.copy_(part)
@@ -186,33 +184,25 @@ def _dropout_rows(call: Call, q: torch.Tensor) -> DropoutRows | None:
     """The numbers by which the positions and heads of the call are dropped."""
     if not call.options.dropout_p:
         return None
-    seed, (B, S, H, _) = call.options.dropout_seed, q.shape
     first_head = 0 if call.head_range is None else call.head_range[0]
-    return DropoutRows(
-        query_numbers(seed, B, 0, S, q.device),
-        key_numbers(seed, B, 0, S, q.device),
-        head_numbers(seed, first_head, H, q.device),
-    )
+    return dropout_rows(call.options.dropout_seed, q, first_head=first_head)
 
 
-def _options(
-    call: Call, sequences: Sequences, rows: DropoutRows | None, seed: int
-) -> AttentionOptions:
-    """The options for some sequences, whose first problem has this seed."""
-    if rows is not None:
-        queries, keys = sequences.take(rows.queries), sequences.take(rows.keys)
-        rows = DropoutRows(queries, keys, rows.heads)
-    return call.options._replace(dropout_seed=seed, dropout_rows=rows)
+def _options(call: Call, sequences: Sequences, numbers: DropoutRows | None) -> AttentionOptions:
+    """The options for some sequences."""
+    if numbers is not None:
+        queries, keys = sequences.take(numbers.queries), sequences.take(numbers.keys)
+        numbers = DropoutRows(queries, keys, numbers.heads)
+    return call.options._replace(dropout_rows=numbers)
 
 
-def _turned(options: AttentionOptions, plan: Plan) -> AttentionOptions:
-    """The options for reversed tensors, after the problems of the tensors themselves."""
+def _turned(options: AttentionOptions) -> AttentionOptions:
+    """The options for reversed tensors."""
     mask, rows = options.key_padding_mask, options.dropout_rows
     if rows is not None:
         assert rows.heads is not None
         rows = DropoutRows(rows.queries.flip(1), rows.keys.flip(1), rows.heads.flip(0))
     return options._replace(
-        dropout_seed=options.dropout_seed + len(plan.forward),
         key_padding_mask=None if mask is None else mask.flip(1),
         dropout_rows=rows,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tools.context_gain_table import context_gain
 from tools.ring_table import ring_section
+from tools.slides_table import slide_sections
 from tools.sparse_table import sparse_sections
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +141,7 @@ def page(results: Path) -> str:
         f"{max(loads)}.",
         "",
     ]
-    for name, section in sparse_sections(results):
+    for name, section in [*sparse_sections(results), *slide_sections(results)]:
         environment = json.loads((results / f"{name}.json").read_text())["environment"]
         tables += [*section, "", _where(environment), ""]
     gained = json.loads((results / "context_gain.json").read_text())

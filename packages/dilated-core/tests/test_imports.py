@@ -86,6 +86,7 @@ def test_public_names():
         "fold_",
         "head_offset",
         "kept_rows",
+        "linear_cross_entropy",
         "memory_profile",
         "merge_partials",
         "plan_problems",

@@ -24,6 +24,7 @@ from dilated_core.backends.registry import (
     register_backend,
     unregister_backend,
 )
+from dilated_core.cross_entropy import linear_cross_entropy
 from dilated_core.decoding.cache import DecodingCache
 from dilated_core.decoding.size import decoding_cache_nbytes, decoding_cache_rows
 from dilated_core.decoding.step import decode_step, decode_step_with_lse
@@ -69,6 +70,8 @@ __all__ = [
     "merge_partials",
     "reference_dilated_attention",
     "reference_dilated_attention_with_lse",
+    # the loss of a language model
+    "linear_cross_entropy",
     # decoding, and rows of the attention matrix
     "AttentionRows",
     "DecodingCache",

@@ -29,6 +29,7 @@ def register_formulas() -> None:
     formulas = {
         operators.attention_forward: forward_flops,
         operators.attention_backward: backward_flops,
+        operators.cross_entropy_chunks: cross_entropy_flops,
     }
     if operators.attention_forward not in counters.flop_registry:
         for operator, formula in formulas.items():
@@ -50,6 +51,14 @@ def backward_flops(
 ) -> int:
     """FLOPs of `attention_backward`, given its arguments."""
     return _flops(q, arguments[-4], arguments[-1], backward=True)
+
+
+def cross_entropy_flops(
+    hidden: torch.Tensor, weight: torch.Tensor, *arguments: Any, **_: Any
+) -> int:
+    """FLOPs of `cross_entropy_chunks`: a product for the logits, and for each gradient one."""
+    wants_hidden, wants_weight, _bias = arguments[-1]
+    return 2 * hidden.shape[0] * weight.numel() * (1 + wants_hidden + wants_weight)
 
 
 def _flops(q: torch.Tensor, text: str, cu_seqlens: torch.Tensor | None, *, backward: bool) -> int:

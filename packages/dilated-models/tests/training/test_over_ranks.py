@@ -44,7 +44,7 @@ class WithLoss(nn.Module):
         hidden = self.model.hidden_states(tokens, context_parallel=context_parallel)
         weight = self.model.output.weight
         # Divided by the labels of all ranks, those of dp too.
-        return chunked_cross_entropy(hidden, weight, labels, chunk_size=16, timeout_s=120.0)
+        return chunked_cross_entropy(hidden, weight, labels, timeout_s=120.0)
 
 
 class Step(NamedTuple):

@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from dilated_core import memory_profile
 from dilated_core.testing import run_processes
-from dilated_core.testing.error_budget import relative_error
 from dilated_ring import chunked_cross_entropy, shard_sequence
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.parallel import DistributedDataParallel
@@ -48,54 +46,9 @@ def _assert_close(actual, exact):
     torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 14, 1000])
-def test_the_mean_of_one_process(chunk_size) -> None:
+def test_the_mean_of_one_process() -> None:
     problem = _problem(ignored=(0, 4))
-    _assert_close(_chunked(*problem, chunk_size=chunk_size), _whole(*problem))
-
-
-def test_float32_is_exact_to_its_rounding_for_any_chunk_size() -> None:
-    problem = _problem((1, 300), dtype=torch.float32)
-    exact = _whole(*(x.double() for x in problem[:3]), problem[3])
-    for size in (1, 7, 100, 300):
-        for actual, correct in zip(_chunked(*problem, chunk_size=size), exact, strict=True):
-            assert relative_error(actual, correct) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errors_are_within_twice_those_of_whole_logits(dtype) -> None:
-    problem = _problem((4, 64), dtype=dtype)
-    exact = _whole(*(x.double() for x in problem[:3]), problem[3])
-    plain, ours = _whole(*problem), _chunked(*problem, chunk_size=40)
-    for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, plain, exact, strict=True):
-        assert a.dtype == (torch.float32 if name == "loss" else dtype)
-        assert relative_error(a, c) <= 2 * relative_error(b, c) + torch.finfo(a.dtype).eps, name
-
-
-def test_small_gradients_survive_float16() -> None:
-    """A rank's single label among 2^27 of the group: (p − 1)/2^27 alone is 0 in float16."""
-    hidden = torch.full((1, D), 2.0**13, dtype=torch.float16)
-    weight = torch.zeros(V, D, dtype=torch.float16, requires_grad=True)
-    loss = chunked_cross_entropy(hidden, weight, torch.zeros(1, dtype=torch.int64))
-    (loss / 2**27).backward()
-    expected = (1 / V - 1) * 2.0 ** (13 - 27)
-    torch.testing.assert_close(
-        weight.grad[0].float(), torch.full((D,), expected), rtol=2e-3, atol=0
-    )
-
-
-def test_autocast_is_that_of_linear() -> None:
-    hidden, weight, bias, labels = _problem(dtype=torch.float32)
-    bias.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = linear(hidden, weight, bias).float().flatten(0, 1)
-        loss = chunked_cross_entropy(hidden, weight, labels, bias=bias)
-        # Backward may run with autocast on or off.
-        (inside,) = torch.autograd.grad(loss, bias, retain_graph=True)
-    (outside,) = torch.autograd.grad(loss, bias)
-    torch.testing.assert_close(loss, cross_entropy(logits, labels.flatten()), rtol=1e-6, atol=0)
-    assert torch.equal(inside, outside)
-    assert inside.dtype == torch.float32
+    _assert_close(_chunked(*problem), _whole(*problem))
 
 
 def test_tokens_without_a_label_are_skipped_whatever_they_hold() -> None:
@@ -108,26 +61,6 @@ def test_tokens_without_a_label_are_skipped_whatever_they_hold() -> None:
     nothing = _chunked(hidden, weight, bias, labels, ignore_index=7)
     nothing += _chunked(hidden[:, :0], weight, bias, labels[:, :0])
     assert not any(result.any() for result in nothing)
-
-
-def test_only_the_gradients_that_are_needed_and_no_bias() -> None:
-    hidden, weight, _, labels = _problem()
-    weight.requires_grad_()
-    loss = chunked_cross_entropy(hidden, weight, labels)
-    exact = cross_entropy(linear(hidden, weight).flatten(0, 1), labels.flatten())
-    _assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(exact, weight))
-    single = chunked_cross_entropy(hidden[0, 0], weight, labels[0, 0])
-    _assert_close(single, cross_entropy(linear(hidden[0, 0], weight), labels[0, 0]))
-
-
-def test_peak_memory_is_below_a_twentieth_of_whole_logits() -> None:
-    tokens, classes = 4096, 4096
-    hidden = torch.randn(tokens, 8, requires_grad=True)
-    weight = torch.randn(classes, 8, requires_grad=True)
-    labels = torch.randint(classes, (tokens,))
-    with memory_profile() as profile:
-        chunked_cross_entropy(hidden, weight, labels, chunk_size=64).backward()
-    assert profile.peak_bytes < tokens * classes * 4 / 20
 
 
 def _model():
@@ -143,7 +76,7 @@ def _all_checks():
     for name, ignored in IGNORED.items():
         hidden, weight, bias, labels = _problem(ignored=ignored)
         hidden, labels = shard_sequence(hidden), shard_sequence(labels)
-        results[name] = _chunked(hidden, weight, bias, labels, chunk_size=2)
+        results[name] = _chunked(hidden, weight, bias, labels)
     # Groups at the same time: each rank alone.
     alone = [dist.new_group([r]) for r in range(size)][rank]
     results["alone"] = _chunked(*_problem(seed=rank), group=alone)
@@ -198,7 +131,6 @@ def test_shares_of_ranks_add_up_to_one_process(size) -> None:
             "weight is on meta and hidden on cpu",
         ),
         ({"weight": None}, TypeError, "weight is a NoneType; it must be a tensor"),
-        ({"chunk_size": 0}, ValueError, "chunk_size is 0; it must be at least 1"),
         ({"ignore_index": None}, TypeError, "ignore_index is None"),
         ({"group": "cp"}, TypeError, "group is a str"),
     ],

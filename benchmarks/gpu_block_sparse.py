@@ -1,14 +1,16 @@
 """Block-sparse attention on a GPU: each backend beside PyTorch's dense attention.
 
 All contenders of a row are timed in turn in one process, forward without gradients and
-forward+backward. A backend whose result differs from that of `eager` is named and not timed. Run
-`python benchmarks/gpu_block_sparse.py`; `--device cpu` runs one tiny row in Triton's interpreter,
-which proves nothing about speed.
+forward+backward. A backend whose result differs from that of `eager` is named and not timed.
+`tools/gpu_check.py` runs it; `--device cpu` runs one tiny row in Triton's interpreter, which proves
+nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ import torch
 from dilated_core.testing import relative_error
 from dilated_sparse import BlockPattern, block_sparse_attention, dilated_sparse
 from gpu_timing import Call, describe_failure, time_in_turn
-from harness import write_result
 from torch.nn.functional import scaled_dot_product_attention
 
 BACKENDS = ("triton", "sdpa")
@@ -108,17 +109,24 @@ def _both(call: Call, leaves: list[torch.Tensor], dout: torch.Tensor) -> object:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = torch.device(parser.parse_args().device)
-    if device.type == "cpu":
-        row = measure(40, 0.5, True, device=device, num_heads=1, head_dim=16, block_size=16)
-        print(row["contenders"])
-        return
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--quick", action="store_true", help="only 65,536 positions")
+    parser.add_argument("--seconds", type=float, default=120, help="start no row after this")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
+    device = torch.device(options.device)
     rows: list[dict[str, Any]] = []
+    if device.type == "cpu":
+        rows = [measure(40, 0.5, True, device=device, num_heads=1, head_dim=16, block_size=16)]
+        options.json.write_text(json.dumps({"rows": rows}) + "\n")
+        return
     for seq_len, ratio, is_causal in ROWS:
+        if (options.quick and seq_len != 2**16) or time.monotonic() > deadline:
+            continue
         rows.append(row := measure(seq_len, ratio, is_causal, device=device))
         print(f"S={seq_len} kept={row['kept']:.2%} causal={is_causal}: {row['contenders']}")
-    results = Path(__file__).parent / "results"
-    write_result(results / "gpu_block_sparse.json", "gpu_block_sparse", rows)
+        # Written as it grows, so that a run that is stopped leaves what it measured.
+        options.json.write_text(json.dumps({"rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ pytest-xdist, pytest-timeout and hypothesis must be there. In this order:
 - environment: GPU, versions, and the rates that the machine can reach;
 - tests: every package's tests marked `gpu`, accuracy on sequences of four million positions
   among them; with --sanitizer the small ones under compute-sanitizer, too;
-- benchmark: the table of benchmarks/gpu_attention.py, and the verdict on each goal.
+- benchmark: the table of benchmarks/gpu_attention.py, and the verdict on each goal;
+- blocks: block-sparse attention by each backend, from benchmarks/gpu_block_sparse.py.
 
 With --device cpu it runs the same phases on tiny shapes, without a GPU. Exit code 0 if all
 results are right, 1 if not (or not all could be checked), 2 without a GPU.
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +39,8 @@ sys.path.insert(0, str(ROOT))  # of a script, Python puts only its own folder on
 from tools.bare_tree import bare_environment, package_folders, write_metadata  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_attention.json"
+# The script of each phase that times something; its result is written beside RESULTS.
+SCRIPTS = {"benchmark": "gpu_attention.py", "blocks": "gpu_block_sparse.py"}
 ACCURACY = "packages/dilated-kernels/tests/fused/test_accuracy.py"
 # Backends are ours to be right; of PyTorch's kernels a failure is a fact about the machine.
 PEERS = ("dense_", "windows_", "gather_")
@@ -159,19 +163,24 @@ def run_sanitizer(environment: Mapping[str, str], seconds: float) -> list[str]:
 
 
 def run_benchmark(
-    options: argparse.Namespace, scratch: Path, environment: Mapping[str, str], seconds: float
+    phase: str,
+    options: argparse.Namespace,
+    scratch: Path,
+    environment: Mapping[str, str],
+    seconds: float,
 ) -> Report:
-    """The table; a backend whose result is wrong is named and not timed."""
-    part = scratch / "benchmark.json"
+    """The table of one script; a backend whose result is wrong is named and not timed."""
+    part = scratch / f"{phase}.json"
     arguments = [f"--device={options.device}", f"--seconds={max(0.0, seconds - GRACE_S)}"]
     arguments += ["--quick"] if options.quick else []
-    problem = run(script("gpu_attention.py", part, *arguments), environment, seconds)
+    problem = run(script(SCRIPTS[phase], part, *arguments), environment, seconds)
     report: Report = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {"rows": []}
     report["problems"] = [problem] if problem else []
     for row in report["rows"]:
         for name, contender in row["contenders"].items():
             if "failed" in contender and not name.startswith(PEERS):
-                where = f"S={row['seq_len']} w0={row['w0']}"
+                where = f"S={row['seq_len']}"
+                where += f" w0={row['w0']}" if "w0" in row else ""
                 report["problems"].append(f"backend {name!r}, {where}: {contender['failed']}")
     return report
 
@@ -191,7 +200,7 @@ def check(options: argparse.Namespace, scratch: Path, environment: Mapping[str, 
         return 2
     problems: list[str] = report["problems"]
     problems += [problem] if problem else []
-    phases = {"tests": run_tests, "benchmark": run_benchmark}
+    phases = {"tests": run_tests} | {name: partial(run_benchmark, name) for name in SCRIPTS}
     for i, name in enumerate(options.only):
         left = options.seconds - (time.monotonic() - start)
         phase = phases[name](
@@ -201,9 +210,13 @@ def check(options: argparse.Namespace, scratch: Path, environment: Mapping[str, 
         report[name] = phase
         report["seconds"] = round(time.monotonic() - start, 1)
         write_json(options.json, report)
-        if name == "benchmark" and options.out is not None and phase["rows"]:
-            found = {"benchmark": "gpu_attention", "environment": report["environment"]}
-            write_json(options.out, found | phase)
+        if name in SCRIPTS and options.out is not None and phase["rows"]:
+            benchmark = SCRIPTS[name].removesuffix(".py")
+            found = {"benchmark": benchmark, "environment": report["environment"]}
+            beside = (
+                options.out if name == "benchmark" else options.out.with_name(benchmark + ".json")
+            )
+            write_json(beside, found | phase)
     report |= {"is_complete": True, "is_correct": not problems}
     write_json(options.json, report)
     print("\n".join(summary(report)))
@@ -240,7 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    phases = ["tests", "benchmark"]
+    phases = ["tests", *SCRIPTS]
     parser.add_argument("--only", nargs="+", choices=phases, default=phases, metavar="PHASE")
     parser.add_argument("--quick", action="store_true", help="fewer rows of the benchmark")
     parser.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer")

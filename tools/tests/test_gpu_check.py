@@ -57,7 +57,8 @@ def tree(tmp_path):
     add_test(root, "good", "def test_good():\n    import dilated_one")
     (root / "benchmarks").mkdir()
     replace(root, "gpu_machine", f"open(path, 'w').write({MACHINE!r})")
-    replace(root, "gpu_attention", "import json\nopen(path, 'w').write(json.dumps({'rows': []}))")
+    for script in ("gpu_attention", "gpu_block_sparse"):
+        replace(root, script, "import json\nopen(path, 'w').write(json.dumps({'rows': []}))")
     return root
 
 
@@ -112,7 +113,7 @@ def test_one_failure_hides_no_other(tree):
         "raise SystemExit('the device is lost')",
     )
     started = time.monotonic()
-    code, report, output = check(tree, "--seconds", "90")
+    code, report, output = check(tree, "--seconds", "120", "--only", "tests", "benchmark")
     assert time.monotonic() - started < 500  # a test sleeps for 600
     assert code == 1
     assert report["is_complete"]
@@ -187,7 +188,8 @@ def test_everything_runs_from_a_bare_tree_and_a_wrong_backend_is_named(tmp_path)
     python = make_machine_without_our_packages(tmp_path / "machine")
     root = tmp_path / "tree"
     ignore = shutil.ignore_patterns("__pycache__", "results")
-    for folder in ("tools", "benchmarks", "packages/dilated-core", "packages/dilated-kernels"):
+    packages = [f"packages/dilated-{name}" for name in ("core", "kernels", "sparse")]
+    for folder in ("tools", "benchmarks", *packages):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", root)
     broken = root / "packages" / "dilated-broken"
@@ -223,6 +225,9 @@ def test_everything_runs_from_a_bare_tree_and_a_wrong_backend_is_named(tmp_path)
     assert report["tests"]["passed"] == 4
     assert len(report["tests"]["errors"]) == 4
 
+    (row,) = report["blocks"]["rows"]
+    for name in ("dense", "triton", "sdpa"):
+        assert row["contenders"][name]["forward_backward"]["median_ms"] > 0
     (row,) = report["benchmark"]["rows"]
     contenders = row["contenders"]
     assert "forward" not in contenders["off"]

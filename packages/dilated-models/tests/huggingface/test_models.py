@@ -12,6 +12,7 @@ from dilated_models.huggingface import (
     LongNetPretrainedConfig,
 )
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 
 def make(**options: Any) -> LongNetForCausalLM:
@@ -39,9 +40,36 @@ def test_a_model_is_the_language_model(tokens: torch.Tensor) -> None:
     output = model(tokens, labels=tokens)
     assert torch.equal(output.logits, alone(tokens))
     wanted = torch.nn.functional.cross_entropy(
-        alone(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
+        alone(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     )
     torch.testing.assert_close(output.loss, wanted)
+
+
+@pytest.mark.parametrize("count", [None, 100, torch.tensor(100)])
+def test_the_loss_is_that_of_transformers_without_logits(
+    tokens: torch.Tensor, count: object
+) -> None:
+    """In training; a loss function that the user has set is given the logits."""
+    labels = tokens.masked_fill(tokens % 5 == 0, -100)
+    found, given = [], []
+    for is_own in (False, True):
+        model = make().train()
+        if is_own:
+
+            def own(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+                given.append(logits)
+                return ForCausalLMLoss(logits, labels, **options)
+
+            model.loss_function = own
+        output = model(tokens, labels=labels, num_items_in_batch=count)
+        output.loss.backward()
+        assert (output.logits is None) == (not is_own)
+        found.append([output.loss, *(p.grad for p in model.parameters())])
+    assert len(given) == 1
+    for ours, theirs in zip(*found, strict=True):  # transformers' loss is float32
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-7)
+    assert make().train()(tokens, labels=labels, logits_to_keep=2).logits.shape[1] == 2
+    assert make()(tokens, labels=labels).logits.shape[1] == tokens.shape[1]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -29,6 +29,19 @@ def test_the_schedule():
     assert config.learning_rate_at(1000) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("power", [0.5, 1, 3])
+def test_the_polynomial_schedule(power):
+    numbers = {"steps": 100, "warmup_steps": 10, "learning_rate": 2.0, "final_share": 0.2}
+    shape = {"schedule": "polynomial", "schedule_power": power}
+    config = TrainingConfig(**TRAINING | numbers | shape)
+    rates = [config.learning_rate_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    for step in range(10, 101):
+        left = 1 - (step - 10) / 90
+        assert rates[step] == pytest.approx(0.4 + 1.6 * left**power)
+    assert config.learning_rate_at(1000) == pytest.approx(0.4)
+
+
 def test_windows_double_until_the_given_share_of_the_steps():
     numbers = {"steps": 100, "seq_len": 1024, "first_seq_len": 128, "growth": 0.6}
     config = TrainingConfig(**TRAINING | numbers)
@@ -91,6 +104,12 @@ def test_presets_fit_together(name):
         ({"first_seq_len": 25}, ValueError, "first_seq_len is 25 and seq_len 24; first_seq_len mu"),
         ({"first_seq_len": 0}, ValueError, "first_seq_len is 0; it must be at least 1"),
         ({"first_seq_len": 2.5}, TypeError, r"first_seq_len is 2\.5; it must be an integer"),
+        (
+            {"schedule": "linear"},
+            ValueError,
+            "schedule is 'linear'; it must be one of 'cosine'",
+        ),
+        ({"schedule_power": 2.0}, ValueError, 'schedule_power is 2 and schedule "cosine", which'),
         ({"epochs": 3}, TypeError, "TrainingConfig has no argument 'epochs'; its arguments are"),
         ({"dtype": 16}, ValueError, "dtype is 16; it must be one of 'float32', 'bfloat16'"),
     ],

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from dilated_core import linear_cross_entropy
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers import PreTrainedModel as _PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -149,7 +151,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             position_ids: `(1, S)` or `(B, S)`, over tokens consecutive from 0; a restart at 0
                 begins a document, which is as if alone. Gaps are refused.
             cache, past_key_values: Two names of what a call with `use_cache=True` has returned.
-            labels: `(B, S)`, −100 where there is no target; shifted here.
+            labels: `(B, S)`, −100 where there is no target; shifted here. The loss never holds the
+                logits of all tokens, and in training mode the output has none, unless
+                `logits_to_keep` is given.
             use_cache: Whether to return a cache; not if None.
             logits_to_keep: How many of the last columns get logits; 0: all. With a cache 1.
 
@@ -170,13 +174,22 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
         count = given.get("num_items_in_batch")
         hidden = self._hidden(input_ids, attention_mask, position_ids, given)
-        logits = self.lm.output(hidden[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
+        loss = logits = None
+        if labels is None or not self.training or logits_to_keep or self._has_own_loss:
+            logits = self.lm.output(hidden[:, -logits_to_keep:])
+        if labels is not None and self._has_own_loss:
             loss = cast(Any, self.loss_function)(
                 logits, labels, vocab_size=self.config.num_tokens, num_items_in_batch=count
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        elif labels is not None:
+            next_labels = pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
+            loss = linear_cross_entropy(hidden, self.lm.output.weight, next_labels, count=count)
+        return CausalLMOutputWithPast(loss=cast(Any, loss), logits=cast(Any, logits))
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether the user has set `loss_function`, which is given the logits of all tokens."""
+        return "_loss_function" in self.__dict__
 
     def _continue(
         self,

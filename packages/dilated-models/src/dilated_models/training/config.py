@@ -25,6 +25,7 @@ _INTEGERS: dict[str, dict[str, int]] = {
 _NUMBERS: dict[str, dict[str, Any]] = {
     "learning_rate": {"above": 0},
     "final_share": {"at_least": 0, "at_most": 1},
+    "schedule_power": {"above": 0},
     "weight_decay": {"at_least": 0},
     "beta1": {"at_least": 0, "below": 1},
     "beta2": {"at_least": 0, "below": 1},
@@ -54,11 +55,14 @@ class TrainingConfig:
             instead of the text itself; see `dilated_models.text.copies`.
         learning_rate: Peak, after warm-up.
         warmup_steps: Steps of linear warm-up.
-        final_share: Learning rate at the end of the cosine, as a share of the peak.
+        schedule: Curve of the learning rate after warm-up: `"cosine"`, or `"polynomial"`, which
+            falls with (1 − progress)^`schedule_power`; progress grows from 0 to 1.
+        schedule_power: Exponent of the polynomial; 1 is a straight line.
+        final_share: Learning rate at the end of the schedule, as a share of the peak.
         weight_decay: AdamW's, on the weights of linear layers only.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the squared gradient's mean.
-        gradient_clip: Largest gradient norm.
+        gradient_clip: Largest gradient norm; larger gradients are scaled down to it.
         seed: Of initialisation, data order and dropout.
         dtype: `"float32"`, or `"bfloat16"` for matrix products under autocast.
         validation_share: Share of the text held out, in (0, 1).
@@ -81,6 +85,8 @@ class TrainingConfig:
     warmup_copies: float = 0.0
     learning_rate: float
     warmup_steps: int
+    schedule: str = "cosine"
+    schedule_power: float = 1.0
     final_share: float = 0.1
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -100,6 +106,12 @@ class TrainingConfig:
         for name, bounds in _NUMBERS.items():
             self._set(name, check_number(name, getattr(self, name), **bounds))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("schedule", self.schedule, ("cosine", "polynomial"))
+        if self.schedule == "cosine" and self.schedule_power != 1:
+            raise ValueError(
+                f'schedule_power is {self.schedule_power:g} and schedule "cosine", which has no '
+                f'power; leave schedule_power out, or use the schedule "polynomial".'
+            )
         if self.first_seq_len is not None:
             first = check_integer("first_seq_len", self.first_seq_len, at_least=1)
             self._set("first_seq_len", first)
@@ -119,15 +131,19 @@ class TrainingConfig:
         object.__setattr__(self, name, value)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of a step, from 0: linear warm-up, then a cosine down to the final share.
+        """Learning rate of a step, from 0: linear warm-up, then the schedule to the final share.
 
         A pure function of the step, so a resumed run follows the same curve.
         """
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+        progress = min(1.0, progress)
+        if self.schedule == "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            left = (1 - progress) ** self.schedule_power
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
     def window_at(self, step: int) -> int:
         """Longest window of a step, from 0, in tokens; a pure function of the step."""

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from dilated_core import linear_cross_entropy
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.copies import copied_row
@@ -273,8 +273,8 @@ def _losses(
 ) -> Tensor:
     """Nats of the targets, which follow the last inputs of each window; float64 on the CPU."""
     device = model.embedding.weight.device
+    targets = targets.to(device)
     with autocast_to(autocast, device):
-        logits = model(inputs.to(device))[:, -targets.shape[1] :]
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = cross_entropy(wide.flatten(0, 1), targets.to(device).flatten(), reduction="none")
-    return loss.view_as(targets).cpu().double()
+        hidden = model.hidden_states(inputs.to(device))[:, -targets.shape[1] :]
+        loss = linear_cross_entropy(hidden, model.output.weight, targets, reduction="none")
+    return loss.cpu().double()

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from dilated_core import linear_cross_entropy
 from dilated_core.checks import check_integer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM, check_weights, evaluating
 from dilated_models.text.streams import TokenStream
@@ -159,7 +159,8 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
 def _losses(model: LongNetLM, part: PackedWindows, autocast: torch.dtype | None) -> Tensor:
     """Nats of each target, `(T,)` float64 on the CPU; 0 where there is no target."""
     device = model.embedding.weight.device
+    targets = part.targets.to(device)
     with autocast_to(autocast, device):
-        logits = model(part.inputs.to(device), cu_seqlens=part.cu_seqlens)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(wide, part.targets.to(device), reduction="none").cpu().double()
+        hidden = model.hidden_states(part.inputs.to(device), cu_seqlens=part.cu_seqlens)
+        loss = linear_cross_entropy(hidden, model.output.weight, targets, reduction="none")
+    return loss.cpu().double()

@@ -2,8 +2,11 @@
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from dilated_models.slide.config import config_of
 
 Rows = list[dict[str, Any]]
 
@@ -19,6 +22,14 @@ code, which needs 39.7 GB to fine-tune on it.
 
 | architecture | tokens | | time | CPU time | peak memory |
 | --- | --- | --- | --- | --- | --- |"""
+
+MILLION = 1_000_002  # 1,000,001 tiles and the class token
+PLANNED = """\
+Planned from these rows, not run: the embedding of 1,000,001 tiles on the same two cores. Memory
+grows with tokens, and time with floating-point operations.
+
+| architecture | TFLOPs | time | memory |
+| --- | --- | --- | --- |"""
 
 PUBLISHED = """\
 ### Beside the published code
@@ -53,7 +64,36 @@ def slides(rows: Rows) -> list[str]:
             f"| {row['peak_memory_bytes'] / 1e9:.2f} GB |"
             for row in rows
         ),
+        "",
+        PLANNED,
+        *planned(rows),
     ]
+
+
+def planned(rows: Rows) -> Iterator[str]:
+    """What a million tiles need: memory grows with tokens, time with FLOPs."""
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        small, large = sorted(
+            (r for r in rows if (r["architecture"], r["kind"]) == (architecture, "embed")),
+            key=lambda row: row["tokens"],
+        )
+        per_token = (large["peak_memory_bytes"] - small["peak_memory_bytes"]) / (
+            large["tokens"] - small["tokens"]
+        )
+        memory = large["peak_memory_bytes"] + per_token * (MILLION - large["tokens"])
+        flops = flops_of(architecture, MILLION)
+        hours = large["cpu_seconds"] / 2 * flops / flops_of(architecture, large["tokens"]) / 3600
+        cells = f"{flops / 1e12:,.0f} | ≈ {hours:.1f} h | ≈ {memory / 1e9:.0f} GB"
+        yield f"| `{architecture}` | {cells} |"
+
+
+def flops_of(architecture: str, tokens: int) -> int:
+    """Of the matrix products and the attention of one forward pass."""
+    config = config_of(architecture)
+    E, H = config.embed_dim, config.num_heads
+    per_token = 2 * (4 * E * E + 2 * E * config.encoder.dim_feedforward)
+    attention = config.pattern.flops(tokens, H, E // H)
+    return config.depth * (tokens * per_token + attention) + 2 * tokens * config.in_chans * E
 
 
 def beside_the_published(rows: Rows) -> list[str]:

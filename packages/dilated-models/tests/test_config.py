@@ -25,17 +25,20 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (
-            {"num_encoder_layers": 12},
-            ValueError,
-            "is 12; it must be 0, because LongNetLM is",
-        ),
         ({"num_encoder_layers": -1}, ValueError, "num_encoder_layers is -1; it must be at least 0"),
         ({"num_tokens": 0}, ValueError, "num_tokens is 0; it must be at least 1"),
         ({"d_model": 32.0}, TypeError, r"d_model is 32\.0; it must be an integer"),
         ({"nhead": True}, TypeError, "nhead is True; it must be an integer"),
         ({"nhead": 5}, ValueError, "nhead is 5 and d_model 32; nhead must divide d_model, so that"),
         ({"nhead": 32}, ValueError, "head_dim, d_model / nhead, is 1; it must be even, since"),
+        ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide"),
+        ({"num_kv_heads": 0}, ValueError, "num_kv_heads is 0; it must be at least 1"),
+        ({"drop_path": 0.1}, TypeError, "no argument 'drop_path'; it is called drop_path_rate"),
+        (
+            {"drop_path_rate": 1},
+            ValueError,
+            "drop_path_rate is 1; it must be at least 0 and below 1",
+        ),
         ({"num_decoder_layers": 0}, ValueError, "num_decoder_layers is 0; it must be at least 1"),
         ({"dim_feedforward": -2}, ValueError, "dim_feedforward is -2; it must be at least 1"),
         (
@@ -76,7 +79,8 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    config = LongNetConfig(**GOOD, dropout=0.25, head_offsets="blocked", tie_embeddings=True)
+    options = {"dropout": 0.25, "head_offsets": "blocked", "tie_embeddings": True}
+    config = LongNetConfig(**GOOD, **options, num_kv_heads=2, drop_path_rate=0.1)
     assert LongNetConfig.from_json(config.to_json()) == config
     path = tmp_path / "config.json"
     path.write_text(config.to_json())
@@ -151,6 +155,31 @@ def test_the_model_takes_a_config_or_its_fields() -> None:
         LongNetLM(**GOOD, causal=True)
     with pytest.raises(TypeError, match=r"dtype is torch\.int64; it must be a floating-point"):
         LongNetLM(config, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "d_model", "nhead", "parameters"),
+    # A block has 12·d² weights and 23·d biases and norms; then the final norm and 2000·d.
+    [
+        ("base", 12, 768, 12, 86_684_160),
+        ("medium", 24, 1024, 16, 304_605_184),
+        ("large", 24, 1536, 16, 683_400_192),
+        ("xl", 32, 2560, 32, 2_523_591_680),
+    ],
+)
+def test_presets_are_the_papers_sizes(name, layers, d_model, nhead, parameters) -> None:
+    config = LongNetConfig.from_preset(name, num_tokens=1000)
+    assert (config.num_decoder_layers, config.d_model, config.nhead) == (layers, d_model, nhead)
+    assert config.dim_feedforward == 4 * d_model
+    assert config.segment_lengths == (2048, 4096, 8192, 16384, 32768)
+    assert config.dilation_rates == (1, 2, 4, 6, 12)
+    model = LongNetLM(config, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    with pytest.raises(ValueError, match="name is '125m'; it must be one of 'base', 'medium'"):
+        LongNetConfig.from_preset("125m", num_tokens=1000)
+    with pytest.raises(TypeError, match="num_tokens is missing"):
+        LongNetConfig.from_preset(name)
+    assert LongNetConfig.from_preset(name, num_tokens=9, nhead=8).nhead == 8
 
 
 def test_gamma() -> None:

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from dilated_core import DilatedAttentionConfig, DilatedPattern, create_dilated_attention
 from dilated_core.checks import (
     answers_names,
     check_bool,
     check_choice,
+    check_head_groups,
     check_integer,
     check_number,
 )
@@ -31,14 +32,31 @@ AttentionKind = Literal["dilated", "block_sparse", "moba"]
 # Fields that describe dilated branches, and have no effect on another kind of attention.
 _BRANCH_FIELDS = ("segment_lengths", "dilation_rates", "head_offsets", "padding", "local_window")
 
+# The sizes of the paper (arXiv 2307.02486, section 4.4), which all have 4 · d_model in between.
+PAPER_SIZES: dict[str, dict[str, Any]] = {
+    name: {
+        "d_model": d_model,
+        "nhead": nhead,
+        "num_decoder_layers": layers,
+        "dim_feedforward": 4 * d_model,
+        "activation": "gelu",
+    }
+    for name, layers, d_model, nhead in (
+        ("base", 12, 768, 12),
+        ("medium", 24, 1024, 16),
+        ("large", 24, 1536, 16),
+        ("xl", 32, 2560, 32),
+    )
+}
+
 # What `check_names` answers to arguments that users give to a config or model.
 ELSEWHERE = {
     "is_causal": "is passed to forward",
     "scale": "is 1/√head_dim, so leave it out",
-    "num_kv_heads": "is nhead, so leave it out",
+    "drop_path": "is called drop_path_rate",
     "layer_norm": "stands in every block, so leave it out",
     "bias": "is part of every projection, so leave it out",
-    "gamma_init": "follows from num_decoder_layers, so leave it out",
+    "gamma_init": "follows from the numbers of layers, so leave it out",
 }
 
 
@@ -56,8 +74,9 @@ class LongNetConfig:
         num_tokens: Vocabulary size; 256 for bytes.
         d_model: Width of the model.
         nhead: Query heads; divides `d_model`.
-        num_encoder_layers: 0. The model is decoder-only.
-        num_decoder_layers: Number of blocks.
+        num_kv_heads: Heads of keys and values, which divide `nhead`; `nhead` if None.
+        num_encoder_layers: Blocks of an encoder that the decoder attends to; 0 for none.
+        num_decoder_layers: Blocks of the decoder.
         dim_feedforward: Width of the feed-forward halves.
         segment_lengths: w of each branch, in tokens.
         dilation_rates: r of each branch.
@@ -69,6 +88,8 @@ class LongNetConfig:
             and their options must have their defaults.
         dropout: Probability, in [0, 1): of the embedding, of what each half of a block adds, and
             inside the feed-forward. Attention probabilities are never dropped.
+        drop_path_rate: Probability, in [0, 1), that training skips a half of the last block for a
+            sequence (stochastic depth, arXiv 1603.09382); it grows linearly from 0 in the first.
         activation: `"relu"` or `"gelu"`.
         layer_norm_eps: Of every LayerNorm.
         head_offsets: `"interleaved"` (the paper) or `"blocked"` (published weights).
@@ -103,6 +124,7 @@ class LongNetConfig:
     num_tokens: int
     d_model: int = 768
     nhead: int = 12
+    num_kv_heads: int | None = None
     num_encoder_layers: int = 0
     num_decoder_layers: int = 12
     dim_feedforward: int = 3072
@@ -111,6 +133,7 @@ class LongNetConfig:
     attention_kind: AttentionKind = "dilated"
     attention_options: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
     dropout: float = 0.0
+    drop_path_rate: float = 0.0
     activation: Activation = "relu"
     layer_norm_eps: float = 1e-5
     head_offsets: HeadOffsets = "interleaved"
@@ -130,16 +153,13 @@ class LongNetConfig:
             self._set(name, check_integer(name, getattr(self, name), at_least=1))
         for name in ("num_encoder_layers", "key_conv", "local_window"):
             self._set(name, check_integer(name, getattr(self, name), at_least=0))
-        if self.num_encoder_layers:
-            raise ValueError(
-                f"num_encoder_layers is {self.num_encoder_layers}; it must be 0, because LongNetLM "
-                f"is decoder-only, so give all layers to num_decoder_layers."
-            )
         if self.d_model % self.nhead:
             raise ValueError(
                 f"nhead is {self.nhead} and d_model {self.d_model}; nhead must divide d_model, so "
                 f"that all heads have the same head_dim."
             )
+        if self.num_kv_heads is not None:
+            self._set("num_kv_heads", check_head_groups(self.nhead, self.num_kv_heads))
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("positions", self.positions, get_args(PositionKind))
         if self.positions != "none" and self.head_dim % 2:
@@ -150,7 +170,8 @@ class LongNetConfig:
             )
         for name in ("layer_norm_eps", "xpos_scale_base"):
             self._set(name, check_number(name, getattr(self, name), above=0))
-        self._set("dropout", check_number("dropout", self.dropout, at_least=0, below=1))
+        for name in ("dropout", "drop_path_rate"):
+            self._set(name, check_number(name, getattr(self, name), at_least=0, below=1))
         for name in (
             "tie_embeddings",
             "scale_embedding",
@@ -261,14 +282,26 @@ class LongNetConfig:
         return self.attention.pattern
 
     @property
+    def kv_dim(self) -> int:
+        """Width of all heads of keys, and of all heads of values."""
+        return self.head_dim * (self.num_kv_heads or self.nhead)
+
+    @property
     def activation_dropout(self) -> float:
         """Dropout behind the activation of a feed-forward: `dropout`."""
         return self.dropout
 
     @property
     def gamma_init(self) -> float:
-        """MAGNETO's gain for a stack of L blocks: √(log 2L) (arXiv 2210.06423, table 2)."""
+        """MAGNETO's γ of M decoder blocks: √(log 2M), √(log 3M) if they attend to an encoder."""
+        if self.num_encoder_layers:
+            return math.sqrt(math.log(3 * self.num_decoder_layers))
         return magneto_gain(self.num_decoder_layers)
+
+    @property
+    def encoder_gamma_init(self) -> float:
+        """MAGNETO's γ of N encoder blocks below M decoder blocks: √(⅓ log 3M · log 2N)."""
+        return self.gamma_init * magneto_gain(self.num_encoder_layers) / math.sqrt(3)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -277,7 +310,29 @@ class LongNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> LongNetConfig:
+    def from_preset(cls, name: str, **fields: Any) -> Self:
+        """A model of the paper's size, with its branches.
+
+        Args:
+            name: `"base"` (12 layers, width 768, 12 heads), `"medium"` (24, 1024, 16), `"large"`
+                (24, 1536, 16) or `"xl"` (32, 2560, 32); the paper calls them its models of 125 M,
+                350 M, 760 M and 2.7 B parameters.
+            **fields: `num_tokens`, and fields that replace the preset's.
+
+        Raises:
+            TypeError: If `num_tokens` is missing, or a field is unknown or has the wrong type.
+            ValueError: If there is no such preset, or a field is out of range.
+
+        Example:
+            >>> config = LongNetConfig.from_preset("medium", num_tokens=64000)
+            >>> config.num_decoder_layers, config.d_model, config.nhead
+            (24, 1024, 16)
+        """
+        check_choice("name", name, tuple(PAPER_SIZES))
+        return cls.from_dict(PAPER_SIZES[name] | fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; refuses unknown names."""
         if "num_tokens" not in fields:
             raise TypeError("num_tokens is missing; it must be given, as the vocabulary size.")
@@ -288,7 +343,7 @@ class LongNetConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str | Path) -> LongNetConfig:
+    def from_json(cls, text: str | Path) -> Self:
         """Inverse of `to_json`.
 
         Args:

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from dilated_models.encoder.config import EncoderConfig, EncoderLayerConfig
-from dilated_models.encoder.drop_path import drop_path
 from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
+from dilated_models.layers.drop_path import drop_path
 from torch import nn
 
 OPTIONS = {"dim_feedforward": 48, "segment_lengths": [6, 16, 40], "dilation_rates": [1, 3, 4]}

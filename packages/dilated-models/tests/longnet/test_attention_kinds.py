@@ -87,7 +87,8 @@ def test_documents_are_as_alone(kind: str) -> None:
 @pytest.mark.parametrize("positions", ["xpos", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_continues_as_the_whole_text(kind: str, positions: str) -> None:
-    model = model_of(kind, positions=positions, key_conv=3)
+    num_kv_heads = 2 if positions == "xpos" else None
+    model = model_of(kind, positions=positions, key_conv=3, num_kv_heads=num_kv_heads)
     tokens = tokens_of(3, 40)
     whole = model(tokens)
     cache = GenerationCache(model, 3)

@@ -65,9 +65,14 @@ def largest_difference(
 
 def models_on_shards() -> list[float]:
     rows = [
-        {"positions": "xpos"},
+        {"positions": "xpos", "num_kv_heads": 2},
         {"positions": "rotary", "key_conv": 4, "head_offsets": "blocked", "padding": "attended"},
-        {"positions": "none", "key_conv": 3, "activation_checkpointing": True},
+        {
+            "positions": "none",
+            "key_conv": 3,
+            "activation_checkpointing": True,
+            "num_encoder_layers": 1,
+        },
     ]
     found = []
     for changes, layout in itertools.product(rows, ["contiguous", "zigzag"]):

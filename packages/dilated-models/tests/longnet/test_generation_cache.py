@@ -14,12 +14,12 @@ S = 130  # beyond three segments of the longest branch
 
 CONFIGS = {
     "xpos": {},
-    "rotary": {"positions": "rotary"},
+    "rotary, grouped queries": {"positions": "rotary", "num_kv_heads": 2},
     "none": {"positions": "none"},
     "key_conv": {"key_conv": 4},
     "key_conv of one token": {"key_conv": 1, "positions": "none"},
     "zero keys attended": {"padding": "attended", "key_conv": 3},
-    "blocked offsets": {"head_offsets": "blocked"},
+    "blocked offsets, one head of keys": {"head_offsets": "blocked", "num_kv_heads": 1},
     "one branch": {"segment_lengths": (32,), "dilation_rates": (1,)},
     "nested branches": {"segment_lengths": (8, 32, 64), "dilation_rates": (1, 4, 8)},
     "a rate above the heads": {"segment_lengths": (8, 200), "dilation_rates": (1, 11)},

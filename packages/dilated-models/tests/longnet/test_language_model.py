@@ -45,7 +45,7 @@ def with_reference_attention(model: LongNetLM) -> LongNetLM:
     [
         {},
         {"head_offsets": "blocked", "padding": "attended"},
-        {"positions": "rotary", "activation": "gelu", "tie_embeddings": True},
+        {"positions": "rotary", "activation": "gelu", "tie_embeddings": True, "num_kv_heads": 2},
         {"positions": "none", "scale_embedding": False, "final_layer_norm": False},
     ],
 )
@@ -112,6 +112,21 @@ def test_dropout_acts_in_training_only(config, tokens):
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
+
+
+def test_paths_are_dropped_in_training_only(config, tokens):
+    """The rate grows with depth: with nearly 1 in the last of two blocks, it adds nothing."""
+    torch.manual_seed(0)
+    model = LongNetLM(dataclasses.replace(config, drop_path_rate=0.999999))
+    assert [block.drop_path for block in model.blocks] == [0.0, 0.999999]
+    one = LongNetLM(dataclasses.replace(config, num_decoder_layers=1))
+    one.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(tokens), one(tokens))
+    cu_seqlens = torch.tensor([0, 20, 45])
+    packed = [net(tokens[0], cu_seqlens=cu_seqlens) for net in (model, one)]
+    assert torch.equal(*packed)
+    model.eval()
+    assert not torch.equal(model(tokens), one(tokens))
 
 
 def test_explicit_positions(model, tokens):

@@ -1,6 +1,7 @@
 """What fits is known before anything is allocated."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from dilated_models.longnet.size import (
 )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_nearly_all_parameters_are_counted(config: LongNetConfig, tied: bool):
-    config = dataclasses.replace(config, d_model=256, dim_feedforward=512, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes", [{"tie_embeddings": True, "num_kv_heads": 1}, {"num_encoder_layers": 3}], ids=str
+)
+def test_nearly_all_parameters_are_counted(config: LongNetConfig, changes: dict[str, Any]):
+    config = dataclasses.replace(config, d_model=256, dim_feedforward=512, **changes)
     exact = sum(parameter.numel() for parameter in LongNetLM(config).parameters())
     assert 0.98 * exact < least_parameters(config) < exact
     assert model_bytes(config) > 4 * least_parameters(config)

@@ -41,7 +41,7 @@ def kept_bytes(config: LongNetConfig) -> int:
     "change",
     [
         *({}, {"activation": "gelu"}, {"dropout": 0.1}, {"activation_checkpointing": True}),
-        *({"key_conv": 4}, {"key_conv": 16}),
+        *({"key_conv": 4, "num_kv_heads": 1}, {"key_conv": 16}, {"num_encoder_layers": 3}),
     ],
     ids=str,
 )

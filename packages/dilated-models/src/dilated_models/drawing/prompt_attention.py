@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from dilated_core.inspection.attention_rows import AttentionRows, attention_rows
 from numpy.typing import NDArray
 from torch import nn
 
-from dilated_models.layers.self_attention import DilatedSelfAttention
 from dilated_models.longnet.language_model import LongNetLM
 
 
@@ -31,7 +30,7 @@ class PromptAttention(NamedTuple):
 
 
 def attend_to_prompt(model: LongNetLM, tokens: Sequence[int], *, num_rows: int) -> PromptAttention:
-    """Run the model once over a prompt; q and k are read where its layers attend.
+    """Run the model once over a prompt; q and k are read where the layers of its decoder attend.
 
     Only the rows asked for are computed, so a long prompt costs little more than its forward pass.
 
@@ -62,9 +61,8 @@ def attend_to_prompt(model: LongNetLM, tokens: Sequence[int], *, num_rows: int) 
 
     # Here q and k are as attention receives them: convolved and rotated.
     handles = [
-        layer.attention.register_forward_pre_hook(read, with_kwargs=True)
-        for layer in model.modules()
-        if isinstance(layer, DilatedSelfAttention)
+        cast(Any, block).attention.attention.register_forward_pre_hook(read, with_kwargs=True)
+        for block in model.blocks
     ]
     try:
         with torch.inference_mode():

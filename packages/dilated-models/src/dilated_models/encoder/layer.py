@@ -12,7 +12,7 @@ from dilated_core.positions.rotary import Rotation, rotate
 from torch import Tensor, nn
 
 from dilated_models.encoder.config import ELSEWHERE, EncoderLayerArguments, EncoderLayerConfig
-from dilated_models.encoder.drop_path import drop_path
+from dilated_models.layers.drop_path import drop_path
 from dilated_models.layers.feed_forward import FeedForward
 
 _ROWS_AT_ONCE = 8192

@@ -17,6 +17,7 @@ class BlockCache:
 
     Args:
         config: Of the model.
+        has_memory: Whether the block has cross-attention.
         batch_size: B.
         device: Of the memory.
         dtype: Of q, k and v.
@@ -25,6 +26,7 @@ class BlockCache:
     Attributes:
         attention: The keys and values: in bounded memory for dilated attention, all of them for
             other kinds.
+        memory: The keys and values of its cross-attention, all of them; None without one.
         inputs: `(B, key_conv − 1, d_model)`, the inputs of the convolution before the next token,
             zeros before the first token; None without a convolution.
     """
@@ -33,6 +35,7 @@ class BlockCache:
         self,
         config: LongNetConfig,
         *,
+        has_memory: bool = False,
         batch_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
@@ -44,22 +47,26 @@ class BlockCache:
                 config.pattern,
                 batch_size=batch_size,
                 num_heads=config.nhead,
+                num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 device=device,
                 dtype=dtype,
                 max_seq_len=max_seq_len,
             )
         else:
-            self.attention = KeyHistory(
-                batch_size=batch_size,
-                num_heads=config.nhead,
-                head_dim=config.head_dim,
-                device=device,
-                dtype=dtype,
-                max_seq_len=max_seq_len,
-            )
+            self.attention = _history(config, batch_size, device, dtype, max_seq_len)
+        self.memory = (
+            _history(config, batch_size, device, dtype, max_seq_len) if has_memory else None
+        )
         shape = (batch_size, config.key_conv - 1, config.d_model)
         self.inputs = torch.zeros(shape, device=device, dtype=dtype) if config.key_conv else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of the inputs of the convolution."""
+        memory = 0 if self.memory is None else self.memory.nbytes
+        inputs = 0 if self.inputs is None else self.inputs.nbytes
+        return self.attention.nbytes + memory + inputs
 
     def keep_inputs(self, x: Tensor, counts: Sequence[int] | None) -> None:
         """Keep the last inputs of the convolution, of those before and the new ones.
@@ -82,11 +89,32 @@ class BlockCache:
     def reorder(self, batch_indices: Tensor) -> None:
         """Make sequence i a copy of what sequence `batch_indices[i]` was."""
         self.attention.reorder(batch_indices)
+        if self.memory is not None:
+            self.memory.reorder(batch_indices)
         if self.inputs is not None:
             self.inputs = self.inputs[batch_indices.to(self.inputs.device, torch.int64)]
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.attention.reset()
+        if self.memory is not None:
+            self.memory.reset()
         if self.inputs is not None:
             self.inputs = torch.zeros_like(self.inputs)
+
+
+def _history(
+    config: LongNetConfig,
+    batch_size: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    max_seq_len: int | None,
+) -> KeyHistory:
+    return KeyHistory(
+        batch_size=batch_size,
+        num_kv_heads=config.num_kv_heads or config.nhead,
+        head_dim=config.head_dim,
+        device=device,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+    )

@@ -41,7 +41,7 @@ class FeedForwardOptions(Protocol):
 
     @property
     def gamma_init(self) -> float:
-        """Gain of the initial weights."""
+        """Gain of the initial weights, unless another one is given."""
         ...
 
 
@@ -52,6 +52,7 @@ class FeedForward(nn.Module):
 
     Args:
         config: Of the model.
+        gamma_init: γ; that of the config if None.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -60,11 +61,13 @@ class FeedForward(nn.Module):
         self,
         config: FeedForwardOptions,
         *,
+        gamma_init: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.gamma_init = config.activation, config.gamma_init
+        self.activation = config.activation
+        self.gamma_init = config.gamma_init if gamma_init is None else gamma_init
         inner, eps = config.dim_feedforward, config.layer_norm_eps
         self.fc1 = nn.Linear(config.d_model, inner, device=device, dtype=dtype)
         self.layer_norm = nn.LayerNorm(inner, eps=eps, device=device, dtype=dtype)

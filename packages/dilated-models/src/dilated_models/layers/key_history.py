@@ -21,14 +21,14 @@ class KeyHistory:
 
     Args:
         batch_size: B.
-        num_heads: H.
+        num_kv_heads: H_kv.
         head_dim: D.
         device: Of the memory.
         dtype: Of q, k and v.
         max_seq_len: Most tokens of a text; None for any number.
 
     Attributes:
-        keys, values: `(B, room, H, D)`; text b has the first `positions[b]` rows.
+        keys, values: `(B, room, H_kv, D)`; text b has the first `positions[b]` rows.
         positions: Tokens of each text.
     """
 
@@ -36,7 +36,7 @@ class KeyHistory:
         self,
         *,
         batch_size: int,
-        num_heads: int,
+        num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
@@ -47,7 +47,7 @@ class KeyHistory:
             max_seq_len = check_integer("max_seq_len", max_seq_len, at_least=1)
         self.max_seq_len = max_seq_len
         room = _FIRST_ROOM if max_seq_len is None else min(_FIRST_ROOM, max_seq_len)
-        shape = (batch_size, room, num_heads, head_dim)
+        shape = (batch_size, room, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.positions = (0,) * batch_size
@@ -73,32 +73,49 @@ class KeyHistory:
         """Append new tokens, and attend from them to all tokens.
 
         Args:
-            q, k, v: `(B, n, H, D)`.
+            q: `(B, n, H, D)`.
+            k, v: `(B, n, H_kv, D)`.
             counts: How many of the n tokens of each text are not padding; None: all.
             attend: Attention of q, k and v of a whole text, with the keyword `is_causal`.
 
         Returns:
             `(B, n, H, D)`, 0 for padding.
         """
-        n = q.shape[1]
+        out = torch.zeros_like(q)
+        for texts, start, end in self.append(k, v, counts):
+            count = end - start
+            whole = q.new_zeros(texts.stop - texts.start, end, *q.shape[2:])
+            whole[:, start:] = q[texts, :count]
+            result = attend(whole, self.keys[texts, :end], self.values[texts, :end], is_causal=True)
+            out[texts, :count] = result[:, start:]
+        return out
+
+    def append(
+        self, k: Tensor, v: Tensor, counts: Sequence[int] | None
+    ) -> list[tuple[slice, int, int]]:
+        """Store the keys and values of new tokens; the arguments are those of `attend`.
+
+        Returns:
+            Neighbouring texts with equally many tokens, before and after: the texts as a slice of
+            the batch, and the positions of their new tokens as (start, end). Texts without new
+            tokens are left out.
+        """
+        n = k.shape[1]
         counts = [n] * self.batch_size if counts is None else list(counts)
         ends = [a + b for a, b in zip(self.positions, counts, strict=True)]
         self._make_room(max(ends))
-        out = torch.zeros_like(q)
         spans = list(enumerate(zip(self.positions, ends, strict=True)))
+        runs: list[tuple[slice, int, int]] = []
         for (start, end), group in groupby(spans, key=lambda item: item[1]):
-            texts = [text for text, _ in group]
-            rows, count = slice(texts[0], texts[-1] + 1), end - start
+            first, *others = [text for text, _ in group]
+            texts, count = slice(first, first + 1 + len(others)), end - start
             if count == 0:
                 continue
-            self.keys[rows, start:end] = k[rows, :count]
-            self.values[rows, start:end] = v[rows, :count]
-            whole = q.new_zeros(len(texts), end, *q.shape[2:])
-            whole[:, start:] = q[rows, :count]
-            result = attend(whole, self.keys[rows, :end], self.values[rows, :end], is_causal=True)
-            out[rows, :count] = result[:, start:]
+            self.keys[texts, start:end] = k[texts, :count]
+            self.values[texts, start:end] = v[texts, :count]
+            runs.append((texts, start, end))
         self.positions = tuple(ends)
-        return out
+        return runs
 
     def _make_room(self, length: int) -> None:
         room = self.keys.shape[1]

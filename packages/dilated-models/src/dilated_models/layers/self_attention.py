@@ -34,6 +34,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
 
     Args:
         config: Of the model.
+        gamma_init: Gain of the initial weights; that of the config if None.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -42,6 +43,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         self,
         config: LongNetConfig,
         *,
+        gamma_init: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,8 +51,9 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             MultiheadConfig(
                 embed_dim=config.d_model,
                 num_heads=config.nhead,
+                num_kv_heads=config.num_kv_heads,
                 layer_norm_eps=config.layer_norm_eps,
-                gamma_init=config.gamma_init,
+                gamma_init=config.gamma_init if gamma_init is None else gamma_init,
                 device=device,
                 dtype=dtype,
             ),

@@ -26,9 +26,9 @@ class GenerationCache:
     """The state of texts that a `LongNetLM` continues: `model(tokens, cache=cache)`.
 
     Its memory is that of `dilated_core.DecodingCache` for each block, and does not grow with the
-    texts. With an `attention_kind` other than dilated it keeps all keys and values, and memory and
-    time for a token grow with the text. Each text has a position of its own. `copy.copy` gives a
-    cache that shares no memory.
+    texts. With an `attention_kind` other than dilated, and of attention to an encoder, it keeps all
+    keys and values, and memory and time for a token grow with the text. Each text has a position of
+    its own. `copy.copy` gives a cache that shares no memory.
 
     Args:
         model: The model. Its device and the dtype of its queries (that of autocast, inside such a
@@ -38,7 +38,8 @@ class GenerationCache:
             this many tokens, and a token beyond is an error. None: any number.
 
     Attributes:
-        blocks: What each block of the model keeps.
+        blocks: What each block of the model keeps; of its decoder, if it has an encoder too.
+        encoder_blocks: What each block of the encoder keeps.
 
     Raises:
         TypeError: If `model` is no LongNetLM, or a size is no integer.
@@ -70,16 +71,23 @@ class GenerationCache:
                 f"whole text for each token."
             )
         self.config = model.config
-        self.blocks = [
-            BlockCache(
-                model.config,
-                batch_size=batch_size,
-                device=model.embedding.weight.device,
-                dtype=compute_dtype(model.embedding.weight),
-                max_seq_len=max_seq_len,
-            )
-            for _ in model.blocks
-        ]
+        has_encoder = model.config.num_encoder_layers > 0
+
+        def caches(count: int, has_memory: bool) -> list[BlockCache]:
+            return [
+                BlockCache(
+                    model.config,
+                    has_memory=has_memory,
+                    batch_size=batch_size,
+                    device=model.embedding.weight.device,
+                    dtype=compute_dtype(model.embedding.weight),
+                    max_seq_len=max_seq_len,
+                )
+                for _ in range(count)
+            ]
+
+        self.encoder_blocks = caches(model.config.num_encoder_layers, has_memory=False)
+        self.blocks = caches(model.config.num_decoder_layers, has_memory=has_encoder)
         self._centers = [0] * self.batch_size
 
     @property
@@ -95,14 +103,11 @@ class GenerationCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, and of the inputs of `key_conv`."""
-        inputs = (block.inputs for block in self.blocks)
-        return sum(block.attention.nbytes for block in self.blocks) + sum(
-            x.nbytes for x in inputs if x is not None
-        )
+        return sum(block.nbytes for block in self._all_blocks())
 
     def reset(self) -> None:
         """Forget all tokens and start again at position 0, in the same memory."""
-        for block in self.blocks:
+        for block in self._all_blocks():
             block.reset()
         self._centers = [0] * self.batch_size
 
@@ -119,9 +124,12 @@ class GenerationCache:
         """
         chosen = check_batch_indices(batch_indices, self.batch_size)
         indices = torch.tensor(chosen, dtype=torch.int64, device="cpu")
-        for block in self.blocks:
+        for block in self._all_blocks():
             block.reorder(indices)
         self._centers = [self._centers[index] for index in chosen]
+
+    def _all_blocks(self) -> list[BlockCache]:
+        return [*self.encoder_blocks, *self.blocks]
 
     def __copy__(self) -> GenerationCache:
         # Two caches must not write to the same memory.
@@ -150,7 +158,7 @@ class GenerationCache:
                 f"tokens has {B} sequences and the cache {self.batch_size}; they must be equal, so "
                 f"make the cache with batch_size={B}."
             )
-        if any(block.attention.positions != self.positions for block in self.blocks):
+        if any(block.attention.positions != self.positions for block in self._all_blocks()):
             raise ValueError(
                 "the blocks of the cache hold different numbers of tokens, because an earlier call "
                 "was interrupted; call cache.reset(), or make a new cache."
@@ -244,7 +252,7 @@ class GenerationCache:
             zeta = (pair / self.config.head_dim + 0.4) / 1.4
             # Half of the move at a time: the factor of all of it may be out of range.
             factor = (zeta ** (move / 2 / scale_base)).repeat_interleave(2)
-            for block in self.blocks:
+            for block in self._all_blocks():
                 keys = block.attention.keys
                 half = factor.to(keys.device, torch.promote_types(keys.dtype, torch.float32))
                 keys[i].mul_(half).mul_(half)

@@ -1,32 +1,25 @@
-"""LongNetLM: embedding, blocks, LayerNorm, output layer."""
+"""LongNetLM: score every next token of a text, at once or continuing a cache."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Never, Self, cast
+from typing import Never
 
 import torch
-from dilated_core.checks import check_bool, check_float_dtype, check_tensor
-from dilated_core.dispatch import is_plain
+from dilated_core.checks import check_bool
 from dilated_core.inputs import check_cu_seqlens
 from dilated_core.modules.options import check_forward_names, from_options
-from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.checkpoint import (
-    checkpoint,  # pyright: ignore[reportUnknownVariableType]
-)
 
 from dilated_models.config import ELSEWHERE, LongNetConfig
-from dilated_models.layers.blocks import SelfAttentionBlock
-from dilated_models.layers.context_parallel import ContextParallel, Shard, shard_of_call
+from dilated_models.layers.context_parallel import ContextParallel, shard_of_call
+from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
-from dilated_models.longnet.generation_cache import GenerationCache, compute_dtype
-from dilated_models.longnet.tied_weights import complete_shared_weight, tie_again
+from dilated_models.longnet.generation_cache import GenerationCache
+from dilated_models.longnet.stacks import LongNetStacks, check_tokens, last_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +30,20 @@ class LongNetArguments(LongNetConfig):
     dtype: torch.dtype | None = None
 
 
-class LongNetLM(nn.Module):
+class LongNetLM(LongNetStacks):
     """LongNet language model (arXiv 2307.02486, section 4.1): a MAGNETO decoder with xPos.
+
+    With `num_encoder_layers` above 0, the tokens also pass an encoder, and each block of the
+    decoder attends to its states. This attention is dense: time grows with the square of the
+    length, memory with the length. A causal call is causal in all three attentions, so row s still
+    depends on the tokens up to s only.
 
     Embeddings are drawn from a normal distribution of standard deviation d_model^−½, and so is the
     output layer unless it shares their weight. Query and key weights are drawn with Xavier's
-    uniform rule and gain 1/√2, values with γ/√2, attention outputs and feed-forwards with
-    γ = √(log 2L) for L blocks; biases are zero.
+    uniform rule and gain 1/√2, values with γ/√2, attention outputs and feed-forwards with γ. For N
+    blocks of the encoder and M of the decoder, γ is √(log 2M) without an encoder. With one it is
+    √(log 3M) in the decoder and √(⅓ log 3M · log 2N) in the encoder, and 1 in attention to the
+    encoder (arXiv 2210.06423, table 2, and its official code). Biases are zero.
 
     Args:
         config: A `LongNetConfig`. Or, instead of it, the fields of that class by name; `num_tokens`
@@ -72,27 +72,7 @@ class LongNetLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if dtype is not None:
-            check_float_dtype(dtype)
-        self.config = config
-        num_tokens, d_model = config.num_tokens, config.d_model
-        self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            SelfAttentionBlock(config, device=device, dtype=dtype)
-            for _ in range(config.num_decoder_layers)
-        )
-        self.final_norm = (
-            nn.LayerNorm(d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
-            if config.final_layer_norm
-            else nn.Identity()
-        )
-        self.output = nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
-        self._draw_embeddings()
-        self.tie_weights()
-        self.register_load_state_dict_pre_hook(complete_shared_weight)
-        self.register_load_state_dict_post_hook(tie_again)
+        super().__init__(config, device=device, dtype=dtype)
 
     @classmethod
     def from_config(
@@ -104,30 +84,6 @@ class LongNetLM(nn.Module):
     ) -> LongNetLM:
         """The same as `LongNetLM(config, device=device, dtype=dtype)`."""
         return cls(config, device=device, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew, for instance after `to_empty`."""
-        for block in self.blocks:
-            cast(SelfAttentionBlock, block).reset_parameters()
-        if isinstance(self.final_norm, nn.LayerNorm):
-            self.final_norm.reset_parameters()
-        self._draw_embeddings()
-
-    def _draw_embeddings(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
-        if not self.config.tie_embeddings:
-            nn.init.normal_(self.output.weight, std=self.config.d_model**-0.5)
-
-    def tie_weights(self) -> None:
-        """Share the embedding's weight with the output layer, if the config has it so."""
-        if self.config.tie_embeddings:
-            self.output.weight = self.embedding.weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Part of `to`, `to_empty` and others, some of which make a new parameter for each name."""
-        super()._apply(fn, recurse)
-        self.tie_weights()
-        return self
 
     def forward(
         self,
@@ -177,7 +133,7 @@ class LongNetLM(nn.Module):
         known = ("tokens", "is_causal", "positions", "cu_seqlens", "cache", "lengths")
         check_forward_names(self, unknown, (*known, "context_parallel"), self.config)
         if cache is not None:
-            _check_integers("tokens", tokens, "(B, S)", ndim=2)
+            check_tokens("tokens", tokens, "(B, S)", ndim=2)
             self._check_cache(
                 cache,
                 is_causal,
@@ -213,54 +169,54 @@ class LongNetLM(nn.Module):
         """
         documents = None
         if cu_seqlens is None:
-            _check_integers("tokens", tokens, "(B, S), or (T,) with cu_seqlens", ndim=2)
+            check_tokens("tokens", tokens, "(B, S), or (T,) with cu_seqlens", ndim=2)
         else:
-            _check_integers("tokens", tokens, "(T,), as cu_seqlens is given", ndim=1)
+            check_tokens("tokens", tokens, "(T,), as cu_seqlens is given", ndim=1)
             check_cu_seqlens(cu_seqlens)
             if cu_seqlens.is_meta and not tokens.is_meta:
                 raise ValueError(
                     f"cu_seqlens is on meta and holds no values, and tokens is on {tokens.device}; "
                     f"cu_seqlens must hold values, so give it on the CPU."
                 )
-        self._check_known(tokens)
+        self.check_known("tokens", tokens)
         if context_parallel is not None:
             self.config.check_over_ranks()
+            if self.training and self.config.drop_path_rate:
+                raise ValueError(
+                    f"drop_path_rate of the model is {self.config.drop_path_rate}, and "
+                    f"context_parallel is given; each rank would skip blocks of its own for one "
+                    f"sequence, so train with drop_path_rate=0."
+                )
         shard = shard_of_call(tokens, context_parallel)
         if cu_seqlens is not None:
             documents = Documents.of(cu_seqlens.to(tokens.device), shard.positions)
-        rotation = self._rotation(tokens, positions, documents, shard)
-        x = self._embed(tokens)
-        recompute = (
-            self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
-        )
-        for block in self.blocks:
-            call = partial(block, context_parallel=context_parallel)
-            if recompute:
-                x = checkpoint(call, x, rotation, is_causal, documents, use_reentrant=False)
-            else:
-                x = call(x, rotation, is_causal, documents)
-            if context_parallel is not None:
-                # The first block compared the ranks' arguments; those of the others are the same.
-                context_parallel = context_parallel.knowing(shard.seq_len)
-        return self.final_norm(x)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.d_model)
-        return self.dropout(x)
-
-    def _check_known(self, tokens: Tensor) -> None:
-        """Refuse unknown tokens where their values are at hand: on the CPU, and not traced."""
-        if tokens.device.type != "cpu" or not tokens.numel() or not is_plain(tokens):
-            return
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= self.config.num_tokens:
-            raise ValueError(
-                f"tokens holds {low if low < 0 else high}; each must be at least 0 and below "
-                f"num_tokens, here {self.config.num_tokens}, so encode the text with the model's "
-                f"own vocabulary."
+        if positions is not None:
+            self._check_positions(positions, tokens)
+        rotation = self.rotation(documents, shard, positions)
+        x = self.embed(tokens)
+        memory = None
+        if self.config.num_encoder_layers:
+            states = self.run(
+                self.encoder_blocks,
+                *(x, rotation, is_causal, documents),
+                context_parallel=context_parallel,
+                seq_len=shard.seq_len,
             )
+            memory = Memory(
+                self.encoder_norm(states),
+                check_bool("is_causal", is_causal),
+                None if documents is None else documents.cu_seqlens,
+            )
+            if context_parallel is not None:
+                context_parallel = context_parallel.knowing(shard.seq_len)
+        x = self.run(
+            self.blocks,
+            *(x, rotation, is_causal, documents),
+            memory=memory,
+            context_parallel=context_parallel,
+            seq_len=shard.seq_len,
+        )
+        return self.final_norm(x)
 
     def _check_cache(
         self,
@@ -286,68 +242,37 @@ class LongNetLM(nn.Module):
     ) -> Tensor:
         """Logits `(B, 1, num_tokens)` of the last token of each sequence."""
         # Before the first part changes the cache, which would keep a part of the prompt.
-        self._check_known(tokens)
+        self.check_known("tokens", tokens)
         last = self.embedding.weight.new_full((len(tokens), self.config.d_model), math.nan)
         for part, counts, rotation in cache.parts(tokens, lengths):
-            x = self._embed(part)
-            for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
-                x = block(x, rotation, cache=block_cache, counts=counts)
-            if counts is None:
-                last = x[:, -1]
-            else:
-                ended = [i for i, count in enumerate(counts) if count]
-                rows = torch.tensor([ended, [counts[i] - 1 for i in ended]], device=x.device)
-                last = last.to(x.dtype).index_copy(0, rows[0], x[rows[0], rows[1]])
+            x, memory = self.embed(part), None
+            if self.config.num_encoder_layers:
+                states = x
+                for block, kept in zip(self.encoder_blocks, cache.encoder_blocks, strict=True):
+                    states = block(states, rotation, cache=kept, counts=counts)
+                memory = Memory(self.encoder_norm(states), is_causal=True)
+            for block, kept in zip(self.blocks, cache.blocks, strict=True):
+                x = block(x, rotation, cache=kept, counts=counts, memory=memory)
+            last = last_rows(x, counts, last)
         return self.output(self.final_norm(last))[:, None]
 
-    def _rotation(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        documents: Documents | None,
-        shard: Shard,
-    ) -> Rotation | None:
-        """Rotation factors shared by all blocks, or None without positions."""
-        config = self.config
-        seq_len = tokens.shape[-1]
-        if positions is not None:
-            _check_integers("positions", positions, "(S,)", ndim=1)
-            if positions.shape[0] != seq_len:
-                raise ValueError(
-                    f"positions has shape {tuple(positions.shape)} and there are {seq_len} tokens; "
-                    f"it must hold one position for each token."
-                )
-            if positions.device != tokens.device:
-                raise ValueError(
-                    f"positions is on {positions.device} and tokens on {tokens.device}; they must "
-                    f"be on one device."
-                )
-            if config.positions == "none":
-                raise ValueError(
-                    f"positions has shape {tuple(positions.shape)}; it must be None for a model "
-                    f'with positions="none", so leave it out.'
-                )
-        if config.positions == "none":
-            return None
-        is_double = self.embedding.weight.dtype == torch.float64
-        scale_base = config.xpos_scale_base if config.positions == "xpos" else None
-        if positions is not None:
-            # A fixed center, because every shard of a sequence must agree on it.
-            center = 0
-            reach = 0 if scale_base is None else _largest(positions)
-        elif documents is not None:
-            positions = documents.positions
-            longest = 0 if scale_base is None else _largest(documents.cu_seqlens.diff())
-            center = reach = (longest + 1) // 2
-        else:
-            positions = shard.positions
-            center = reach = shard.seq_len // 2
-        if scale_base is not None:
-            check_decay_range(reach, scale_base, compute_dtype(self.embedding.weight))
-        factor_dtype = torch.float64 if is_double else torch.float32
-        return rotation_at(
-            positions, config.head_dim, scale_base=scale_base, center=center, dtype=factor_dtype
-        )
+    def _check_positions(self, positions: Tensor, tokens: Tensor) -> None:
+        check_tokens("positions", positions, "(S,)", ndim=1)
+        if positions.shape[0] != (seq_len := tokens.shape[-1]):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)} and there are {seq_len} tokens; "
+                f"it must hold one position for each token."
+            )
+        if positions.device != tokens.device:
+            raise ValueError(
+                f"positions is on {positions.device} and tokens on {tokens.device}; they must "
+                f"be on one device."
+            )
+        if self.config.positions == "none":
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; it must be None for a model "
+                f'with positions="none", so leave it out.'
+            )
 
 
 def check_weights(model: LongNetLM) -> None:
@@ -381,19 +306,3 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _largest(positions: Tensor) -> int:
-    """The largest distance of a position from 0; 0 for tensors without values (meta, fake)."""
-    if positions.is_meta or isinstance(positions, FakeTensor) or not len(positions):
-        return 0
-    low, high = positions.aminmax()
-    return max(-int(low), int(high))
-
-
-def _check_integers(name: str, value: Tensor, shape: str, *, ndim: int) -> None:
-    check_tensor(name, value)
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be int64, so use {name}.long().")
-    if value.ndim != ndim:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}.")

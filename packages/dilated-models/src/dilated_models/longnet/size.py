@@ -23,13 +23,21 @@ def least_parameters(config: LongNetConfig) -> int:
         85327872
     """
     vocabulary = config.num_tokens * config.d_model * (1 if config.tie_embeddings else 2)
-    block = config.d_model * (4 * config.d_model + 2 * config.dim_feedforward + config.key_conv)
-    return vocabulary + config.num_decoder_layers * block
+    projections = 2 * (config.d_model + config.kv_dim)
+    block = config.d_model * (projections + 2 * config.dim_feedforward + config.key_conv)
+    cross = config.d_model * projections if config.num_encoder_layers else 0
+    blocks = num_blocks(config) * block + config.num_decoder_layers * cross
+    return vocabulary + blocks
+
+
+def num_blocks(config: LongNetConfig) -> int:
+    """Blocks of the encoder and the decoder together."""
+    return config.num_encoder_layers + config.num_decoder_layers
 
 
 def model_bytes(config: LongNetConfig) -> int:
     """Memory of a float32 model: its parameters and its Python objects."""
-    return 4 * least_parameters(config) + _OBJECT_BYTES_PER_LAYER * config.num_decoder_layers
+    return 4 * least_parameters(config) + _OBJECT_BYTES_PER_LAYER * num_blocks(config)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dilated_models.longnet.language_model import LongNetLM
+    from dilated_models.longnet.stacks import LongNetStacks
 
 
 def complete_shared_weight(
-    model: LongNetLM, state: dict[str, Tensor], prefix: str, *rest: Any
+    model: LongNetStacks, state: dict[str, Tensor], prefix: str, *rest: Any
 ) -> None:
     """Before loading: a shared weight may be stored under either name, or under both if equal."""
     errors: list[str] = rest[-1]
@@ -29,6 +29,6 @@ def complete_shared_weight(
     state |= dict.fromkeys(names, first)
 
 
-def tie_again(model: LongNetLM, incompatible_keys: object) -> None:
+def tie_again(model: LongNetStacks, incompatible_keys: object) -> None:
     """After loading: `assign=True` makes a new parameter for each name."""
     model.tie_weights()

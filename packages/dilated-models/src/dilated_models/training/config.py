@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from dilated_core.checks import answers_names, check_choice, check_integer, check_number
 
+from dilated_models.config import PAPER_SIZES
+
 _INTEGERS: dict[str, dict[str, int]] = {
     "steps": {"at_least": 1},
     "batch_size": {"at_least": 1},
@@ -237,13 +239,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "base": Preset(
         model={
-            "d_model": 768,
-            "nhead": 12,
-            "num_decoder_layers": 12,
-            "dim_feedforward": 3072,
+            **PAPER_SIZES["base"],
             "segment_lengths": (2048, 4096, 8192, 16384, 32768),
             "dilation_rates": (1, 2, 4, 6, 12),
-            "activation": "gelu",
             "activation_checkpointing": True,
         },
         training={

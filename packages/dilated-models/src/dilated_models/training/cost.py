@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dilated_models.config import LongNetConfig
-from dilated_models.longnet.size import least_parameters, model_bytes
+from dilated_models.longnet.size import least_parameters, model_bytes, num_blocks
 from dilated_models.training.config import TrainingConfig
 
 _ADAM_BYTES = 8  # two float32 per parameter
@@ -19,14 +19,19 @@ def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
     """
     tokens = training.batch_size // training.accumulation * training.seq_len
     width, hidden = model.d_model, model.dim_feedforward
-    block = 9 * width + 2 * hidden + model.nhead
+    block = 7 * width + 2 * model.kv_dim + 2 * hidden + model.nhead
     if model.activation != "relu":
         block += hidden
     block += model.key_conv * width  # the inputs of each product, masked between documents
     if model.dropout:
         block += 2 * width + 2 * hidden
-    layers = model.num_decoder_layers
+    layers = num_blocks(model)
     kept = layers * width + block if model.activation_checkpointing else layers * block
+    if model.num_encoder_layers:
+        # Input, its LayerNorm, q and out; k, v and lse. With the states of the encoder.
+        cross = 4 * width + 2 * model.kv_dim + model.nhead + (width if model.dropout else 0)
+        kept += cross * (1 if model.activation_checkpointing else model.num_decoder_layers)
+        kept += 2 * width
     values = tokens * (kept + 2 * width + 2 * model.num_tokens)
     activations = values * (2 if training.dtype == "bfloat16" else 4)
     parameters = least_parameters(model)

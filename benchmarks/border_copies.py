@@ -23,12 +23,13 @@ from dilated_core import DilatedAttention
 from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.text.copies import copied_row
 from harness import write_result
+from longnet_paper.training import Batch, fit
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 RESULT = Path(__file__).parent / "results" / "border_copies.json"
 NUM_TOKENS, SEQ_LEN, SEGMENT = 64, 256, 128
-STEPS, BATCH_SIZE, LEARNING_RATE = 600, 8, 4e-3
+STEPS, BATCH_SIZE = 600, 8
 SEEDS = (0, 1, 2)
 DISTANCES = ((16, 31), (32, 63), (64, 127))
 PLACES = ((0, 15), (16, 31), (32, 63), (64, 127))
@@ -75,16 +76,16 @@ class NoiseStream:
 
 
 class Shifted(nn.Module):
-    """Attention whose segments begin half a segment earlier, by hidden keys before the sequence."""
+    """Attention whose segments begin `shift` earlier, by hidden keys before the sequence."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, shift: int) -> None:
         super().__init__()
-        self.attention, self.config = attention, attention.config
+        self.attention, self.config, self.shift = attention, attention.config, shift
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """`(B, S, H, D)` q, k, v -> the same shape."""
-        shift = SEGMENT // 2
-        mask = torch.zeros(q.shape[0], shift + q.shape[1], dtype=torch.bool)
+        shift = self.shift
+        mask = torch.zeros(q.shape[0], shift + q.shape[1], dtype=torch.bool, device=q.device)
         mask[:, :shift] = True
         q, k, v = (pad(x, (0, 0, 0, 0, shift, 0)) for x in (q, k, v))
         return self.attention(q, k, v, is_causal=is_causal, key_padding_mask=mask)[:, shift:]
@@ -108,18 +109,14 @@ def build(name: str, seed: int) -> LongNetLM:
     if name == "shifted layers":
         for block in list(model.blocks)[1::2]:
             assert isinstance(block.attention.attention, DilatedAttention)
-            block.attention.attention = Shifted(block.attention.attention)
+            block.attention.attention = Shifted(block.attention.attention, SEGMENT // 2)
     return model
 
 
 def train(model: LongNetLM, stream: NoiseStream, *, seed: int, steps: int) -> float:
     """Train on edited copies; returns the last loss, in nats."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
-    )
-    loss = torch.tensor(float("nan"))
-    for step in range(steps):
+
+    def batch(step: int) -> Batch:
         rows = [
             copied_row(
                 stream, seq_len=SEQ_LEN, window=SEQ_LEN, seed=seed, sample=step * BATCH_SIZE + i
@@ -130,13 +127,9 @@ def train(model: LongNetLM, stream: NoiseStream, *, seed: int, steps: int) -> fl
             torch.from_numpy(np.stack([getattr(row, part) for row in rows]))
             for part in ("inputs", "targets")
         )
-        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-    return float(loss.detach())
+        return inputs, targets
+
+    return fit(model, batch, steps=steps)[-1]
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 Each writes its result to results/ and prints its progress. `--quick` measures the equal FLOPs at
 16,384 positions only, and all of it then takes less than ten minutes on two cores that nobody else
-uses. What takes longer runs by its own script: training_run.py, streaming.py, generation.py,
-against_commit.py. So does ring.py, which starts processes.
+uses. What takes longer runs by its own script: training_run.py, streaming.py, generation.py.
+So does ring.py, which starts processes.
 """
 
 from __future__ import annotations

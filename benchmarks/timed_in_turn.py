@@ -1,15 +1,12 @@
-"""dilated_core here against dilated_core in another checkout, such as the commit before.
+"""`dilated_attention` of this checkout and of another one, timed in turn: `compare.py --timed`.
 
-Three processes time the same calls in turn, one for this checkout and two for the other:
-`OMP_NUM_THREADS=1 python benchmarks/against_commit.py --base FOLDER --out
-benchmarks/results/against_commit.json`, where FOLDER is a worktree of the other commit. `ratio`
-above 1 says that this checkout is faster. `control_ratio` compares the two processes of the other
-commit: what differs from 1 there is the machine. One thread gives the steadiest times.
+Three processes time the same calls, one for this checkout and two for the other. `ratio` above 1
+says that this checkout is faster. `control_ratio` compares the two processes of the other commit:
+what differs from 1 there is the machine. One thread gives the steadiest times.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from harness import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PATTERN = ([128, 512, 2048], [1, 4, 16])
@@ -62,7 +61,7 @@ class Worker:
     def __init__(self, checkout: Path) -> None:
         path = checkout / "packages" / "dilated-core" / "src"
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
+            [sys.executable, __file__],
             env={**os.environ, "PYTHONPATH": str(path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -77,6 +76,14 @@ class Worker:
         self._process.stdin.flush()
         return float(self._read())
 
+    def stop(self) -> None:
+        """End the process and wait for it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
     def _read(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -85,7 +92,7 @@ class Worker:
         return line
 
 
-def compare(workers: dict[str, Worker], case: int, part: str, rounds: int) -> dict[str, Any]:
+def in_turn(workers: dict[str, Worker], case: int, part: str, rounds: int) -> dict[str, Any]:
     """Median times, and medians and quartiles of the ratios within each round."""
     seq_len, dtype, is_causal = CASES[case]
     calls = 100 if seq_len < 1000 else 1
@@ -114,35 +121,26 @@ def compare(workers: dict[str, Worker], case: int, part: str, rounds: int) -> di
     return row
 
 
-def main() -> None:
-    """Compare all cases and record them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--base", type=Path, help="checkout of the other commit")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.serve:
-        serve()
-        return
-    if options.base is None:
-        parser.error("--base is missing")
-    from harness import write_result
-
-    folders = {"base": options.base, "here": ROOT, "control": options.base}
+def time_cases(
+    base: Path, rounds: int, cases: list[int] | None, out: Path | None
+) -> list[dict[str, Any]]:
+    """Time all cases, or those of the given numbers; write them to `out` after the last one."""
+    folders = {"base": base, "here": ROOT, "control": base}
     workers = {name: Worker(folder) for name, folder in folders.items()}
     rows: list[dict[str, Any]] = []
-    for case in options.cases:
+    for case in range(len(CASES)) if cases is None else cases:
         for part in PARTS:
-            rows.append(compare(workers, case, part, options.rounds))
-            print(rows[-1], flush=True)
-    if options.out is not None:
+            rows.append(in_turn(workers, case, part, rounds))
+            print(rows[-1], file=sys.stderr, flush=True)
+    for worker in workers.values():
+        worker.stop()
+    if out is not None:
         commit = ["git", "rev-parse", "--short", "HEAD"]
-        base_commit = subprocess.check_output(commit, cwd=options.base, text=True).strip()
-        rows = [{"base_commit": base_commit, "pattern": PATTERN, **row} for row in rows]
-        write_result(options.out, "against_commit", rows)
+        base_commit = subprocess.check_output(commit, cwd=base, text=True).strip()
+        recorded = [{"base_commit": base_commit, "pattern": PATTERN, **row} for row in rows]
+        write_result(out, "against_commit", recorded)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    serve()

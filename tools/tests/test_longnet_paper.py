@@ -179,17 +179,17 @@ def test_far_copies_repeat_behind_every_segment_of_rate_one():
         assert matches[best] > 0.6
 
 
-@pytest.mark.parametrize("name", ["dense, 128", "fixed-sparse, 2048", "detached, 2048"])
+@pytest.mark.parametrize("name", ["dense, 32", "fixed-sparse, 256", "detached, 256"])
 def test_quality_of_every_kind_is_measured(name, monkeypatch):
-    from longnet_paper import quality
-    from longnet_paper.sizes import Size
+    from longnet_paper import quality, sizes
 
-    monkeypatch.setattr(Size, "steps", 2)
-    monkeypatch.setattr(quality, "TARGETS", 2048)
-    row = quality.measure(name, 0, Size())
-    assert [part["window"] for part in row["by_window"]] == [128, 512, 2048]
+    monkeypatch.setattr(sizes, "PAPER_SEGMENTS", (512, 1024, 2048, 3072, 4096))
+    monkeypatch.setattr(sizes.Size, "steps", 2)
+    monkeypatch.setattr(quality, "TARGETS", 512)
+    row = quality.measure(name, 0, sizes.Size())
+    assert [part["window"] for part in row["by_window"]] == [32, 128, 256]
     assert all(1 < part["bits_per_byte"] < 20 for part in row["by_window"])
-    assert [part["context"] for part in row["by_context"]][-1] == 2048
+    assert [part["context"] for part in row["by_context"]][-1] == 256
     assert ("gradient_error" in row) == (row["kind"] == "detached")
     if row["kind"] == "detached":
         assert row["gradient_error"]["before"]["queries"] > 0.01

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Never
 
 import torch
+from dilated_core import linear_cross_entropy
 from dilated_core.checks import check_bool
 from dilated_core.inputs import check_cu_seqlens
 from dilated_core.modules.options import check_forward_names, from_options
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.context_parallel import ContextParallel, shard_of_call
@@ -154,6 +156,65 @@ class LongNetLM(LongNetStacks):
         )
         return self.output(hidden)
 
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        count: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of every next token, without ever holding the logits of all tokens.
+
+        Example::
+
+            model.loss(tokens).backward()
+
+        It equals `cross_entropy` of the logits; `dilated_core.linear_cross_entropy` tells which
+        bits are the same. FSDP puts weights together in the forward of the module that it wraps, so
+        there call this in the forward of a module of your own.
+
+        Args:
+            tokens, positions, cu_seqlens, context_parallel: As of `forward`.
+            labels: int64, of the shape of `tokens`: the token that comes after each, `ignore_index`
+                where none counts. None: the next one of `tokens`; the last token of a sequence or
+                document has none. Over ranks give them, from `dilated_ring.shift_sequence`.
+            ignore_index, reduction, count: As of `dilated_core.linear_cross_entropy`. Over ranks
+                `count` is the number of labels of all of them.
+
+        Returns:
+            A scalar, or for `reduction="none"` one loss for each token.
+
+        Raises:
+            TypeError, ValueError: As `forward` and `dilated_core.linear_cross_entropy`; or if
+                `labels` is None and `context_parallel` is given.
+        """
+        if labels is None:
+            if context_parallel is not None:
+                raise ValueError(
+                    "labels is None, and context_parallel is given; the next token of a shard's "
+                    "last one is on another rank, so give labels from dilated_ring.shift_sequence."
+                )
+            labels = next_tokens(tokens, cu_seqlens, ignore_index)
+        hidden = self.hidden_states(
+            tokens,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            context_parallel=context_parallel,
+        )
+        return linear_cross_entropy(
+            hidden,
+            self.output.weight,
+            labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            count=count,
+        )
+
     def hidden_states(
         self,
         tokens: Tensor,
@@ -273,6 +334,16 @@ class LongNetLM(LongNetStacks):
                 f"positions has shape {tuple(positions.shape)}; it must be None for a model "
                 f'with positions="none", so leave it out.'
             )
+
+
+def next_tokens(tokens: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """The token after each one of `(…, S)`, `ignore_index` after the last of a document."""
+    labels = pad(tokens[..., 1:], (0, 1), value=ignore_index)
+    if cu_seqlens is None or not len(tokens):
+        return labels
+    # The end of an empty document is that of the one before; before the first, that of the last.
+    ends = (cu_seqlens[1:].to(tokens.device, torch.int64) - 1) % len(tokens)
+    return labels.index_fill(0, ends, ignore_index)
 
 
 def check_weights(model: LongNetLM) -> None:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from dilated_core import DilatedPattern, reference_dilated_attention
 from dilated_models.huggingface import register_with_transformers
+from dilated_models.huggingface.bounded_cache import CACHE_NAME
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 LLAMA = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -65,6 +66,47 @@ def build(kind: str, pattern: DilatedPattern = PATTERN, attention: str = "dilate
     config.pad_token_id = 0
     torch.manual_seed(0)
     return make._from_config(config, attn_implementation=attention).double().eval()
+
+
+def _cached(model: Any, tokens: torch.Tensor, cache: Any, **arguments: Any) -> Any:
+    """Logits of a call with a cache, by the name that this version of transformers has."""
+    return model(tokens, **{CACHE_NAME: cache}, use_cache=True, **arguments).logits
+
+
+def _padded(tokens: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tensor, Any]:
+    """Tokens and mask of rows with the first `lengths[b]` tokens of each."""
+    S = max(lengths)
+    ids = torch.zeros(len(lengths), S, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for b, n in enumerate(lengths):
+        at = slice(0, n) if side == "right" else slice(S - n, S)
+        ids[b, at], mask[b, at] = tokens[b, :n], 1
+    return ids, mask
+
+
+def _greedy(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """Tokens by whole forwards, without a cache."""
+    tokens = prompt[None]
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(tokens, use_cache=False).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    return tokens[0, len(prompt) :]
+
+
+@pytest.fixture
+def cached() -> Callable[..., Any]:
+    return _cached
+
+
+@pytest.fixture
+def padded() -> Callable[..., Any]:
+    return _padded
+
+
+@pytest.fixture
+def greedy() -> Callable[..., Any]:
+    return _greedy
 
 
 @pytest.fixture

@@ -116,6 +116,7 @@ def test_bfloat16_under_autocast(build_model: Build, tokens: torch.Tensor) -> No
     assert (actual.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
+@pytest.mark.exhaustive  # half a minute of compilation
 # From torch._dynamo itself, which reads a tensor between two graphs.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @torch.no_grad()

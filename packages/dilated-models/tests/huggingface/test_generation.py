@@ -1,42 +1,37 @@
 """`generate` with a cache gives the tokens of whole forwards, padded batches too."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from dilated_models.huggingface import DilatedCache
+from dilated_models.huggingface.bounded_cache import CACHE_NAME
 
 
-def greedy(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """Tokens by whole forwards, without a cache."""
-    tokens = prompt[None]
-    with torch.no_grad():
-        for _ in range(count):
-            logits = model(tokens, use_cache=False).logits
-            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
-    return tokens[0, len(prompt) :]
+def caches(config: Any) -> Iterator[dict[str, Any]]:
+    """Arguments of `generate` for each kind of cache."""
+    yield {}
+    yield {"cache_implementation": "static"}
+    if CACHE_NAME == "cache":
+        yield {"cache": DilatedCache(config)}
+        yield {"past_key_values": DilatedCache(config)}  # the name of 5.23
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_generate_equals_whole_forwards_in_a_left_padded_batch(
-    decoder: Any, tokens: torch.Tensor, cache: str | None
+    decoder: Any, tokens: torch.Tensor, padded: Any, greedy: Any
 ) -> None:
-    prompts = [tokens[0, :23], tokens[1, :9]]
-    ids = torch.zeros(2, 23, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, 23 - len(prompt) :], mask[b, 23 - len(prompt) :] = prompt, 1
-    out = decoder.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=25,
-        do_sample=False,
-        **({} if cache is None else {"cache_implementation": cache}),
-    )
-    for b, prompt in enumerate(prompts):
-        assert out[b, 23:].tolist() == greedy(decoder, prompt, 25).tolist()
+    ids, mask = padded(tokens, [23, 9], "left")
+    wanted = [greedy(decoder, tokens[b, :n], 25).tolist() for b, n in enumerate([23, 9])]
+    for cache in caches(decoder.config):
+        options = {"max_new_tokens": 25, "do_sample": False, **cache}
+        assert decoder.generate(ids, attention_mask=mask, **options)[:, 23:].tolist() == wanted
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_beams_reorder_the_cache(llama: Any, tokens: torch.Tensor) -> None:
     arguments = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
-    with_cache = llama.generate(tokens[:, :20], **arguments)
-    assert torch.equal(with_cache, llama.generate(tokens[:, :20], **arguments, use_cache=False))
+    wanted = llama.generate(tokens[:, :20], **arguments, use_cache=False)
+    for cache in caches(llama.config):
+        assert torch.equal(llama.generate(tokens[:, :20], **arguments, **cache), wanted)

@@ -13,15 +13,6 @@ from transformers import DynamicCache, StaticCache
 Build = Callable[..., Any]
 
 
-def cached(model: Any, tokens: torch.Tensor, cache: Any, **arguments: Any) -> Any:
-    """A call with a cache, by the name that this version of transformers has."""
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in parameters else "past_key_values"
-    return model(tokens, **{name: cache}, use_cache=True, **arguments).logits
-
-
 # Restarts are documents, with and without masks.
 
 
@@ -96,21 +87,10 @@ def test_documents_of_a_collator_must_agree_with_positions(
 # Padding is taken out, on whichever side it is.
 
 
-def padded(tokens: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tensor, Any]:
-    """Tokens and mask of rows with the first `lengths[b]` tokens of each."""
-    S = max(lengths)
-    ids = torch.zeros(len(lengths), S, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for b, n in enumerate(lengths):
-        at = slice(0, n) if side == "right" else slice(S - n, S)
-        ids[b, at], mask[b, at] = tokens[b, :n], 1
-    return ids, mask
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "bert"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_the_unpadded_run(
-    build_model: Build, tokens: torch.Tensor, kind: str, side: str
+    build_model: Build, tokens: torch.Tensor, kind: str, side: str, padded: Any
 ) -> None:
     model = build_model(kind)
     lengths = [45, 29]
@@ -123,7 +103,7 @@ def test_padded_rows_equal_the_unpadded_run(
 
 
 def test_left_padding_with_positions_that_count_it_equals_the_unpadded_run(
-    llama: Any, tokens: torch.Tensor
+    llama: Any, tokens: torch.Tensor, padded: Any
 ) -> None:
     ids, mask = padded(tokens, [45, 29], "left")
     logits = llama(ids, attention_mask=mask).logits  # RoPE depends on distances alone
@@ -149,7 +129,13 @@ def test_padding_between_documents_is_taken_out(llama: Any, tokens: torch.Tensor
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("steps", [[30, 1, 1, 13], [7, 9, 29], [1] * 6 + [39]])
 def test_cached_parts_equal_the_whole(
-    decoder: Any, tokens: torch.Tensor, make: Any, steps: list[int], side: str
+    decoder: Any,
+    tokens: torch.Tensor,
+    make: Any,
+    steps: list[int],
+    side: str,
+    cached: Any,
+    padded: Any,
 ) -> None:
     model = decoder
     lengths = [45, 45] if side == "whole" else [45, 29]
@@ -177,7 +163,7 @@ def test_cached_parts_equal_the_whole(
 
 
 def test_the_unwritten_tail_of_a_static_cache_is_never_attended(
-    llama: Any, tokens: torch.Tensor
+    llama: Any, tokens: torch.Tensor, cached: Any
 ) -> None:
     cache = StaticCache(config=llama.config, max_cache_len=64)
     with torch.no_grad():
@@ -190,14 +176,18 @@ def test_the_unwritten_tail_of_a_static_cache_is_never_attended(
         torch.testing.assert_close(logits, llama(tokens).logits[:, 31:])
 
 
-def test_without_positions_and_masks_a_cache_continues(decoder: Any, tokens: torch.Tensor) -> None:
+def test_without_positions_and_masks_a_cache_continues(
+    decoder: Any, tokens: torch.Tensor, cached: Any
+) -> None:
     cache = DynamicCache(config=decoder.config)
     with torch.no_grad():
         parts = [cached(decoder, part, cache) for part in tokens.split([30, 1, 14], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), decoder(tokens).logits)
 
 
-def test_gradients_through_a_cache_are_those_of_the_whole(llama: Any, tokens: torch.Tensor) -> None:
+def test_gradients_through_a_cache_are_those_of_the_whole(
+    llama: Any, tokens: torch.Tensor, cached: Any
+) -> None:
     upstream = torch.randn(2, 45, 61, dtype=torch.float64, generator=torch.manual_seed(2))
     llama(tokens).logits.backward(upstream)
     wanted = [p.grad.clone() for p in llama.parameters()]
@@ -210,7 +200,7 @@ def test_gradients_through_a_cache_are_those_of_the_whole(llama: Any, tokens: to
 
 
 def test_positions_that_do_not_continue_the_cache_are_refused(
-    llama: Any, tokens: torch.Tensor
+    llama: Any, tokens: torch.Tensor, cached: Any
 ) -> None:
     with torch.no_grad():
         for positions, match in [([[3]], "has 3 in row 0, column 10"), ([[11]], "has 11")]:

@@ -27,6 +27,9 @@ from dilated_models.huggingface.columns import Packed, find_continued, find_docu
 from dilated_models.huggingface.pattern import attention_of
 from dilated_models.huggingface.refusals import check_arguments, check_layer, check_mask
 
+# The argument by which a layer of a DilatedCache is handed on.
+CACHE_LAYER = "dilated_cache_layer"
+
 
 @torch.compiler.disable  # what it does follows from values of position_ids
 def dilated_attention_forward(
@@ -44,7 +47,8 @@ def dilated_attention_forward(
     Args:
         module: The layer; its `config` has the pattern, unless `dilated_pattern` has set one.
         query: `(B, H, n, D)`.
-        key, value: `(B, H_kv, N, D)`, with the tokens of the cache before the new ones.
+        key, value: `(B, H_kv, N, D)`, with the tokens of the cache before the new ones; with a
+            `DilatedCache` the new ones.
         attention_mask: As `dilated_mask` returns it.
         dropout: Probability of dropping an attention probability.
         scaling: Factor of the scores; 1/√D if None.
@@ -56,12 +60,17 @@ def dilated_attention_forward(
     Raises:
         ValueError: If something cannot be honoured.
     """
+    bounded = arguments.pop(CACHE_LAYER, None)
     check_layer(module, query.shape[1])
     check_arguments(arguments)
     attention = attention_of(getattr(module, "config", None))
     visible = check_mask(attention_mask)
     is_causal = _is_causal(module, arguments.get("is_causal"))
     position_ids = _positions(arguments.get("position_ids"), query)
+    if bounded is not None:
+        _check_bounded(is_causal, dropout)
+        rows = (x.transpose(1, 2) for x in cast_for_autocast(query, key, value))
+        return bounded.attend(*rows, position_ids, visible, attention, scaling), None
     if visible is not None:
         # A static cache returns columns that are not written yet.
         key, value = key[:, :, : visible.shape[1]], value[:, :, : visible.shape[1]]
@@ -171,6 +180,18 @@ def _continue_whole(
     past = k.shape[1] - q.shape[1]
     whole = nn.functional.pad(q, (0, 0, 0, 0, past, 0))
     return _attend(whole, k, v, None, attention, True, scale, dropout_p)[:, past:]
+
+
+def _check_bounded(is_causal: bool, dropout: float) -> None:
+    if not is_causal:
+        raise ValueError(
+            "is_causal is False; a DilatedCache is for causal attention, so use no cache."
+        )
+    if dropout:
+        raise ValueError(
+            f"the dropout of attention is {dropout}; a DilatedCache drops nothing, so call "
+            f"model.eval(), or use a DynamicCache."
+        )
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dilated_models.longnet.generation_cache import GenerationCache
+
+# The name of the cache in calls and outputs of a model: transformers 5.24 has renamed it.
+CACHE_NAME = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 
 class LongNetCache(Cache):

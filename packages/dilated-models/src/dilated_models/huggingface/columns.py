@@ -102,6 +102,33 @@ def find_continued(
     return [(row.nonzero().flatten(), int(row[past:].sum())) for row in visible]
 
 
+def check_one_text(
+    position_ids: Tensor | None, visible: Tensor | None, B: int, past: int, n: int
+) -> None:
+    """Refuse n new columns that do not continue the one text of each row of a cache.
+
+    Args:
+        position_ids: `(1, n)` or `(B, n)`, of the new columns.
+        visible: `(B, past + n)` bool, or None: all.
+        B: Rows.
+        past: Columns in the cache.
+        n: New columns.
+
+    Raises:
+        ValueError: If the positions have a gap, or a document begins inside a row.
+    """
+    if past:
+        find_continued(position_ids, visible, n, past + n)
+        return
+    packed = find_documents(position_ids, visible, B, n)
+    texts = B if visible is None else int(visible.any(-1).sum())
+    if packed is not None and packed.cu_seqlens.numel() - 1 > texts:
+        raise ValueError(
+            "position_ids restart inside a row; a cache holds one text for each row, so give each "
+            "document a row of its own, or use_cache=False."
+        )
+
+
 def _is_counted(position_ids: Tensor, first: int, n: int) -> bool:
     """Whether all rows are first … first + n − 1."""
     counted = torch.arange(first, first + n, device=position_ids.device, dtype=position_ids.dtype)

@@ -12,15 +12,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import PreTrainedModel as _PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from dilated_models.huggingface.bounded_cache import LongNetCache
-from dilated_models.huggingface.columns import find_continued, find_documents
+from dilated_models.huggingface.bounded_cache import CACHE_NAME, LongNetCache
+from dilated_models.huggingface.columns import check_one_text, find_documents
 from dilated_models.huggingface.configuration import LongNetPretrainedConfig
 from dilated_models.huggingface.refusals import check_arguments, check_mask
 from dilated_models.longnet.generation_cache import GenerationCache
 from dilated_models.longnet.language_model import LongNetLM
-
-# transformers 5.23 has one name for the cache in outputs, and 5.24 another.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class LongNetPreTrainedModel(_PreTrainedModel):
@@ -170,7 +167,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                     "gradients; give logits_to_keep=1 and no labels, or use_cache=False."
                 )
             logits, cache = self._continue(input_ids, attention_mask, position_ids, cache, given)
-            held: dict[str, Any] = {_CACHE: cache}
+            held: dict[str, Any] = {CACHE_NAME: cache}
             return CausalLMOutputWithPast(logits=cast(Any, logits), **held)
         count = given.get("num_items_in_batch")
         hidden = self._hidden(input_ids, attention_mask, position_ids, given)
@@ -211,16 +208,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             )
         past = cache.columns
         visible = _visible(mask, B, past + n)
-        if past:
-            find_continued(position_ids, visible, n, past + n)
-        else:
-            packed = find_documents(position_ids, visible, B, n)
-            texts = B if visible is None else int(visible.any(-1).sum())
-            if packed is not None and packed.cu_seqlens.numel() - 1 > texts:
-                raise ValueError(
-                    "position_ids restart inside a row; a cache holds one text for each row, so "
-                    "give each document a row of its own, or use_cache=False."
-                )
+        check_one_text(position_ids, visible, B, past, n)
         lengths = None
         if visible is not None:
             new = visible[:, past:]

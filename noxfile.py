@@ -92,7 +92,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def structure(session: nox.Session) -> None:
-    """Import layers, sibling ranges, file lengths, public names, pinned versions."""
+    """Import layers, sibling ranges, file lengths, public names, sources of numbers, pins."""
     sync_workspace(session)
     check_structure(session)
 
@@ -208,5 +208,5 @@ def run_pytest(session: nox.Session, *arguments: str, success_codes: Sequence[in
 def check_structure(session: nox.Session) -> None:
     """The rules about files and imports that need no test run."""
     run(session, "lint-imports", "--no-logo", "--no-cache")
-    for check in ["check_siblings", "check_lengths", "check_api", "lock"]:
+    for check in ["check_siblings", "check_lengths", "check_api", "check_numbers", "lock"]:
         run(session, "python", "-m", f"tools.{check}")

@@ -19,17 +19,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from longnet_paper.sizes import Size
 
 NUM_HEADS, HEAD_DIM = 2, 64
-SHORTEST, ROUNDS = 1024, 5
+SHORTEST, ROUNDS = 512, 5
 LONGEST_DENSE_S = 60.0
 
 
 def total_tokens(size: Size) -> int:
-    """2¹⁶ tokens at scale 1; the paper has a billion."""
-    return size.scale << 16
+    """2¹⁵ tokens at scale 1; the paper has a billion."""
+    return size.scale << 15
 
 
 def lengths(size: Size) -> list[int]:
-    """1,024, 4,096 … and last, one sequence of all tokens."""
+    """512, 2,048 … and last, one sequence of all tokens."""
     total = total_tokens(size)
     return [*(s for s in (SHORTEST << 2 * i for i in range(20)) if s < total), total]
 

@@ -33,7 +33,7 @@ from longnet_paper.sizes import Size
 from longnet_paper.text import Text
 from longnet_paper.training import Batch, fit
 
-TARGETS = 16384
+TARGETS = 8192
 BYTES_PER_FORWARD = 8192
 PROJECTIONS = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 

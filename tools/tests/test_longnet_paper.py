@@ -1,6 +1,7 @@
 """The experiments on the LongNet paper measure what they say."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,11 +112,11 @@ def test_batches_hold_the_same_number_of_bytes_from_one_file_each():
 
     text = Text(Size())
     for seq_len in (128, 2048):
-        for step in (0, 199):  # copies, plain
+        for step in (0, 149):  # copies, plain
             inputs, targets = text.batch(seq_len, step, seed=0)
             assert inputs.shape == targets.shape == (2048 // seq_len, seq_len)
             assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    again, _ = text.batch(2048, 199, seed=0)
+    again, _ = text.batch(2048, 149, seed=0)
     assert torch.equal(again, inputs)
     window = bytes(inputs[0].tolist())
     starts = text.training.document_starts(0, len(text.training))
@@ -225,32 +226,35 @@ def test_the_loss_of_windows_is_that_of_their_targets():
 
 def test_a_stopped_command_goes_on_with_what_has_no_row(monkeypatch, tmp_path):
     import reproduce_longnet
+    from longnet_paper import strided
     from longnet_paper.sizes import Size
 
     done = []
 
+    def measure(name, seed, size, device):
+        done.append((name, seed))
+        return {"contender": name, "seed": seed}
+
     def run(command, check):
-        done.append((command[command.index("--job") + 1], command[command.index("--seed") + 1]))
-        out = command[command.index("--out") + 1]
-        reproduce_longnet.Path(out).parent.mkdir(parents=True, exist_ok=True)
-        reproduce_longnet.Path(out).write_text('{"contender": "x"}')
+        seed, folder = (command[command.index(option) + 1] for option in ("--seeds", "--rows"))
+        reproduce_longnet.run_seed("strided", int(seed), Size(), "cpu", Path(folder))
 
     state = {"commit": "abc", "uncommitted_changes": False}
+    monkeypatch.setattr(strided, "measure", measure)
     monkeypatch.setattr(reproduce_longnet, "environment", lambda: state)
     monkeypatch.setattr(reproduce_longnet, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(reproduce_longnet, "ROOT", tmp_path)
-    monkeypatch.setattr(reproduce_longnet, "FOLDER", tmp_path)
-    all_jobs = reproduce_longnet.jobs("strided", Size(), [0, 1])
+    monkeypatch.setattr(reproduce_longnet, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     reproduce_longnet.run_part("strided", Size(), "cpu", [0, 1])
-    assert [(name, int(seed)) for name, seed in done] == all_jobs
-    result = json.loads((tmp_path / "results" / "longnet_paper_strided.json").read_text())
-    assert len(result["rows"]) == len(all_jobs)
-    rows = sorted((tmp_path / "runs").rglob("*.json"))
-    assert len(rows) == len(all_jobs)
-    rows[0].unlink()
+    expected = [(name, seed) for seed in (0, 1) for name in strided.CONTENDERS]
+    assert done == expected
+    rows = json.loads((tmp_path / "longnet_paper_strided.json").read_text())["rows"]
+    assert [(row["contender"], row["seed"]) for row in rows] == expected
+    (tmp_path / "runs" / "longnet_paper" / "abc-scale-1" / "strided" / "dense-1.json").unlink()
     done.clear()
     reproduce_longnet.run_part("strided", Size(), "cpu", [0, 1])
-    assert len(done) == 1
+    assert done == [("dense", 1)]
     state["uncommitted_changes"] = True
     with pytest.raises(SystemExit, match="uncommitted changes"):
         reproduce_longnet.run_part("strided", Size(), "cpu", [0, 1])

@@ -17,6 +17,7 @@ MODULES = sorted(
 def test_the_public_names() -> None:
     assert dilated_models.__all__ == [
         "ContextParallel",
+        "DilatedTransformerDecoderLayer",
         "DilatedTransformerEncoderLayer",
         "GenerationCache",
         "LongNetConfig",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dilated_models.config import LongNetConfig
+    from dilated_models.encoder.decoder_layer import DilatedTransformerDecoderLayer
     from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
     from dilated_models.encoder.stack import LongNetEncoder
     from dilated_models.layers.context_parallel import ContextParallel
@@ -32,6 +33,7 @@ __version__ = _version("dilated-models")
 
 __all__ = [
     "ContextParallel",
+    "DilatedTransformerDecoderLayer",
     "DilatedTransformerEncoderLayer",
     "GenerationCache",
     "LongNetConfig",
@@ -47,6 +49,7 @@ __all__ = [
 # Loaded on first use: `dilated --help` does not wait for torch.
 _MODULES = {
     "ContextParallel": "dilated_models.layers.context_parallel",
+    "DilatedTransformerDecoderLayer": "dilated_models.encoder.decoder_layer",
     "DilatedTransformerEncoderLayer": "dilated_models.encoder.layer",
     "GenerationCache": "dilated_models.longnet.generation_cache",
     "LongNetConfig": "dilated_models.config",

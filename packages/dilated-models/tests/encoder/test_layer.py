@@ -32,11 +32,23 @@ def test_a_layer_is_two_residuals_around_normalised_inputs(layer, x):
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "causal", "padding"])
-def test_a_layer_works_inside_pytorchs_encoder(layer, x, kind, training):
-    with torch.enable_grad():
-        stack = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).train(training)
+def test_a_layer_works_inside_pytorchs_encoder(layer, x, kind, training, batch_first):
+    """Its fast path for inference included, which needs a layer of PyTorch and is left out."""
+    if not batch_first:
+        weights = layer.state_dict()
+        layer = DilatedTransformerEncoderLayer(
+            32, 4, **OPTIONS, dtype=torch.float64, batch_first=False
+        )
+        layer.load_state_dict(weights)
+        expected = DilatedTransformerEncoderLayer(32, 4, **OPTIONS, dtype=torch.float64)
+        expected.load_state_dict(weights)
+        assert torch.equal(layer(x.transpose(0, 1)), expected(x).transpose(0, 1))
+        x = x.transpose(0, 1)
+    with pytest.warns(UserWarning, match="was not TransformerEncoderLayer"):
+        stack = nn.TransformerEncoder(layer, 3).train(training)
     mask, padding = None, None
     if kind == "causal":
         mask = nn.Transformer.generate_square_subsequent_mask(45, dtype=x.dtype)
@@ -53,9 +65,10 @@ def test_a_layer_works_inside_pytorchs_encoder(layer, x, kind, training):
     assert torch.equal(got, expected)
     assert got.requires_grad == training
     if kind == "causal":
-        changed = x.clone()
-        changed[:, 30:] += 1
-        assert torch.equal(stack(changed, mask=mask)[:, :30], got[:, :30])
+        changed, sequence = x.clone(), 1 if batch_first else 0
+        changed.narrow(sequence, 30, 15).add_(1)
+        difference = (stack(changed, mask=mask) - got).narrow(sequence, 0, 30)
+        assert difference.eq(0).all()
 
 
 def test_what_is_required_may_be_positional():
@@ -73,7 +86,7 @@ def test_other_masks_are_refused(layer, x):
 
 
 def test_inference_in_parts_is_the_whole(layer, x, monkeypatch):
-    monkeypatch.setattr("dilated_models.encoder.layer._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("dilated_models.encoder.halves._ROWS_AT_ONCE", 7)
     layer.eval()
     with torch.no_grad():
         parts = layer(x)

@@ -25,13 +25,13 @@ ELSEWHERE = {
     "is_causal": "is passed to forward",
     "key_padding_mask": "is passed to forward, as src_key_padding_mask",
     "cu_seqlens": "is passed to forward",
-    "batch_first": "is always true, since inputs are (B, S, E), so leave it out",
     "norm_first": "is always true, as in MAGNETO, so leave it out",
     "layer_norm": "stands in every block, so leave it out",
     "bias": "is part of every projection, so leave it out",
     "scale": "is 1/√head_dim, so leave it out",
 }
 STACK_ELSEWHERE = ELSEWHERE | {
+    "batch_first": "is always true, since inputs are (B, S, E), so leave it out",
     "key_padding_mask": "is passed to forward",
     "gamma_init": "follows from num_layers, so leave it out",
     "drop_path": "is called drop_path_rate",
@@ -42,7 +42,7 @@ STACK_ELSEWHERE = ELSEWHERE | {
 @answers_names(ELSEWHERE)
 @dataclass(frozen=True, kw_only=True)
 class EncoderLayerConfig:
-    """What a `DilatedTransformerEncoderLayer` is built from.
+    """What a layer of an encoder or a decoder is built from.
 
     Attributes:
         d_model: Width of its inputs and outputs.
@@ -62,6 +62,7 @@ class EncoderLayerConfig:
         head_offsets: `"interleaved"` (the paper) or `"blocked"` (published weights).
         padding: `"masked"`, or `"attended"` (published weights).
         backend: As in `dilated_core.dilated_attention`.
+        batch_first: Whether inputs are `(B, S, E)`, or `(S, B, E)` as by default in PyTorch.
 
     Raises:
         TypeError: If a value has the wrong type, or a name is unknown.
@@ -84,8 +85,10 @@ class EncoderLayerConfig:
     head_offsets: HeadOffsets = "interleaved"
     padding: Padding = "masked"
     backend: str = "auto"
+    batch_first: bool = True
 
     def __post_init__(self) -> None:
+        check_bool("batch_first", self.batch_first)
         for name in ("d_model", "nhead", "dim_feedforward"):
             self._set(name, check_integer(name, getattr(self, name), at_least=1))
         if self.d_model % self.nhead:
@@ -235,7 +238,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class EncoderLayerArguments(EncoderLayerConfig):
-    """The signature of `DilatedTransformerEncoderLayer`: what is required may be positional."""
+    """The signature of both layers: what is required may be positional."""
 
     d_model: int = field()
     nhead: int = field()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -217,15 +218,19 @@ def _of_sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, memory_bounds: Tensor, dropout_p: float
 ) -> Tensor:
     """Attention of packed q `(T, H, D)`, each sequence to its own packed keys."""
-    rows, memory_rows = ([int(n) for n in bounds.diff()] for bounds in (cu_seqlens, memory_bounds))
-    parts = zip(q.split(rows), k.split(memory_rows), v.split(memory_rows), strict=True)
-    outs = [
-        dense_attention(*(x[None] for x in part), dropout_p=dropout_p)[0]
-        if len(part[0]) and len(part[1])
-        else torch.zeros_like(part[0])
-        for part in parts
-    ]
+    outs: list[Tensor] = []
+    rows, memory_rows = (pairwise(_integers(x)) for x in (cu_seqlens, memory_bounds))
+    for (a, b), (c, d) in zip(rows, memory_rows, strict=True):
+        part = (q[None, a:b], k[None, c:d], v[None, c:d])
+        is_empty = a == b or c == d
+        outs.append(
+            torch.zeros_like(q[a:b]) if is_empty else dense_attention(*part, dropout_p=dropout_p)[0]
+        )
     return torch.cat(outs)
+
+
+def _integers(bounds: Tensor) -> list[int]:
+    return [int(bound) for bound in bounds.cpu()]
 
 
 def _last_rows(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

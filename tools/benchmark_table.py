@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.context_gain_table import context_gain
+from tools.loss_table import loss_sections
 from tools.ring_table import ring_section
 from tools.slides_table import slide_sections
 from tools.sparse_table import sparse_sections
@@ -141,7 +142,8 @@ def page(results: Path) -> str:
         f"{max(loads)}.",
         "",
     ]
-    for name, section in [*sparse_sections(results), *slide_sections(results)]:
+    sections = [*sparse_sections(results), *slide_sections(results), *loss_sections(results)]
+    for name, section in sections:
         environment = json.loads((results / f"{name}.json").read_text())["environment"]
         tables += [*section, "", _where(environment), ""]
     gained = json.loads((results / "context_gain.json").read_text())

@@ -33,7 +33,8 @@ def oracle(
     """The definition, over whole sequences without padding."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     config: Any = module.config
-    pattern = DilatedPattern(config.segment_lengths, config.dilation_rates)
+    offsets = getattr(config, "head_offsets", "interleaved")
+    pattern = DilatedPattern(config.segment_lengths, config.dilation_rates, head_offsets=offsets)
     causal = bool(module.is_causal)
     out = reference_dilated_attention(q, k, v, pattern, is_causal=causal, scale=scaling)
     return out.to(query.dtype), None
@@ -62,6 +63,7 @@ def build(kind: str, pattern: DilatedPattern = PATTERN, attention: str = "dilate
     make, config = (_bert if kind == "bert" else _decoders()[kind])()
     config.segment_lengths = list(pattern.segment_lengths)
     config.dilation_rates = list(pattern.dilation_rates)
+    config.head_offsets = pattern.head_offsets
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
     torch.manual_seed(0)

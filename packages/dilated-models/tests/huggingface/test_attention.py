@@ -11,6 +11,8 @@ from dilated_models.huggingface import dilated_pattern, register_with_transforme
 
 KINDS = ["llama", "qwen3", "gpt2", "bert"]
 DENSE = DilatedPattern([1000], [1])
+PATTERN = DilatedPattern([5, 12, 40], [1, 2, 3])
+BLOCKED = DilatedPattern([5, 12, 40], [1, 2, 3], head_offsets="blocked")
 Build = Callable[..., Any]
 
 
@@ -24,13 +26,14 @@ def gradients(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("attention", "pattern"), [("oracle", None), ("sdpa", DENSE)])
+@pytest.mark.parametrize(
+    ("attention", "pattern"), [("oracle", PATTERN), ("oracle", BLOCKED), ("sdpa", DENSE)]
+)
 def test_logits_and_gradients_are_those_of_the_definition_and_of_sdpa(
     build_model: Build, tokens: torch.Tensor, kind: str, attention: str, pattern: Any
 ) -> None:
-    chosen = {} if pattern is None else {"pattern": pattern}
-    actual = gradients(build_model(kind, **chosen), tokens)
-    wanted = gradients(build_model(kind, **chosen, attention=attention), tokens)
+    actual = gradients(build_model(kind, pattern), tokens)
+    wanted = gradients(build_model(kind, pattern, attention), tokens)
     assert len(actual) == len(wanted) > 10
     for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -62,7 +65,9 @@ def test_a_model_is_saved_and_loaded_with_its_pattern(
 ) -> None:
     llama.save_pretrained(tmp_path)
     again = type(llama).from_pretrained(tmp_path, attn_implementation="dilated").eval()
-    assert again.config.segment_lengths == [5, 12, 40]
+    saved = [getattr(again.config, n) for n in ("segment_lengths", "dilation_rates")]
+    assert saved == [[5, 12, 40], [1, 2, 3]]
+    assert again.config.head_offsets == "interleaved"
     torch.testing.assert_close(again.double()(tokens).logits, llama(tokens).logits)
 
 
@@ -114,6 +119,17 @@ def test_bfloat16_under_autocast(build_model: Build, tokens: torch.Tensor) -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = model(tokens).logits
     assert (actual.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_is_as_near_as_the_definition_in_it(
+    build_model: Build, tokens: torch.Tensor
+) -> None:
+    exact = build_model("llama")(tokens).logits
+    wanted = build_model("llama", attention="oracle").bfloat16()(tokens).logits
+    actual = build_model("llama").bfloat16()(tokens).logits
+    assert actual.dtype == torch.bfloat16
+    assert (actual - exact).abs().max() <= 2 * (wanted - exact).abs().max()
 
 
 @pytest.mark.exhaustive  # half a minute of compilation

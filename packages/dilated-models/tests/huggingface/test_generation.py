@@ -7,15 +7,16 @@ import pytest
 import torch
 from dilated_models.huggingface import DilatedCache
 from dilated_models.huggingface.bounded_cache import CACHE_NAME
+from transformers import DynamicCache
 
 
 def caches(config: Any) -> Iterator[dict[str, Any]]:
     """Arguments of `generate` for each kind of cache."""
     yield {}
     yield {"cache_implementation": "static"}
+    yield {"past_key_values": DynamicCache(config=config)}  # the name of 5.23, deprecated in 5.24
     if CACHE_NAME == "cache":
         yield {"cache": DilatedCache(config)}
-        yield {"past_key_values": DilatedCache(config)}  # the name of 5.23
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")

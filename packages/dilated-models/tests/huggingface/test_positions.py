@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from dilated_core import DilatedPattern
 from dilated_models.huggingface.columns import find_continued, find_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,9 +98,30 @@ def test_padded_rows_equal_the_unpadded_run(
     ids, mask = padded(tokens, lengths, side)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    upstream = torch.randn(2, 45, 61, dtype=torch.float64, generator=torch.manual_seed(2))
+    (logits * upstream)[mask.bool()].sum().backward()
+    actual = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
     for b, n in enumerate(lengths):
-        alone = model(tokens[b : b + 1, :n]).logits
-        torch.testing.assert_close(logits[b][mask[b].bool()], alone[0], rtol=1e-9, atol=1e-10)
+        alone = model(tokens[b : b + 1, :n]).logits[0]
+        torch.testing.assert_close(logits[b][mask[b].bool()], alone, rtol=1e-9, atol=1e-10)
+        alone.backward(upstream[b][mask[b].bool()])
+    for a, p in zip(actual, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_with_one_long_segment_documents_and_padding_are_those_of_sdpa(
+    build_model: Build, tokens: torch.Tensor, padded: Any
+) -> None:
+    dense = DilatedPattern([1000], [1])
+    model, sdpa = build_model("llama", dense), build_model("llama", dense, "sdpa")
+    packed = {"position_ids": torch.cat([torch.arange(20), torch.arange(25)])[None]}
+    actual, wanted = (x(tokens, **packed, use_cache=False).logits for x in (model, sdpa))
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
+    ids, mask = padded(tokens, [45, 29], "left")
+    actual, wanted = (x(ids, attention_mask=mask).logits[mask.bool()] for x in (model, sdpa))
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
 
 
 def test_left_padding_with_positions_that_count_it_equals_the_unpadded_run(

@@ -105,6 +105,18 @@ def test_sliding_windows_of_a_model(tokens: torch.Tensor) -> None:
     assert model(tokens).logits.isfinite().all()
 
 
+def test_sliding_windows_in_some_layers(tokens: torch.Tensor) -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    config = transformers.Qwen2Config(**sizes, **heads, **window)
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    config.segment_lengths, config.dilation_rates = [8], [1]
+    model = transformers.Qwen2ForCausalLM._from_config(config, attn_implementation="dilated")
+    with pytest.raises(ValueError, match="cannot honour: a sliding window"):
+        model(tokens)
+
+
 def test_masks_of_a_caller_and_dropped_tokens() -> None:
     sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3}
     causal = masking_utils.causal_mask_function

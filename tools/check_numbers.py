@@ -115,8 +115,7 @@ def _values(content: Any, path: list[str]) -> Iterator[float]:
     if not path:
         yield content
     elif path[0] == "*":
-        items: Any = content.values() if isinstance(content, dict) else content
-        for item in items:
+        for item in content if isinstance(content, list) else content.values():
             yield from _values(item, path[1:])
     elif isinstance(content, list):
         yield from _values(content[int(path[0])], path[1:])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,12 +31,49 @@ def test_every_script_can_be_imported():
     assert run.returncode == 0, run.stderr
 
 
-def test_every_command_names_a_script():
-    from run import COMMANDS, QUICK
+def test_one_command_runs_every_benchmark_of_a_cpu():
+    from run import COMMANDS, NEEDED, ONE_THREAD, QUICK, TRAINED
 
     scripts = {command[0] for command in COMMANDS.values()}
     assert all((FOLDER / script).is_file() for script in scripts)
-    assert set(QUICK) <= set(COMMANDS)
+    assert set(QUICK) | ONE_THREAD | set(NEEDED) <= set(COMMANDS)
+    assert all(set(runs) <= set(TRAINED) for runs in NEEDED.values())
+    no_benchmarks = {"run.py", "compare.py", "timed_in_turn.py", "harness.py", "peak_memory.py"}
+    needs_other_code = {"slides_official.py"}
+    cpu = {path.name for path in FOLDER.glob("*.py") if not path.name.startswith("gpu_")}
+    assert cpu - no_benchmarks - needs_other_code == scripts
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    import run
+
+    started = []
+
+    def start(command, env):
+        started.append((command[1:], env.get("OMP_NUM_THREADS")))
+        return SimpleNamespace(returncode=int("hilbert.py" in command[1]))
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=start))
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run.main(["--only", "hilbert", "length", "context_gain"]) == 1
+    assert "failed: hilbert\n" in capsys.readouterr().out
+    hilbert, length, *trainings, scoring = started
+    assert hilbert == ([str(FOLDER / "hilbert.py")], "1")
+    assert length == ([str(FOLDER / "length.py")], "7")
+    assert [command[:2] for command, _ in trainings] == [["-m", "dilated_models"]] * 7
+    assert scoring[0] == [
+        str(FOLDER / "context_gain.py"),
+        *(str(tmp_path / r) for r in run.TRAINED),
+    ]
+    started.clear()
+    (tmp_path / "copies-0").mkdir()
+    (tmp_path / "copies-0" / "model.safetensors").touch()
+    assert run.main(["--only", "adaptive_recall"]) == 0
+    assert len(started) == 1
+    started.clear()
+    assert run.main(["--quick"]) == 0
+    assert len(started) == len(run.QUICK)
 
 
 def test_the_record_of_plain_training_is_the_median_of_the_runs_without_copies():

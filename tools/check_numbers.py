@@ -16,7 +16,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path("docs") / "numbers.toml"
@@ -112,12 +112,14 @@ def _check(root: Path, entry: dict[str, Any]) -> Iterator[str]:
 
 def _values(content: Any, path: list[str]) -> Iterator[float]:
     """What is at a path; `*` is every item of a list or of a table."""
+    is_table = isinstance(content, dict)
     if not path:
         yield content
     elif path[0] == "*":
-        for item in content if isinstance(content, list) else content.values():
+        items: list[Any] = [*cast("dict[str, Any]", content).values()] if is_table else content
+        for item in items:
             yield from _values(item, path[1:])
-    elif isinstance(content, list):
+    elif not is_table:
         yield from _values(content[int(path[0])], path[1:])
     elif path[0] in content:
         yield from _values(content[path[0]], path[1:])

@@ -53,8 +53,8 @@ imports every target and runs the documented calls.
 
 Three things differ everywhere. Attention is the paper's: every head runs through every branch, and
 one softmax mixes them. Every sequence length works. Modules return a tensor, and a pair only where
-`need_weights` is passed. [Migrating](migrating.md#successors-of-dilated-attention-pytorch) shows which
-results stay the same.
+`need_weights` is passed. [Migrating](migrating.md#successors-of-dilated-attention-pytorch) shows
+which results stay the same.
 
 """
 

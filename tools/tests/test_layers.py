@@ -60,6 +60,7 @@ GOOD = {
     "dilated_sparse/adaptive/__init__.py": "import dilated_sparse.modules",
     "dilated_sparse/attention.py": "import dilated_sparse.ops",
     "dilated_sparse/execution/__init__.py": "import dilated_sparse.pattern",
+    "dilated_sparse/factory.py": "import dilated_sparse.adaptive, dilated_sparse.presets",
     "dilated_sparse/modules/__init__.py": "import dilated_sparse.attention",
     "dilated_sparse/ops.py": "import dilated_sparse.execution, dilated_sparse.operators",
     "dilated_sparse/operators.py": "",

@@ -25,7 +25,7 @@ from dilated_core.backends.eager import EagerBackend
 from dilated_core.backends.registry import unregister_backend
 from dilated_core.reference import reference_dilated_attention_with_lse
 from dilated_core.testing import AWKWARD_CASES, BackendConformance, Case, random_cases
-from dilated_kernels.flex import backend as flex_module
+from dilated_kernels.flex import call as flex_call
 from dilated_kernels.flex import mask as flex_mask
 from dilated_kernels.flex.backend import flex
 from hypothesis import HealthCheck, given, settings
@@ -91,9 +91,10 @@ def mask_of(block_mask, B, H, M, N):
     return block_mask.mask_mod(b, h, i, j)
 
 
-def differentiable_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
+def differentiable_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa, kernel_options):
     """flex_attention with its lse, as torch.nn.attention.flex_attention documents it."""
     H = q.shape[1]
+    assert not kernel_options
     assert enable_gqa == (k.shape[1] != H)
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mT) * scale
@@ -110,8 +111,8 @@ def differentiable_flex(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(flex_module, "_flex_attention", lambda kind: differentiable_flex)
-    monkeypatch.setattr(flex_module, "_has_backward", lambda kind: True)
+    monkeypatch.setattr(flex_call, "_flex_attention", lambda kind, mask: differentiable_flex)
+    monkeypatch.setattr(flex_call, "_has_backward", lambda kind: True)
 
 
 class TestFlexOverAStandIn(BackendConformance):
@@ -304,9 +305,11 @@ def test_the_compiler_takes_it_whole(monkeypatch):
 
     More patterns than the compiler keeps kernels for by itself: past that it would give up, too.
     """
-    compiled = torch.compile(flex_module._flex_with_lse, fullgraph=True, backend="eager")
-    monkeypatch.setattr(flex_module, "_compiled_flex_with_lse", lambda: compiled)
-    monkeypatch.setattr(flex_module, "_flex_attention", lambda kind: flex_module._flex_compiled)
+    compiled = torch.compile(flex_call._flex_with_lse, fullgraph=True, backend="eager")
+    monkeypatch.setattr(flex_call, "_compiled", lambda is_dynamic: compiled)
+    monkeypatch.setattr(
+        flex_call, "_flex_attention", lambda kind, mask: flex_call._flex_of_one_size
+    )
     names = ("grouped queries", "masked, grouped queries, attended, causal", "packed, causal")
     for case in AWKWARD_CASES:
         if case.name in names:

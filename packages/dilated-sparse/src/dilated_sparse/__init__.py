@@ -5,7 +5,7 @@ The rooms, in the order to read them: `pattern` lists which blocks of the attent
 defines forward and backward as PyTorch operators, and `ops` does so for block-sparse attention.
 `attention` has the public functions, `windowed` dilated attention with a sliding window, `modules`
 the modules and their factories, `presets` MoBA and NSA, and `adaptive` attention that learns which
-blocks to keep.
+blocks to keep. `factory` builds these three.
 """
 
 from importlib.metadata import version as _version
@@ -15,12 +15,12 @@ from dilated_core.pattern.hilbert import hilbert_order
 from dilated_sparse.adaptive.attention import AdaptiveSparseAttention
 from dilated_sparse.adaptive.config import AdaptiveSparseConfig
 from dilated_sparse.adaptive.decoding import AdaptiveCache
-from dilated_sparse.adaptive.factory import create_adaptive_sparse_attention
 from dilated_sparse.adaptive.multihead import AdaptiveSparseMultiheadAttention
 from dilated_sparse.attention import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
 )
+from dilated_sparse.factory import AdaptiveMethod, create_adaptive_sparse_attention
 from dilated_sparse.modules.attention import BlockSparseAttention
 from dilated_sparse.modules.config import BlockSparseAttentionConfig, SparsePatternConfig
 from dilated_sparse.modules.factory import create_block_sparse_attention
@@ -79,6 +79,7 @@ __all__ = [
     "create_block_sparse_attention",
     # content-adaptive
     "AdaptiveCache",
+    "AdaptiveMethod",
     "AdaptiveSparseAttention",
     "AdaptiveSparseConfig",
     "AdaptiveSparseMultiheadAttention",

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from dilated_core import create_dilated_attention, create_multihead_dilated_attention
+from dilated_core.positions.rotary import rotate, rotation_at
 from dilated_sparse import (
+    AdaptiveSparseMultiheadAttention,
     MoBAAttention,
     MoBAMultiheadAttention,
     NativeSparseAttention,
+    create_adaptive_sparse_attention,
     moba_attention,
+    native_sparse_attention,
 )
 from torch._dynamo.testing import CompileCounter
 
@@ -110,6 +114,81 @@ def test_half_precision(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         module, x = nsa(), torch.randn(1, 60, 32)
         assert module(x, x, x, is_causal=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale_base", [None, 64.0])
+def test_a_rotation_makes_scores_depend_on_distances(scale_base) -> None:
+    """Positions that all begin later change nothing; other distances do; documents are as alone."""
+    module, x = nsa().double(), torch.randn(2, 60, 32, dtype=torch.float64)
+
+    def turned(first: int, step: int = 1) -> torch.Tensor:
+        positions = torch.arange(60) * step + first
+        factors = rotation_at(
+            positions, 8, scale_base=scale_base, center=first, dtype=torch.float64
+        )
+        return module(x, x, x, is_causal=True, rotation=factors)
+
+    torch.testing.assert_close(turned(0), turned(37))
+    assert (turned(0) - turned(0, 2)).abs().max() > 1e-4
+    assert (turned(0) - module(x, x, x, is_causal=True)).abs().max() > 1e-4
+    # A compressed key is turned by the middle of its block: positions 4, 8, 12, … of blocks of 8.
+    factors = rotation_at(torch.arange(60), 8, scale_base=scale_base, dtype=torch.float64)
+    q, *kv = (p(x).unflatten(-1, (-1, 8)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    keys, values = (part.chunk(3, dim=2) for part in kv)
+    k_factors = (factors.k_cos, factors.k_sin)
+    out = native_sparse_attention(
+        rotate(q, factors.q_cos, factors.q_sin),
+        (
+            rotate(module.compress_k(keys[0]), *(f[4:57:4] for f in k_factors)),
+            module.compress_v(values[0]),
+        ),
+        *((rotate(k, *k_factors), v) for k, v in zip(keys[1:], values[1:], strict=True)),
+        module.gate(x).unflatten(-1, (-1, 3)),
+        sizes=module.attention_config.sizes,
+    )
+    torch.testing.assert_close(module.out_proj(module.layer_norm(out.flatten(-2))), turned(0))
+    cu_seqlens, positions = (
+        torch.tensor([0, 25, 60]),
+        torch.cat([torch.arange(25), torch.arange(35)]),
+    )
+    packed = module(
+        *([x[0]] * 3),
+        is_causal=True,
+        cu_seqlens=cu_seqlens,
+        rotation=rotation_at(positions, 8, scale_base=scale_base, dtype=torch.float64),
+    )
+    alone = [x[:1, a:b] for a, b in ((0, 25), (25, 60))]
+    for got, part in zip(packed.split([25, 35]), alone, strict=True):
+        factors = rotation_at(
+            torch.arange(part.shape[1]), 8, scale_base=scale_base, dtype=torch.float64
+        )
+        expected = module(part, part, part, is_causal=True, rotation=factors)
+        torch.testing.assert_close(got, expected[0])
+    with pytest.raises(ValueError, match="there are 60 positions"):
+        module(x, x, x, is_causal=True, rotation=rotation_at(torch.arange(59), 8))
+
+
+def test_all_methods_of_choosing_by_content_have_one_factory() -> None:
+    classes = {
+        "learned": AdaptiveSparseMultiheadAttention,
+        "moba": MoBAMultiheadAttention,
+        "nsa": NativeSparseAttention,
+    }
+    x = torch.randn(1, 70, 32)
+    for method, cls in classes.items():
+        torch.manual_seed(0)
+        mha = create_adaptive_sparse_attention(32, 4, method=method, num_kv_heads=2)
+        torch.manual_seed(0)
+        named = cls(32, 4, num_kv_heads=2)
+        assert torch.equal(mha(x, x, x, is_causal=True), named(x, x, x, is_causal=True))
+        assert type(mha) is cls
+    assert type(create_adaptive_sparse_attention(32, 4)) is classes["learned"]
+    with pytest.raises(
+        ValueError, match="method is 'mob'; it must be one of 'learned', 'moba', 'nsa'"
+    ):
+        create_adaptive_sparse_attention(32, 4, method="mob")
+    with pytest.raises(TypeError, match="sparsity_ratio"):
+        create_adaptive_sparse_attention(32, 4, method="moba", sparsity_ratio=0.1)
 
 
 def test_names_of_the_factories() -> None:

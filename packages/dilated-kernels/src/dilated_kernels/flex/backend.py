@@ -1,19 +1,15 @@
-"""Backend `flex`: the whole pattern through PyTorch's flex_attention.
+"""Backend `flex`: the whole pattern, or a list of blocks, through PyTorch's flex_attention.
 
-The pattern becomes two functions of indices, which PyTorch compiles into its kernel: a mask (does
-any branch let query i see key j?) and a change of the score (a key that c branches select gets
-log c more, so that it counts c times). It is for comparisons and experiments: the kernel computes
-every block of 128 x 128 positions in which a query sees a key, and a dilated branch skips few.
+A list of blocks is what flex_attention is made for: see blocks.py.
+
+A dilated pattern becomes two functions of indices, which PyTorch compiles into its kernel: a mask
+(does any branch let query i see key j?) and a change of the score (a key that c branches select
+gets log c more, so that it counts c times). It is for comparisons and experiments: the kernel
+computes every block of 128 x 128 positions in which a query sees a key, and a dilated branch skips
+few.
 """
 
 from __future__ import annotations
-
-import math
-import warnings
-from collections.abc import Callable
-from functools import lru_cache
-from threading import Lock
-from typing import Any
 
 import torch
 from dilated_core import AttentionOutput, DilatedPattern, merge_partials
@@ -21,33 +17,23 @@ from dilated_core.backends.contract import (
     CONTRACT_VERSION,
     AttentionInputs,
     AttentionOptions,
+    BlockLists,
     Gradients,
 )
+from dilated_core.merge import accumulation_dtype
 
 from dilated_kernels import availability
-from dilated_kernels.flex.mask import (
-    Mask,
-    documents_of,
-    many_kernels,
-    pattern_mask,
-    strip_mask,
-    zero_keys,
-)
+from dilated_kernels.flex import call
+from dilated_kernels.flex.blocks import block_reasons, list_mask
+from dilated_kernels.flex.mask import documents_of, pattern_mask, strip_mask, zero_keys
 from dilated_kernels.ranking.table import Rank, rank
 
 _CPU_DTYPES = (torch.float64, torch.float32, *availability.HALF_DTYPES)
 _CUDA_DTYPES = (torch.float32, *availability.HALF_DTYPES)
-_MIN_HEAD_DIM_CUDA = 16  # smallest side of a matrix product in Triton
-
-# The dispatcher's state has no public name.
-_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-
-_NOT_COMPILED = "flex_attention called without torch.compile"
-_warnings_lock = Lock()
 
 
 class FlexBackend:
-    """Dilated attention by PyTorch's flex_attention; on CPU forward only."""
+    """Attention by PyTorch's flex_attention; on CPU forward only."""
 
     name = "flex"
     priority = -1  # only by name
@@ -72,6 +58,7 @@ class FlexBackend:
                 f"max_workspace_bytes is {inputs.max_workspace_bytes}; PyTorch's compiler chooses "
                 f"its workspace and takes no limit."
             )
+        reasons += block_reasons(kind, inputs.block_size)
         return reasons
 
     def dilated_forward(
@@ -94,7 +81,7 @@ class FlexBackend:
             documents=documents,
             key_padding_mask=options.key_padding_mask,
         )
-        result = _attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
+        result = call.attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
         if pattern.padding == "masked" or options.is_causal:
             return result
         count = zero_keys(pattern, q, documents)
@@ -128,7 +115,8 @@ class FlexBackend:
             documents=documents_of(cu_seqlens, q),
             key_padding_mask=options.key_padding_mask,
         )
-        return _differentiate(dout, dlse, q, k, v, out, lse, mask, options.scale)
+        delta = _delta(dout, out) if dlse is None else _delta(dout, out) - dlse
+        return call.differentiate(dout, q, k, v, lse, delta, mask, options.scale)
 
     def forward(
         self,
@@ -140,7 +128,7 @@ class FlexBackend:
         """See `AttentionBackend.forward`."""
         _refuse_dropout(options.dropout_p)
         mask = strip_mask(q, k, options)
-        return _attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
+        return call.attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
 
     def backward(
         self,
@@ -161,131 +149,71 @@ class FlexBackend:
         """
         _refuse_dropout(options.dropout_p)
         mask = strip_mask(q, k, options)
-        return _differentiate(dout, None, q, k, v, out, lse, mask, options.scale)
+        delta = _delta(dout, out) if delta is None else delta
+        return call.differentiate(dout, q, k, v, lse, delta, mask, options.scale)
+
+    def block_sparse_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        blocks: BlockLists,
+        options: AttentionOptions,
+    ) -> AttentionOutput:
+        """See `BlockSparseBackend`."""
+        _check_blocks(q, blocks, options)
+        if not q.numel():
+            lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+            return AttentionOutput(torch.empty_like(q), lse)
+        k, v = _without_masked(k, v, options)
+        mask = list_mask(blocks, q, options, has_columns=False)
+        return call.attend(q.detach(), k.detach(), v.detach(), mask, options.scale)
+
+    def block_sparse_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        blocks: BlockLists,
+        options: AttentionOptions,
+    ) -> Gradients:
+        """See `BlockSparseBackend`. Runs forward once more: see `call.differentiate`.
+
+        Raises:
+            NotImplementedError: On CPU, where PyTorch's flex_attention has no backward.
+        """
+        _check_blocks(q, blocks, options)
+        if not q.numel():
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        k, v = _without_masked(k, v, options)
+        mask = list_mask(blocks, q, options, has_columns=True)
+        return call.differentiate(dout, q, k, v, lse, delta, mask, options.scale)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float
-) -> AttentionOutput:
-    D = q.shape[3]
-    missing = 0 if q.device.type == "cpu" else max(0, _MIN_HEAD_DIM_CUDA - D)
-    q_BHMD, k_BKMD, v_BKMD = (
-        # Zeros change no product, and the columns that they add to out are cut off.
-        torch.nn.functional.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2)
-        for x in (q, k, v)
-    )
-    out, lse = _flex_attention(q.device.type)(
-        q_BHMD,
-        k_BKMD,
-        v_BKMD,
-        score_mod=mask.score_mod,
-        block_mask=mask.block_mask,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return AttentionOutput(out[..., :D].transpose(1, 2), lse.transpose(1, 2))
+def _delta(dout: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """rowsum(dout · out)."""
+    wide = accumulation_dtype(dout.dtype)
+    return (dout.to(wide) * out.to(wide)).sum(-1)
 
 
-def _differentiate(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients given an out and lse that may be over more keys than `mask` allows.
-
-    flex_attention differentiates its own (o', l') only. With (o, l) over all keys, p = exp(s - l)
-    and ds = p * (dout.v - dout.o + dlse) are the result of its backward for
-
-        do' = exp(l' - l) * dout   and   dl' = exp(l' - l) * (dout.(o' - o) + dlse),
-
-    because its own probabilities are p' = exp(s - l') = exp(l - l') * p.
-    """
-    if not _has_backward(q.device.type):
-        raise NotImplementedError(
-            f"backend 'flex' has no backward on {q.device.type}, because PyTorch's flex_attention "
-            f"has none there; use backend='sdpa' (or 'auto') to train on {q.device.type}."
-        )
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with _RecordingGradients():
-        own = _attend(leaves[0], leaves[1], leaves[2], mask, scale)
-        own_lse = own.lse.detach()
-        # A row without keys has l' = -inf and no gradient, whatever l is.
-        weight = (own_lse - lse).exp().masked_fill(own_lse == -math.inf, 0)
-        weighted_dout = dout * weight.unsqueeze(-1)
-        through_lse = (weighted_dout * (own.out.detach().to(weight.dtype) - out)).sum(-1)
-        if dlse is not None:
-            through_lse += weight * dlse
-        dq, dk, dv = torch.autograd.grad(
-            tuple(own), leaves, (weighted_dout.to(q.dtype), through_lse.to(own_lse.dtype))
-        )
-    return dq, dk, dv
+def _without_masked(
+    k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and v with zeros where they are masked: 0 · NaN would be NaN."""
+    if options.key_padding_mask is None:
+        return k, v
+    hidden = options.key_padding_mask[:, :, None, None]
+    return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
 
 
-class _RecordingGradients:
-    """Record operations for autograd, even in the kernel of an operator.
-
-    PyTorch runs such kernels below autograd: the dispatcher skips autograd, and `enable_grad` alone
-    changes nothing. Another thread has autograd, but would wait for the thread of the device, which
-    waits for it.
-    """
-
-    def __enter__(self) -> None:
-        below = _C._dispatch_tls_local_exclude_set()
-        for key in (
-            _C.DispatchKey.AutogradFunctionality,
-            _C.DispatchKey.AutogradOther,
-            _C.DispatchKey.AutogradNestedTensor,
-        ):
-            below = below.remove(key)
-        self._keys = _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), below)
-        self._grad = torch.enable_grad()
-        self._keys.__enter__()
-        self._grad.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._grad.__exit__(*error)
-        self._keys.__exit__(*error)
-
-
-def _flex_attention(kind: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """flex_attention that returns out and lse `(B, H, M)`: compiled, except on CPU."""
-    return _flex_eager if kind == "cpu" else _flex_compiled
-
-
-def _has_backward(kind: str) -> bool:
-    return kind != "cpu"
-
-
-def _flex_eager(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    # Filters of warnings belong to the process: threads would restore each other's.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_NOT_COMPILED)
-        return _flex_with_lse(*tensors, **options)
-
-
-def _flex_compiled(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    with many_kernels():
-        return _compiled_flex_with_lse()(*tensors, **options)
-
-
-def _flex_with_lse(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    # Its import alone takes a good part of a second.
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
-    function: Any = flex_attention  # its overloads take no dictionary of keywords
-    out, aux = function(*tensors, **options, return_aux=AuxRequest(lse=True))
-    return out, aux.lse
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex_with_lse() -> Any:
-    return torch.compile(_flex_with_lse, fullgraph=True)
+def _check_blocks(q: torch.Tensor, blocks: BlockLists, options: AttentionOptions) -> None:
+    """Repeat the `why_not` checks for callers that skipped them."""
+    _refuse_dropout(options.dropout_p)
+    if reasons := block_reasons(q.device.type, blocks.block_size):
+        raise ValueError(" ".join(reasons))
 
 
 def _refuse_dropout(dropout_p: float) -> None:

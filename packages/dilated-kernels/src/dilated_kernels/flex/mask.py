@@ -30,10 +30,14 @@ class Mask(NamedTuple):
         block_mask: Which, as PyTorch's `BlockMask`; None if it sees every key.
         score_mod: (score, b, h, i, j) -> score + log(how often); None if every seen key counts
             once.
+        has_any_size: Whether one compiled kernel serves all lengths and lists of blocks.
+        kernel_options: PyTorch's options of the kernel; None for its own choice.
     """
 
     block_mask: Any
     score_mod: Mod | None
+    has_any_size: bool = False
+    kernel_options: dict[str, Any] | None = None
 
 
 class Documents(NamedTuple):
@@ -139,12 +143,39 @@ def zero_keys(
     return total
 
 
+def is_compiled(kind: str) -> bool:
+    """Whether flex_attention is compiled on this type of device.
+
+    On CPU it is eager: its compiled kernel returns no lse. Eager flex_attention evaluates the mask
+    for all pairs of positions and reads no list of blocks.
+    """
+    return kind != "cpu"
+
+
 @contextmanager
 def many_kernels() -> Generator[None]:
     """Let the compiler keep a kernel for each of many patterns and shapes."""
     import torch._dynamo.config
 
     with torch._dynamo.config.patch(recompile_limit=_MAX_KERNELS):
+        yield
+
+
+@contextmanager
+def one_kernel_for_sizes() -> Generator[None]:
+    """Let a kernel that is compiled with `dynamic=True` serve all lengths and lists of blocks.
+
+    By itself the compiler takes two sizes that are equal in the first call, such as a number of
+    heads and the longest row of blocks, for one. It would also make the scale an argument; the
+    kernels need it as a constant.
+    """
+    import torch._dynamo.config
+    import torch.fx.experimental._config as shapes
+
+    with (
+        torch._dynamo.config.patch(recompile_limit=_MAX_KERNELS, specialize_float=True),
+        shapes.patch(use_duck_shape=False),  # pyright: ignore
+    ):
         yield
 
 

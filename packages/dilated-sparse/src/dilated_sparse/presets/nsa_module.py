@@ -11,6 +11,7 @@ from dilated_core.checks import check_tensor
 from dilated_core.modules.config import MULTIHEAD_ARGUMENTS
 from dilated_core.modules.masks import as_bool_mask, check_mask_is_causal
 from dilated_core.modules.options import check_forward_names, from_options, show_options
+from dilated_core.positions.rotary import Rotation, rotate
 from torch import nn
 
 from dilated_sparse.execution.run import split
@@ -76,7 +77,9 @@ class NativeSparseAttention(nn.Module):
     softmax. With `mix="lse"` all branches share one softmax and there is no gate. See
     `native_sparse_attention` for the branches.
 
-    Positions enter nowhere but in the compression; add them to the input.
+    Positions enter the compression. `forward` also takes a rotation, such as RoPE's, of queries and
+    of the keys of all branches; a compressed key is turned by the middle of its block. Without a
+    rotation, add positions to the input.
 
     Args:
         multihead_config, attention_config: A `MultiheadConfig` and an `NSAConfig`. Or, instead of
@@ -159,6 +162,7 @@ class NativeSparseAttention(nn.Module):
         attn_mask: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rotation: Rotation | None = None,
         **unknown: Never,
     ) -> torch.Tensor:
         """Self-attention of `(B, S, E)` query, key and value; `(T, E)` with `cu_seqlens`.
@@ -173,6 +177,7 @@ class NativeSparseAttention(nn.Module):
             key_padding_mask: `(B, S)`, True for padding before and behind each sequence; or
                 floating, with −inf for these.
             cu_seqlens: Where packed documents begin, see `dilated_core.dilated_attention`.
+            rotation: Factors for all S or T positions, as `dilated_core.positions.rotary` makes.
 
         Returns:
             One tensor of the query's shape.
@@ -206,10 +211,17 @@ class NativeSparseAttention(nn.Module):
         inputs = [query, key, value]
         if cu_seqlens is not None:
             inputs = [x.unsqueeze(0) for x in inputs]
+        S = inputs[0].shape[1]
+        if rotation is not None and rotation.q_cos.shape[-3:] != (S, 1, self.head_dim):
+            raise ValueError(
+                f"rotation has factors of shape {tuple(rotation.q_cos.shape)}; there are {S} "
+                f"positions and head_dim is {self.head_dim}, so it must be ({S}, 1, "
+                f"{self.head_dim})."
+            )
         if cu_seqlens is None and key_padding_mask is None:
-            out = self._attend(*inputs)
+            out = self._attend(rotation, *inputs)
         else:
-            out = self._attend_parts(inputs, cu_seqlens, key_padding_mask)
+            out = self._attend_parts(inputs, rotation, cu_seqlens, key_padding_mask)
         out = out.flatten(-2)
         y = self.out_proj(out if self.layer_norm is None else self.layer_norm(out))
         return y if cu_seqlens is None else y[0]
@@ -217,6 +229,7 @@ class NativeSparseAttention(nn.Module):
     def _attend_parts(
         self,
         inputs: list[torch.Tensor],
+        rotation: Rotation | None,
         cu_seqlens: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -227,14 +240,26 @@ class NativeSparseAttention(nn.Module):
                 "key_padding_mask hides keys between visible ones; here it may hide padding before "
                 "and behind a sequence only."
             )
-        results = [self._attend(*(x[rows, span] for x in inputs)) for rows, span, _ in parts]
+        results = [
+            self._attend(
+                None if rotation is None else Rotation(*(x[..., span, :, :] for x in rotation)),
+                *(x[rows, span] for x in inputs),
+            )
+            for rows, span, _ in parts
+        ]
         shape = (B, S, self.config.num_heads, self.head_dim)
         out = inputs[0].new_zeros(shape, dtype=results[0].dtype if results else None)
         for (rows, span, _), result in zip(parts, results, strict=True):
             out[rows, span] = result
         return out
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self,
+        rotation: Rotation | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
         """`(B, S, E)` inputs of sequences without padding -> `(B, S, H, D)`."""
         D = self.head_dim
         q = split(self.q_proj(query), -1, (-1, D))
@@ -243,11 +268,20 @@ class NativeSparseAttention(nn.Module):
             for projection, x in ((self.k_proj, key), (self.v_proj, value))
         )
         config = self.attention_config
+        k = [self.compress_k(keys[0]), *keys[1:]]
+        if rotation is not None:
+            sizes = config.sizes
+            first = torch.arange(k[0].shape[1], device=q.device) * sizes.compression_stride
+            middle = first + sizes.compression_block_size // 2
+            factors = [(rotation.k_cos, rotation.k_sin)] * 3
+            factors[0] = (rotation.k_cos[..., middle, :, :], rotation.k_sin[..., middle, :, :])
+            k = [rotate(x, *pair) for x, pair in zip(k, factors, strict=True)]
+            q = rotate(q, rotation.q_cos, rotation.q_sin)
         return native_sparse_attention(
             q,
-            (self.compress_k(keys[0]), self.compress_v(values[0])),
-            (keys[1], values[1]),
-            (keys[2], values[2]),
+            (k[0], self.compress_v(values[0])),
+            (k[1], values[1]),
+            (k[2], values[2]),
             None if self.gate is None else split(self.gate(query), -1, (-1, 3)),
             sizes=config.sizes,
             mix=config.mix,

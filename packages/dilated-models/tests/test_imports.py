@@ -19,7 +19,9 @@ def test_the_public_names() -> None:
         "ContextParallel",
         "DilatedTransformerDecoderLayer",
         "DilatedTransformerEncoderLayer",
+        "EncoderDecoderConfig",
         "GenerationCache",
+        "LongNet",
         "LongNetConfig",
         "LongNetEncoder",
         "LongNetLM",
@@ -27,6 +29,7 @@ def test_the_public_names() -> None:
         "evaluate",
         "generate",
         "generate_batch",
+        "generate_from",
         "load_model",
     ]
     assert set(dilated_models.__all__) <= set(dir(dilated_models))

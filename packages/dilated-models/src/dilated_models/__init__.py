@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dilated_models.encoder.layer import DilatedTransformerEncoderLayer
     from dilated_models.encoder.stack import LongNetEncoder
     from dilated_models.layers.context_parallel import ContextParallel
-    from dilated_models.longnet.generation import generate, generate_batch
+    from dilated_models.longnet.encoder_decoder import LongNet
+    from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
+    from dilated_models.longnet.generation import generate, generate_batch, generate_from
     from dilated_models.longnet.generation_cache import GenerationCache
     from dilated_models.longnet.language_model import LongNetLM
     from dilated_models.longnet.saving import load_model
@@ -35,7 +37,9 @@ __all__ = [
     "ContextParallel",
     "DilatedTransformerDecoderLayer",
     "DilatedTransformerEncoderLayer",
+    "EncoderDecoderConfig",
     "GenerationCache",
+    "LongNet",
     "LongNetConfig",
     "LongNetEncoder",
     "LongNetLM",
@@ -43,6 +47,7 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_batch",
+    "generate_from",
     "load_model",
 ]
 
@@ -51,7 +56,9 @@ _MODULES = {
     "ContextParallel": "dilated_models.layers.context_parallel",
     "DilatedTransformerDecoderLayer": "dilated_models.encoder.decoder_layer",
     "DilatedTransformerEncoderLayer": "dilated_models.encoder.layer",
+    "EncoderDecoderConfig": "dilated_models.longnet.encoder_decoder_config",
     "GenerationCache": "dilated_models.longnet.generation_cache",
+    "LongNet": "dilated_models.longnet.encoder_decoder",
     "LongNetConfig": "dilated_models.config",
     "LongNetEncoder": "dilated_models.encoder.stack",
     "LongNetLM": "dilated_models.longnet.language_model",
@@ -59,6 +66,7 @@ _MODULES = {
     "evaluate": "dilated_models.training.evaluation",
     "generate": "dilated_models.longnet.generation",
     "generate_batch": "dilated_models.longnet.generation",
+    "generate_from": "dilated_models.longnet.generation",
     "load_model": "dilated_models.longnet.saving",
 }
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from dilated_core import DilatedAttentionConfig, DilatedPattern, create_dilated_attention
 from dilated_core.checks import (
@@ -121,6 +121,17 @@ class LongNetConfig:
         True
     """
 
+    _LEAST: ClassVar[dict[str, int]] = {
+        "num_tokens": 1,
+        "d_model": 1,
+        "nhead": 1,
+        "num_encoder_layers": 0,
+        "num_decoder_layers": 1,
+        "dim_feedforward": 1,
+        "key_conv": 0,
+        "local_window": 0,
+    }
+
     num_tokens: int
     d_model: int = 768
     nhead: int = 12
@@ -149,10 +160,8 @@ class LongNetConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "d_model", "nhead", "num_decoder_layers", "dim_feedforward"):
-            self._set(name, check_integer(name, getattr(self, name), at_least=1))
-        for name in ("num_encoder_layers", "key_conv", "local_window"):
-            self._set(name, check_integer(name, getattr(self, name), at_least=0))
+        for name, least in self._LEAST.items():
+            self._set(name, check_integer(name, getattr(self, name), at_least=least))
         if self.d_model % self.nhead:
             raise ValueError(
                 f"nhead is {self.nhead} and d_model {self.d_model}; nhead must divide d_model, so "
@@ -334,7 +343,7 @@ class LongNetConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; refuses unknown names."""
-        if "num_tokens" not in fields:
+        if cls._LEAST["num_tokens"] and "num_tokens" not in fields:
             raise TypeError("num_tokens is missing; it must be given, as the vocabulary size.")
         return cls(**fields)
 

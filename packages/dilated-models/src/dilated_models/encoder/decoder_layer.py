@@ -147,8 +147,7 @@ class DilatedTransformerDecoderLayer(TransformerLayer):
         x = x + self._added(attended, cu_seqlens)
         seen = self.encoder_attn(
             self.encoder_attn_layer_norm(x),
-            Memory(memory, memory_is_causal, memory_cu_seqlens),
-            key_padding_mask=memory_key_padding_mask,
+            Memory(memory, memory_is_causal, memory_cu_seqlens, memory_key_padding_mask),
             cu_seqlens=cu_seqlens,
         )
         x = x + self._added(seen, cu_seqlens)

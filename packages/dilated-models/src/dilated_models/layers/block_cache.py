@@ -27,6 +27,7 @@ class BlockCache:
         attention: The keys and values: in bounded memory for dilated attention, all of them for
             other kinds.
         memory: The keys and values of its cross-attention, all of them; None without one.
+        memory_is_fixed: Whether they are those of another text, which `reset` does not forget.
         inputs: `(B, key_conv − 1, d_model)`, the inputs of the convolution before the next token,
             zeros before the first token; None without a convolution.
     """
@@ -58,6 +59,7 @@ class BlockCache:
         self.memory = (
             _history(config, batch_size, device, dtype, max_seq_len) if has_memory else None
         )
+        self.memory_is_fixed = False
         shape = (batch_size, config.key_conv - 1, config.d_model)
         self.inputs = torch.zeros(shape, device=device, dtype=dtype) if config.key_conv else None
 
@@ -86,6 +88,24 @@ class BlockCache:
             index = index + torch.arange(kept, device=x.device)
             self.inputs = extended.take_along_dim(index[:, :, None], dim=1)
 
+    def fix_memory(self, k: Tensor, v: Tensor, lengths: Sequence[int]) -> None:
+        """Keep what the cross-attention of the block sees of another text.
+
+        Args:
+            k, v: `(B, N, H_kv, D)`.
+            lengths: How many of the N rows of each text are not padding.
+        """
+        self.memory = KeyHistory(
+            batch_size=len(k),
+            num_kv_heads=k.shape[2],
+            head_dim=k.shape[3],
+            device=k.device,
+            dtype=k.dtype,
+            max_seq_len=None,
+        )
+        self.memory.append(k, v, lengths)
+        self.memory_is_fixed = True
+
     def reorder(self, batch_indices: Tensor) -> None:
         """Make sequence i a copy of what sequence `batch_indices[i]` was."""
         self.attention.reorder(batch_indices)
@@ -97,7 +117,7 @@ class BlockCache:
     def reset(self) -> None:
         """Forget all tokens."""
         self.attention.reset()
-        if self.memory is not None:
+        if self.memory is not None and not self.memory_is_fixed:
             self.memory.reset()
         if self.inputs is not None:
             self.inputs = torch.zeros_like(self.inputs)

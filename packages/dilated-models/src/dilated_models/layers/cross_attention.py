@@ -35,11 +35,13 @@ class Memory(NamedTuple):
             holds the keys and values of all of them.
         is_causal: Whether row i of the decoder sees the rows j ≤ i only; both have equally many.
         cu_seqlens: `(B + 1,)`, where the sequences begin that are packed in `states`.
+        key_padding_mask: `(B, N)`, True for rows that nobody sees; not with `cu_seqlens`.
     """
 
     states: Tensor | None
     is_causal: bool
     cu_seqlens: Tensor | None = None
+    key_padding_mask: Tensor | None = None
 
 
 class CrossAttention(nn.Module):
@@ -101,7 +103,6 @@ class CrossAttention(nn.Module):
         x: Tensor,
         memory: Memory,
         *,
-        key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KeyHistory | None = None,
         counts: Sequence[int] | None = None,
@@ -112,7 +113,6 @@ class CrossAttention(nn.Module):
         Args:
             x: `(B, M, d_model)`; `(T, d_model)` with `cu_seqlens`.
             memory: What `x` sees.
-            key_padding_mask: `(B, N)`, True for rows of the memory that nobody sees.
             cu_seqlens: `(B + 1,)`, where the sequences begin that are packed in `x`.
             cache: Keys and values of the memory. With `memory.states`, those of its rows are
                 appended first. For inference: the result has no gradient.
@@ -141,12 +141,12 @@ class CrossAttention(nn.Module):
                 *(q, k, v, _DENSE),
                 is_causal=True,
                 dropout_p=dropout_p,
-                key_padding_mask=key_padding_mask,
+                key_padding_mask=memory.key_padding_mask,
                 cu_seqlens=cu_seqlens,
                 backend=self.backend,
             )
         elif cu_seqlens is None:
-            out = dense_attention(q, k, v, key_padding_mask, dropout_p=dropout_p)
+            out = dense_attention(q, k, v, memory.key_padding_mask, dropout_p=dropout_p)
         else:
             assert memory.cu_seqlens is not None  # both are packed, or none
             out = _of_sequences(q, k, v, cu_seqlens, memory.cu_seqlens, dropout_p)

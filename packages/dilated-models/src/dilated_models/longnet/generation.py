@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from dilated_core.checks import check_integer, check_number, is_listed
 from torch import Tensor
 
+from dilated_models.longnet.encoder_decoder import LongNet
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
 from dilated_models.longnet.generation_cache import GenerationCache
 from dilated_models.longnet.language_model import LongNetLM, check_weights, evaluating
+from dilated_models.longnet.stacks import check_has_weights
 
 
 class Sampling(NamedTuple):
@@ -117,7 +121,10 @@ def generate(
         raise TypeError(f"cache is a {type(cache).__name__}; it must be a GenerationCache.")
     if cache is not None and cache.batch_size != 1:
         raise ValueError(f"cache holds {cache.batch_size} texts; it must hold 1, as prompt is one.")
-    return _only(_sample(model, [tokens], max_new_tokens, sampling, seeds, cache))
+    if cache is None:
+        cache = GenerationCache(model, max_seq_len=len(tokens) + max_new_tokens)
+    step = partial(_step_of_language_model, model, cache)
+    return _only(_sample(model, step, [tokens], max_new_tokens, sampling, seeds))
 
 
 def generate_batch(
@@ -167,7 +174,92 @@ def generate_batch(
     # A step decodes neighbours of equal length together.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     texts, seeds = [texts[i] for i in order], [seeds[i] for i in order]
-    return _restore(_sample(model, texts, max_new_tokens, sampling, seeds, None), order)
+    most = max(map(len, texts)) + max_new_tokens
+    cache = GenerationCache(model, len(texts), max_seq_len=most)
+    step = partial(_step_of_language_model, model, cache)
+    return _restore(_sample(model, step, texts, max_new_tokens, sampling, seeds), order)
+
+
+def generate_from(
+    model: LongNet,
+    src: Tensor,
+    prompts: Sequence[Sequence[int]],
+    *,
+    src_key_padding_mask: Tensor | None = None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[int, ...]]:
+    """Sample a target for each source, token by token.
+
+    The encoder runs once. Each token then costs one step against a `GenerationCache`, and attention
+    to all states of its source. Target i is what it is alone, up to the rounding of logits,
+    whatever the padding, the other sources and the other prompts are.
+
+    Args:
+        model: The model. It runs in evaluation mode, and has its own mode between tokens.
+        src: As for `LongNet.forward`, tokens or embeddings; B sources.
+        prompts: B beginnings of targets, at least one token each, such as a token for the start.
+        src_key_padding_mask: As for `LongNet.forward`; on either side.
+        max_new_tokens, temperature, top_k, top_p: As for `generate`.
+        seed: Of the draws of the first target; each next one has the next seed.
+
+    Yields:
+        The next token id of every target.
+
+    Raises:
+        TypeError, ValueError: As `generate` and `LongNet.encode`; or if the model has no tokens, or
+            there are not as many prompts as sources.
+
+    Example:
+        >>> from dilated_models import LongNet
+        >>> model = LongNet(num_tokens=256, d_model=32, nhead=4, num_encoder_layers=1,
+        ...                 num_decoder_layers=1, dim_feedforward=64, segment_lengths=[8],
+        ...                 dilation_rates=[1])
+        >>> src = torch.randint(256, (2, 20))
+        >>> first, second = zip(*generate_from(model, src, [[0], [0]], max_new_tokens=5))
+        >>> len(first), len(second)
+        (5, 5)
+    """
+    check_has_weights(model)
+    if not isinstance(model.config, EncoderDecoderConfig) or not model.config.num_tokens:
+        raise ValueError(
+            "model has no tokens to generate, or no source; it must be a LongNet with num_tokens."
+        )
+    if not is_listed(prompts):
+        raise TypeError(f"prompts is {prompts!r}; it must be a list of prompts.")
+    texts = [_check_prompt(f"prompts[{i}]", prompt, model) for i, prompt in enumerate(prompts)]
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
+    sampling = Sampling.of(temperature, top_k, top_p)
+    with evaluating(model), torch.no_grad():
+        memory = model.encode(src, src_key_padding_mask)
+    if len(texts) != len(memory) or not texts:
+        raise ValueError(
+            f"prompts holds {len(texts)} prompts and src {len(memory)} sources; there must be one "
+            f"prompt for each source, at least one."
+        )
+    cache = GenerationCache(
+        model,
+        max_seq_len=max(map(len, texts)) + max_new_tokens,
+        memory=memory,
+        memory_key_padding_mask=src_key_padding_mask,
+    )
+    step = partial(_step_of_longnet, model, cache)
+    return _sample(model, step, texts, max_new_tokens, sampling, seeds_from(seed, len(texts)))
+
+
+def _step_of_language_model(
+    model: LongNetLM, cache: GenerationCache, tokens: Tensor, lengths: list[int] | None
+) -> Tensor:
+    return model(tokens, cache=cache, lengths=lengths)
+
+
+def _step_of_longnet(
+    model: LongNet, cache: GenerationCache, tokens: Tensor, lengths: list[int] | None
+) -> Tensor:
+    return model.step(tokens, cache, lengths)
 
 
 def _only(steps: Generator[tuple[int, ...]]) -> Iterator[int]:
@@ -185,7 +277,7 @@ def _restore(steps: Generator[tuple[int, ...]], order: list[int]) -> Iterator[tu
             yield tuple(step[place] for place in places)
 
 
-def _check_prompt(name: str, prompt: object, model: LongNetLM) -> list[int]:
+def _check_prompt(name: str, prompt: object, model: LongNetLM | LongNet) -> list[int]:
     if not is_listed(prompt):
         raise TypeError(f"{name} is {prompt!r}; it must be a list of token ids.")
     if isinstance(prompt, Tensor) and prompt.is_meta:
@@ -209,22 +301,20 @@ def seeds_from(seed: int, count: int) -> list[int]:
 
 
 def _sample(
-    model: LongNetLM,
+    model: LongNetLM | LongNet,
+    step: Callable[[Tensor, list[int] | None], Tensor],
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     seeds: list[int],
-    cache: GenerationCache | None,
 ) -> Generator[tuple[int, ...]]:
+    """Draw tokens; `step` appends tokens to the texts and returns the logits of their last ones."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    device = model.embedding.weight.device
+    device = model.first_weight.device
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    if cache is None:
-        most = max(lengths) + max_new_tokens
-        cache = GenerationCache(model, len(prompts), max_seq_len=most)
     with evaluating(model):
-        logits = model(torch.tensor(padded, device=device), cache=cache, lengths=lengths)
+        logits = step(torch.tensor(padded, device=device), lengths)
     for count in range(1, max_new_tokens + 1):
         drawn = tuple(
             sampling.draw(row, generator)
@@ -233,4 +323,4 @@ def _sample(
         yield drawn
         if count < max_new_tokens:
             with evaluating(model):
-                logits = model(torch.tensor(drawn, device=device)[:, None], cache=cache)
+                logits = step(torch.tensor(drawn, device=device)[:, None], None)

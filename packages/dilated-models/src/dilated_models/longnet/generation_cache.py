@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from dilated_core.checks import check_integers
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.block_cache import BlockCache
+from dilated_models.layers.cross_attention import CrossAttention
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig, check_memory
 
 if TYPE_CHECKING:
+    from dilated_models.longnet.encoder_decoder import LongNet
     from dilated_models.longnet.language_model import LongNetLM
 
 # Tokens of all sequences together in one part of a prompt. Activations of a part are held at once.
@@ -25,17 +28,20 @@ _TOKENS_PER_PART = 4096
 class GenerationCache:
     """The state of texts that a `LongNetLM` continues: `model(tokens, cache=cache)`.
 
-    Its memory is that of `dilated_core.DecodingCache` for each block, and does not grow with the
-    texts. With an `attention_kind` other than dilated, and of attention to an encoder, it keeps all
-    keys and values, and memory and time for a token grow with the text. Each text has a position of
-    its own. `copy.copy` gives a cache that shares no memory.
+    Of a `LongNet` it is that of targets: `model.step(tokens, cache)`. Its memory is that of
+    `dilated_core.DecodingCache` for each block, and does not grow with the texts. With an
+    `attention_kind` other than dilated, and of attention to an encoder, it keeps all keys and
+    values, and memory and time for a token grow with the text. Each text has a position of its own.
+    `copy.copy` gives a cache that shares no memory.
 
     Args:
         model: The model. Its device and the dtype of its queries (that of autocast, inside such a
             region) are those of the cache.
-        batch_size: Number of texts.
+        batch_size: Number of texts; 1 if None.
         max_seq_len: Most tokens of a text, if known. Longer segments then need no more memory than
             this many tokens, and a token beyond is an error. None: any number.
+        memory: `(B, N, d_model)`, what a `LongNet` has made of its sources; B texts then.
+        memory_key_padding_mask: `(B, N)`, True for rows of the memory that nobody sees.
 
     Attributes:
         blocks: What each block of the model keeps; of its decoder, if it has an encoder too.
@@ -60,10 +66,28 @@ class GenerationCache:
     """
 
     def __init__(
-        self, model: LongNetLM, batch_size: int = 1, *, max_seq_len: int | None = None
+        self,
+        model: LongNetLM | LongNet,
+        batch_size: int | None = None,
+        *,
+        max_seq_len: int | None = None,
+        memory: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
     ) -> None:
         if not isinstance(getattr(model, "config", None), LongNetConfig):
             raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
+        reads_two = isinstance(model.config, EncoderDecoderConfig)
+        if reads_two != (memory is not None):
+            raise ValueError(
+                "memory is not given; a LongNet generates from a source, so give model.encode(src)."
+                if reads_two
+                else "memory is given; a LongNetLM makes its own from the text, so leave it out."
+            )
+        if memory is not None:
+            batch_size = check_memory(model.config, memory, memory_key_padding_mask, batch_size)
+        elif memory_key_padding_mask is not None:
+            raise ValueError("memory_key_padding_mask is given without memory; leave it out.")
+        batch_size = 1 if batch_size is None else batch_size
         if window := model.config.local_window:
             raise ValueError(
                 f"local_window of the model is {window}; a cache holds what dilated branches see, "
@@ -71,7 +95,8 @@ class GenerationCache:
                 f"whole text for each token."
             )
         self.config = model.config
-        has_encoder = model.config.num_encoder_layers > 0
+        num_encoder_layers = 0 if reads_two else model.config.num_encoder_layers
+        weight = model.first_weight
 
         def caches(count: int, has_memory: bool) -> list[BlockCache]:
             return [
@@ -79,16 +104,33 @@ class GenerationCache:
                     model.config,
                     has_memory=has_memory,
                     batch_size=batch_size,
-                    device=model.embedding.weight.device,
-                    dtype=compute_dtype(model.embedding.weight),
+                    device=weight.device,
+                    dtype=compute_dtype(weight),
                     max_seq_len=max_seq_len,
                 )
                 for _ in range(count)
             ]
 
-        self.encoder_blocks = caches(model.config.num_encoder_layers, has_memory=False)
-        self.blocks = caches(model.config.num_decoder_layers, has_memory=has_encoder)
+        self.encoder_blocks = caches(num_encoder_layers, has_memory=False)
+        self.blocks = caches(model.config.num_decoder_layers, has_memory=num_encoder_layers > 0)
+        if memory is not None:
+            self._fix_memory(model, memory, memory_key_padding_mask)
         self._centers = [0] * self.batch_size
+
+    @torch.no_grad()
+    def _fix_memory(
+        self, model: LongNetLM | LongNet, memory: Tensor, hidden: Tensor | None
+    ) -> None:
+        """Project a memory once for each block, its visible rows first."""
+        lengths = [memory.shape[1]] * len(memory)
+        if hidden is not None:
+            order = hidden.to(torch.int8).argsort(dim=1, stable=True)
+            memory = memory.take_along_dim(order[..., None], dim=1)
+            lengths = [int(count) for count in (~hidden).sum(1)]
+        for block, kept in zip(model.blocks, self.blocks, strict=True):
+            k, v = cast(CrossAttention, block.cross_attention).project_memory(memory)
+            dtype = kept.attention.keys.dtype
+            kept.fix_memory(k.to(dtype), v.to(dtype), lengths)
 
     @property
     def batch_size(self) -> int:
@@ -141,7 +183,7 @@ class GenerationCache:
         """Cut new tokens into parts of bounded size; the caller runs each through the blocks.
 
         Args:
-            tokens: `(B, n)`.
+            tokens: `(B, n)`, or their embeddings `(B, n, d_model)`.
             lengths: As for `LongNetLM.forward`.
 
         Yields:
@@ -152,7 +194,7 @@ class GenerationCache:
             TypeError: If a length is no integer.
             ValueError: If the tokens do not fit the cache or the range of xPos.
         """
-        B, n = tokens.shape
+        B, n = tokens.shape[:2]
         if self.batch_size != B:
             raise ValueError(
                 f"tokens has {B} sequences and the cache {self.batch_size}; they must be equal, so "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from dilated_models.config import ELSEWHERE, LongNetConfig
 from dilated_models.layers.context_parallel import ContextParallel, shard_of_call
 from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
 from dilated_models.longnet.generation_cache import GenerationCache
-from dilated_models.longnet.stacks import LongNetStacks, check_tokens, last_rows
+from dilated_models.longnet.stacks import LongNetStacks, check_has_weights, check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,18 +304,7 @@ class LongNetLM(LongNetStacks):
         """Logits `(B, 1, num_tokens)` of the last token of each sequence."""
         # Before the first part changes the cache, which would keep a part of the prompt.
         self.check_known("tokens", tokens)
-        last = self.embedding.weight.new_full((len(tokens), self.config.d_model), math.nan)
-        for part, counts, rotation in cache.parts(tokens, lengths):
-            x, memory = self.embed(part), None
-            if self.config.num_encoder_layers:
-                states = x
-                for block, kept in zip(self.encoder_blocks, cache.encoder_blocks, strict=True):
-                    states = block(states, rotation, cache=kept, counts=counts)
-                memory = Memory(self.encoder_norm(states), is_causal=True)
-            for block, kept in zip(self.blocks, cache.blocks, strict=True):
-                x = block(x, rotation, cache=kept, counts=counts, memory=memory)
-            last = last_rows(x, counts, last)
-        return self.output(self.final_norm(last))[:, None]
+        return self.output(self.last_states(tokens, cache, lengths))[:, None]
 
     def _check_positions(self, positions: Tensor, tokens: Tensor) -> None:
         check_tokens("positions", positions, "(S,)", ndim=1)
@@ -347,19 +336,17 @@ def next_tokens(tokens: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
 
 
 def check_weights(model: LongNetLM) -> None:
-    """Refuse a model on the meta device, whose weights have no values.
+    """Refuse another model, and one on the meta device.
 
     Raises:
         TypeError: If it is no LongNetLM.
-        ValueError: If it is one.
+        ValueError: If its weights have no values.
     """
-    # Not the class, which torch.compile hides.
-    if not isinstance(getattr(model, "config", None), LongNetConfig):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
-    if model.embedding.weight.is_meta:
-        raise ValueError(
-            "model is on the meta device; it must have weights, so use "
-            "load_state_dict(..., assign=True), or to_empty(device=...) and reset_parameters()."
+    check_has_weights(model)
+    if isinstance(model.config, EncoderDecoderConfig):
+        raise TypeError(
+            "model is a LongNet of two sequences; it must be a LongNetLM. To generate, use "
+            "generate_from."
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from dilated_core.atomic_write import write_atomically
@@ -16,9 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
-from dilated_models.longnet.language_model import LongNetLM, check_weights
+from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.size import least_parameters
+from dilated_models.longnet.stacks import LongNetStacks, check_has_weights
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
+
+Model = TypeVar("Model", bound=LongNetStacks)
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -64,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def save_model(folder: Path, model: LongNetLM, *, run_id: str = "") -> None:
+def save_model(folder: Path, model: LongNetStacks, *, run_id: str = "") -> None:
     """Write `model.safetensors`; a shared weight is stored once, as the embedding's.
 
     Args:
@@ -75,7 +78,7 @@ def save_model(folder: Path, model: LongNetLM, *, run_id: str = "") -> None:
     Raises:
         ValueError: If the model is on the meta device.
     """
-    check_weights(model)
+    check_has_weights(model)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del state["output.weight"]
@@ -101,8 +104,22 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
             configuration.
     """
     folder = Path(folder)
-    config, run_id = _model_config(folder), read_config(folder).get("run_id", "")
-    path = folder / MODEL_FILE
+    config = _model_config(folder)
+    return load_weights(folder, config, lambda: LongNetLM(config, device=device)).eval()
+
+
+def load_weights(folder: Path, config: LongNetConfig, make: Callable[[], Model]) -> Model:
+    """Read the weights of a folder into a new model.
+
+    Args:
+        folder: Holds `config.json` and `model.safetensors`.
+        config: Of the model.
+        make: Makes the model, once the weights are known to be its.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_model`.
+    """
+    run_id, path = read_config(folder).get("run_id", ""), folder / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} has no {MODEL_FILE} yet; train until the first checkpoint is saved."
@@ -120,12 +137,12 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
     try:
         weights = load(content)
         _check_weights_file(path, _metadata(content), weights, run_id)
-        model = LongNetLM(config, device=device)
+        model = make()
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not hold this model's weights: {reason}") from error
-    return model.eval()
+    return model
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -202,7 +219,13 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _model_config(folder: Path) -> LongNetConfig:
+    content = read_config(folder)
+    if (kind := content.get("architecture", "LongNetLM")) != "LongNetLM":
+        raise ValueError(
+            f"{str(folder)!r} holds a {kind}, which is no language model; load it with "
+            f"dilated_models.{kind}.load."
+        )
     try:
-        return LongNetConfig.from_dict(read_config(folder)["model"])
+        return LongNetConfig.from_dict(content["model"])
     except TypeError as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r}: {error}") from error

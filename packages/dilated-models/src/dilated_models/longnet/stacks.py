@@ -22,7 +22,7 @@ from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.layers.context_parallel import ContextParallel, Shard
 from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
-from dilated_models.longnet.generation_cache import compute_dtype
+from dilated_models.longnet.generation_cache import GenerationCache, compute_dtype
 from dilated_models.longnet.tied_weights import complete_shared_weight, tie_again
 
 
@@ -68,7 +68,8 @@ class LongNetStacks(nn.Module):
                 return nn.Identity()
             return nn.LayerNorm(d_model, eps=config.layer_norm_eps, device=device, dtype=dtype)
 
-        self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
+        if num_tokens:
+            self.embedding = nn.Embedding(num_tokens, d_model, device=device, dtype=dtype)
         self.dropout = nn.Dropout(config.dropout)
         if has_encoder:
             self.encoder_blocks = blocks(
@@ -77,7 +78,8 @@ class LongNetStacks(nn.Module):
             self.encoder_norm = last_norm()
         self.blocks = blocks(config.num_decoder_layers, config.gamma_init, has_memory=has_encoder)
         self.final_norm = last_norm()
-        self.output = nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
+        if num_tokens:
+            self.output = nn.Linear(d_model, num_tokens, bias=False, device=device, dtype=dtype)
         self._draw_embeddings()
         self.tie_weights()
         self.register_load_state_dict_pre_hook(complete_shared_weight)
@@ -93,7 +95,14 @@ class LongNetStacks(nn.Module):
                 norm.reset_parameters()
         self._draw_embeddings()
 
+    @property
+    def first_weight(self) -> Tensor:
+        """A weight, whose device and dtype are those of all."""
+        return next(self.parameters())
+
     def _draw_embeddings(self) -> None:
+        if not self.config.num_tokens:
+            return
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.output.weight, std=self.config.d_model**-0.5)
@@ -110,7 +119,9 @@ class LongNetStacks(nn.Module):
         return self
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """`(…)` tokens -> `(…, d_model)`, after dropout."""
+        """`(…)` tokens -> `(…, d_model)`, after dropout; floating ones are embeddings already."""
+        if tokens.is_floating_point():
+            return self.dropout(tokens)
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.d_model)
@@ -147,9 +158,39 @@ class LongNetStacks(nn.Module):
                 context_parallel = context_parallel.knowing(seq_len)
         return x
 
+    def last_states(
+        self, tokens: Tensor, cache: GenerationCache, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor:
+        """Continue the texts of a cache.
+
+        Args:
+            tokens: `(B, n)`, or their embeddings `(B, n, d_model)`.
+            cache: Holds the tokens before, and then these too.
+            lengths: How many tokens of each text are not padding; None: all.
+
+        Returns:
+            `(B, d_model)`, of the last token of each text; NaN for a text without new tokens.
+        """
+        last = self.first_weight.new_full((len(tokens), self.config.d_model), math.nan)
+        for part, counts, rotation in cache.parts(tokens, lengths):
+            x = states = self.embed(part)
+            memory = None
+            if cache.encoder_blocks:  # of the same text
+                for block, kept in zip(self.encoder_blocks, cache.encoder_blocks, strict=True):
+                    states = block(states, rotation, cache=kept, counts=counts)
+                memory = Memory(self.encoder_norm(states), is_causal=True)
+            elif self.config.num_encoder_layers:  # of another text, in the cache already
+                memory = Memory(None, is_causal=False)
+            for block, kept in zip(self.blocks, cache.blocks, strict=True):
+                x = block(x, rotation, cache=kept, counts=counts, memory=memory)
+            last = _last_rows(x, counts, last)
+        return self.final_norm(last)
+
     def check_known(self, name: str, tokens: Tensor) -> None:
         """Refuse unknown tokens where their values are at hand: on the CPU, and not traced."""
         if tokens.device.type != "cpu" or not tokens.numel() or not is_plain(tokens):
+            return
+        if tokens.is_floating_point():
             return
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= self.config.num_tokens:
@@ -169,7 +210,7 @@ class LongNetStacks(nn.Module):
             shard: The rows in the whole sequence.
             positions: `(S,)`, instead of counted ones.
         """
-        config, weight = self.config, self.embedding.weight
+        config, weight = self.config, self.first_weight
         if config.positions == "none":
             return None
         scale_base = config.xpos_scale_base if config.positions == "xpos" else None
@@ -192,7 +233,7 @@ class LongNetStacks(nn.Module):
         )
 
 
-def last_rows(x: Tensor, counts: Sequence[int] | None, before: Tensor) -> Tensor:
+def _last_rows(x: Tensor, counts: Sequence[int] | None, before: Tensor) -> Tensor:
     """The last row of each sequence.
 
     Args:
@@ -205,6 +246,23 @@ def last_rows(x: Tensor, counts: Sequence[int] | None, before: Tensor) -> Tensor
     ended = [i for i, count in enumerate(counts) if count]
     rows = torch.tensor([ended, [counts[i] - 1 for i in ended]], device=x.device)
     return before.to(x.dtype).index_copy(0, rows[0], x[rows[0], rows[1]])
+
+
+def check_has_weights(model: LongNetStacks) -> None:
+    """Refuse a model on the meta device, whose weights have no values.
+
+    Raises:
+        TypeError: If it is no LongNet.
+        ValueError: If it is on the meta device.
+    """
+    # Not the class, which torch.compile hides.
+    if not isinstance(getattr(model, "config", None), LongNetConfig):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a LongNetLM.")
+    if model.first_weight.is_meta:
+        raise ValueError(
+            "model is on the meta device; it must have weights, so use "
+            "load_state_dict(..., assign=True), or to_empty(device=...) and reset_parameters()."
+        )
 
 
 def check_tokens(name: str, value: Tensor, shape: str, *, ndim: int) -> None:

@@ -126,7 +126,7 @@ def page(results: Path) -> str:
                 for row in result["rows"]
                 if "note" in row
             ),
-            _where(result["environment"]),
+            where(result["environment"]),
             "",
         ]
     tables += _breakdown(results / "breakdown.json")
@@ -138,16 +138,16 @@ def page(results: Path) -> str:
     tables += [
         *ring_section(ring["rows"]),
         "",
-        f"{_where(ring['environment'])} Load averages, of this and other jobs: {min(loads)} to "
+        f"{where(ring['environment'])} Load averages, of this and other jobs: {min(loads)} to "
         f"{max(loads)}.",
         "",
     ]
     sections = [*sparse_sections(results), *slide_sections(results), *loss_sections(results)]
     for name, section in sections:
         environment = json.loads((results / f"{name}.json").read_text())["environment"]
-        tables += [*section, "", _where(environment), ""]
+        tables += [*section, "", where(environment), ""]
     gained = json.loads((results / "context_gain.json").read_text())
-    tables += [*context_gain(gained["rows"]), "", _where(gained["environment"]), ""]
+    tables += [*context_gain(gained["rows"]), "", where(gained["environment"]), ""]
     training = json.loads((results / "training_run.json").read_text())
     (run,) = training["rows"]
     report = [
@@ -163,7 +163,7 @@ def page(results: Path) -> str:
         f"| {run['xz_bits_per_byte']:.3f} bits per byte |",
         *_contexts(run),
         "",
-        _where(training["environment"]),
+        where(training["environment"]),
         "",
     ]
     return INTRODUCTION + "\n".join(tables) + "\n" + TRAINING + "\n".join(report)
@@ -191,7 +191,7 @@ def _length(path: Path) -> list[str]:
     loads = [row["load"] for row in rows]
     return [
         *lines,
-        f"{_where(result['environment'])} Load averages, of this and other jobs: {min(loads)} to "
+        f"{where(result['environment'])} Load averages, of this and other jobs: {min(loads)} to "
         f"{max(loads)}.",
         "",
     ]
@@ -242,7 +242,7 @@ def _breakdown(path: Path) -> list[str]:
             for row in result["rows"]
         ),
         "",
-        _where(result["environment"]),
+        where(result["environment"]),
         "",
     ]
 
@@ -263,7 +263,7 @@ def _short(path: Path) -> list[str]:
             for row in result["rows"]
         ),
         "",
-        _where(result["environment"]),
+        where(result["environment"]),
         "",
     ]
 
@@ -287,7 +287,7 @@ def _streaming(path: Path) -> list[str]:
             for row in result["rows"]
         ),
         "",
-        _where(result["environment"]),
+        where(result["environment"]),
         "",
     ]
 
@@ -312,10 +312,11 @@ def _generation(path: Path) -> list[str]:
             f"{row['cache_bytes'] / 2**20:.1f} MiB" if has_cache else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", _where(result["environment"]), ""]
+    return [*lines, "", where(result["environment"]), ""]
 
 
-def _where(environment: dict[str, Any]) -> str:
+def where(environment: dict[str, Any]) -> str:
+    """Machine, versions, commit and date of a result."""
     facts = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "commit"))
     return (
         f"Measured on {environment['machine']}, {environment['cores']} cores, "

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 
 # A number's direction follows from its name, or a float's from that of what holds it.
-LOWER_IS_BETTER = re.compile(r"(^|_)(s|seconds|bytes|bits_per_byte|loss)$")
+LOWER_IS_BETTER = re.compile(r"(^|_)(s|seconds|bytes|bytes_of_a_rank|bits_per_byte|loss)$")
 HIGHER_IS_BETTER = re.compile(
     r"(^|_)(tokens_per_second|speed_up|efficiency|accuracy|mass|recall|of_oracle|right)$"
     r"|^ratio_to_|^ratio$"
@@ -42,6 +42,7 @@ LEFT_OUT = re.compile(
     r"|base_commit|steps_per_second|(final|num)_bytes|.*fastest_ratio|control_.*|.*quartiles"
     r"|.*_by_tenth|low_\w*|high_\w*|.*_reason)$"
 )
+QUARTILES_OF = {"call_s": ("low_s", "high_s")}  # beside median_X they are low_X and high_X
 CONFIGURED_FLOATS = ("sparsity_ratio", "dropout_p", "share")
 
 
@@ -171,7 +172,7 @@ def _identity(part: dict[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
         if not LEFT_OUT.search(name)
         and not is_measured(content, (*path, name))
         and (
-            isinstance(content, str | int | None)
+            isinstance(content, str | int)
             or name in CONFIGURED_FLOATS
             or (isinstance(content, list) and not any(isinstance(x, dict) for x in content))
         )
@@ -180,16 +181,15 @@ def _identity(part: dict[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
 
 def _value(part: dict[str, Any], name: str, middle: float, noise: float) -> Value:
     """A number with its quartiles where its row has them."""
-    unit = name.rpartition("_")[2]
+    middle = max(middle, 0.0)  # memory may be below that at the start
+    stem = name.removeprefix("median_")
+    bounds = QUARTILES_OF.get(name, (f"low_{stem}", f"high_{stem}"))
     if f"{name}_quartiles" in part:
         low, high = part[f"{name}_quartiles"]
-    else:
-        stem = name.removeprefix("median_")
-        pairs = [(f"low_{x}", f"high_{x}") for x in (stem, unit)]
-        bounds = next((pair for pair in pairs if pair[0] in part and pair[1] in part), None)
-        if bounds is None:
-            return Value(middle, middle * (1 - noise), middle * (1 + noise))
+    elif bounds[0] in part and bounds[1] in part:
         low, high = part[bounds[0]], part[bounds[1]]
+    else:
+        return Value(middle, middle * (1 - noise), middle * (1 + noise))
     return Value(middle, min(low, middle), max(high, middle))
 
 

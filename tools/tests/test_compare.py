@@ -58,6 +58,23 @@ def test_quartiles_are_the_spread():
     assert not change.is_outside_noise
 
 
+def test_the_quartiles_of_a_call_are_not_those_of_another_time():
+    row = {"call_s": 1.0, "other_s": 1.0, "low_s": 0.5, "high_s": 2.0, "hidden": None}
+    after = {"call_s": 1.5, "other_s": 1.5, "low_s": 1.0, "high_s": 2.0, "hidden": 0.5}
+    found, alone = changes_of([row], [after])
+    assert {name: change.is_outside_noise for (_, name), change in found.items()} == {
+        "call_s": False,
+        "other_s": True,
+    }
+    assert not alone
+
+
+def test_memory_below_that_of_the_start_is_none():
+    found, _ = changes_of([{"peak_bytes": -5}], [{"peak_bytes": 7}])
+    (change,) = found.values()
+    assert (change.before, change.worse) == (0, float("inf"))
+
+
 def test_seeds_are_the_spread_and_more_accuracy_is_better():
     def rows(*values):
         return [
@@ -99,9 +116,7 @@ def test_every_committed_result_can_be_compared():
     before = compare.read_results(str(ROOT / "benchmarks" / "results"))
     found, alone = compare.changes(before, before, noise=0.0)
     assert not alone
-    compared = {change.benchmark for change in found}
-    # Locality of orders and layers of selections are shares that no name tells apart.
-    assert set(before) - compared == set()
+    assert {change.benchmark for change in found} == set(before)
     for change in found:
         assert change.low <= change.worse <= change.high or change.worse == 1
 

@@ -108,9 +108,28 @@ class Naive:
             head_offsets=config.head_offsets,
             padding=config.padding,
         )
+        if config.positions == "alibi":
+            out = self.biased(q, k, v, pattern).flatten(-2)
+            return self.linear(f"{name}.out_proj", self.norm(f"{name}.layer_norm", out))
         q, k = self.turned(q, 1), self.turned(k, -1)
         out = reference_dilated_attention(q, k, v, pattern, is_causal=is_causal).flatten(-2)
         return self.linear(f"{name}.out_proj", self.norm(f"{name}.layer_norm", out))
+
+    def biased(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: DilatedPattern
+    ) -> torch.Tensor:
+        """Causal attention with ALiBi's bias (arXiv 2108.12409), from the pattern's counts."""
+        S, H, D = q.shape[1:]
+        groups, place = H // k.shape[2], torch.arange(S, dtype=torch.float64)
+        k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / H) for h in range(H)], dtype=torch.float64)
+        distance = place[:, None] - place
+        scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / math.sqrt(D)
+        scores = (
+            scores + pattern.materialize(S, H).double().log() - slopes[:, None, None] * distance
+        )
+        scores = scores.masked_fill(distance < 0, -math.inf)
+        return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v)
 
     def cross_attention(
         self, name: str, x: torch.Tensor, memory: torch.Tensor, is_causal: bool

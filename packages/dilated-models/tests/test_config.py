@@ -46,7 +46,12 @@ GOOD: dict[str, Any] = {
             ValueError,
             "activation is 'swish'; it must be one of 'relu'",
         ),
-        ({"positions": "alibi"}, ValueError, "positions is 'alibi'; it must be one of 'xpos', 'ro"),
+        ({"positions": "rope"}, ValueError, "positions is 'rope'; it must be one of 'xpos', 'rota"),
+        (
+            {"positions": "alibi", "local_window": 4},
+            ValueError,
+            "ALiBi needs dilated attention with",
+        ),
         ({"dropout": 1.0}, ValueError, r"dropout is 1\.0; it must be at least 0 and below 1"),
         ({"dropout": "0.1"}, TypeError, "dropout is '0.1'; it must be a number"),
         ({"layer_norm_eps": 0.0}, ValueError, r"layer_norm_eps is 0\.0; it must be above 0"),

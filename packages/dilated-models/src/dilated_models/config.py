@@ -26,7 +26,8 @@ from dilated_core.pattern.branches import HeadOffsets, Padding
 from torch import nn
 
 Activation = Literal["relu", "gelu"]
-PositionKind = Literal["xpos", "rotary", "none"]
+RotationKind = Literal["xpos", "rotary", "none"]
+PositionKind = Literal["xpos", "rotary", "alibi", "none"]
 AttentionKind = Literal["dilated", "block_sparse", "moba"]
 
 # Fields that describe dilated branches, and have no effect on another kind of attention.
@@ -94,7 +95,8 @@ class LongNetConfig:
         layer_norm_eps: Of every LayerNorm.
         head_offsets: `"interleaved"` (the paper) or `"blocked"` (published weights).
         padding: `"masked"`, or `"attended"` (published weights).
-        positions: `"xpos"`, `"rotary"` (no decay), or `"none"`.
+        positions: `"xpos"`, `"rotary"` (no decay), `"alibi"` (a bias that grows with the distance,
+            arXiv 2108.12409; for causal calls and dilated attention without a window), or `"none"`.
         xpos_scale_base: Distance over which xPos decays by one factor, in tokens.
         key_conv: Width, in tokens, of a depthwise causal convolution that is added to the input of
             each attention; 0 for none. It is no part of LongNet: see `CausalConvolution`.
@@ -171,7 +173,7 @@ class LongNetConfig:
             self._set("num_kv_heads", check_head_groups(self.nhead, self.num_kv_heads))
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("positions", self.positions, get_args(PositionKind))
-        if self.positions != "none" and self.head_dim % 2:
+        if self.positions in ("xpos", "rotary") and self.head_dim % 2:
             raise ValueError(
                 f"head_dim, d_model / nhead, is {self.head_dim}; it must be even, since positions="
                 f"{self.positions!r} turns pairs of channels, so change nhead or use "
@@ -189,6 +191,12 @@ class LongNetConfig:
         ):
             check_bool(name, getattr(self, name))
         self._check_attention_kind()
+        if self.positions == "alibi" and (self.attention_kind != "dilated" or self.local_window):
+            raise ValueError(
+                f"positions is 'alibi', attention_kind {self.attention_kind!r} and local_window "
+                f"{self.local_window}; ALiBi needs dilated attention without a window, so use "
+                f'positions="rotary".'
+            )
         attention = self.attention  # checks lengths, rates, head_offsets, padding and backend
         self._set("segment_lengths", attention.segment_lengths)
         self._set("dilation_rates", attention.dilation_rates)
@@ -273,6 +281,8 @@ class LongNetConfig:
             dilation_rates=self.dilation_rates,
             head_offsets=self.head_offsets,
             padding=self.padding,
+            # ALiBi adds channels to a head, which must not change the scale.
+            scale=self.head_dim**-0.5 if self.positions == "alibi" else None,
             backend=self.backend,
         )
 

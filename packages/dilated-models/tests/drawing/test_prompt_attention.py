@@ -9,7 +9,7 @@ from dilated_models import LongNetLM
 from dilated_models.drawing.prompt_attention import attend_to_prompt
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "none"}, {"key_conv": 4}])
+@pytest.mark.parametrize("options", [{}, {"positions": "alibi"}, {"key_conv": 4}])
 def test_probabilities_times_values_are_what_the_layers_compute(config, options):
     torch.manual_seed(0)
     model = LongNetLM(dataclasses.replace(config, **options), dtype=torch.float64).eval()

@@ -68,7 +68,7 @@ def models_on_shards() -> list[float]:
         {"positions": "xpos", "num_kv_heads": 2},
         {"positions": "rotary", "key_conv": 4, "head_offsets": "blocked", "padding": "attended"},
         {
-            "positions": "none",
+            "positions": "alibi",
             "key_conv": 3,
             "activation_checkpointing": True,
             "num_encoder_layers": 1,

@@ -16,6 +16,7 @@ CONFIGS = {
     "xpos": {},
     "rotary, grouped queries": {"positions": "rotary", "num_kv_heads": 2},
     "none": {"positions": "none"},
+    "alibi": {"positions": "alibi", "num_kv_heads": 2},
     "key_conv": {"key_conv": 4},
     "key_conv of one token": {"key_conv": 1, "positions": "none"},
     "zero keys attended": {"padding": "attended", "key_conv": 3},

@@ -41,7 +41,11 @@ def kept_bytes(config: LongNetConfig) -> int:
     "change",
     [
         *({}, {"activation": "gelu"}, {"dropout": 0.1}, {"activation_checkpointing": True}),
-        *({"key_conv": 4, "num_kv_heads": 1}, {"key_conv": 16}, {"num_encoder_layers": 3}),
+        *(
+            {"key_conv": 4, "num_kv_heads": 1},
+            {"key_conv": 16},
+            {"num_encoder_layers": 3, "positions": "alibi"},
+        ),
     ],
     ids=str,
 )

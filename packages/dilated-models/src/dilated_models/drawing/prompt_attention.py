@@ -57,7 +57,8 @@ def attend_to_prompt(model: LongNetLM, tokens: Sequence[int], *, num_rows: int) 
     def read(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         q, k = inputs[:2]
         is_causal = options["is_causal"]
-        layers.append(attention_rows(q, k, model.config.pattern, rows, is_causal=is_causal))
+        scale, pattern = model.config.attention.scale, model.config.pattern
+        layers.append(attention_rows(q, k, pattern, rows, is_causal=is_causal, scale=scale))
 
     # Here q and k are as attention receives them: convolved and rotated.
     handles = [

@@ -18,7 +18,7 @@ from dilated_core.checks import (
 )
 from dilated_core.pattern.branches import HeadOffsets, Padding
 
-from dilated_models.config import Activation, PositionKind, magneto_gain
+from dilated_models.config import Activation, RotationKind, magneto_gain
 
 # What `check_names` answers to arguments that users give to constructors and that belong elsewhere.
 ELSEWHERE = {
@@ -175,7 +175,7 @@ class EncoderConfig:
     drop_path_rate: float = 0.0
     activation: Activation = "gelu"
     layer_norm_eps: float = 1e-5
-    positions: PositionKind = "none"
+    positions: RotationKind = "none"
     xpos_scale_base: float = 512.0
     final_layer_norm: bool = True
     activation_checkpointing: bool = False
@@ -189,7 +189,7 @@ class EncoderConfig:
         )
         rate = check_number("drop_path_rate", self.drop_path_rate, at_least=0, below=1)
         object.__setattr__(self, "drop_path_rate", rate)
-        check_choice("positions", self.positions, get_args(PositionKind))
+        check_choice("positions", self.positions, get_args(RotationKind))
         base = check_number("xpos_scale_base", self.xpos_scale_base, above=0)
         object.__setattr__(self, "xpos_scale_base", base)
         for name in ("final_layer_norm", "activation_checkpointing"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.key_history import KeyHistory
+from dilated_models.layers.position_codes import alibi_head_dim
 
 
 class BlockCache:
@@ -43,13 +44,16 @@ class BlockCache:
         max_seq_len: int | None,
     ) -> None:
         self.attention: DecodingCache | KeyHistory
+        head_dim = config.head_dim
+        if config.positions == "alibi":
+            head_dim = alibi_head_dim(head_dim, dtype)
         if config.attention_kind == "dilated":
             self.attention = DecodingCache(
                 config.pattern,
                 batch_size=batch_size,
                 num_heads=config.nhead,
                 num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
+                head_dim=head_dim,
                 device=device,
                 dtype=dtype,
                 max_seq_len=max_seq_len,

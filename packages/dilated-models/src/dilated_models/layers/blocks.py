@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from dilated_core.positions.rotary import Rotation
 from torch import Tensor, nn
 
 from dilated_models.config import LongNetConfig
@@ -17,6 +16,7 @@ from dilated_models.layers.cross_attention import CrossAttention, Memory
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.drop_path import drop_path
 from dilated_models.layers.feed_forward import FeedForward
+from dilated_models.layers.position_codes import PositionCode
 from dilated_models.layers.self_attention import DilatedSelfAttention
 
 
@@ -93,7 +93,7 @@ class SelfAttentionBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Rotation | None = None,
+        rotation: PositionCode | None = None,
         is_causal: bool = True,
         documents: Documents | None = None,
         cache: BlockCache | None = None,

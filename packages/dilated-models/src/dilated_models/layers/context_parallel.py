@@ -130,6 +130,7 @@ class ContextParallel:
         is_causal: bool,
         cu_seqlens: Tensor | None,
         backend: str,
+        scale: float | None = None,
     ) -> Tensor:
         """Attention of local q to k and v of all ranks.
 
@@ -150,6 +151,7 @@ class ContextParallel:
             exchange=self.exchange,
             cu_seqlens=cu_seqlens,
             seq_len=self.seq_len,
+            scale=scale,
             backend=backend,
             timeout_s=self.timeout_s,
         )

@@ -15,22 +15,23 @@ from dilated_core import (
 )
 from dilated_core.backends.contract import DecodingBackend, has_capability
 from dilated_core.backends.registry import get_backend
-from dilated_core.positions.rotary import Rotation, rotate
+from dilated_core.checks import check_bool
 from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.key_history import KeyHistory
+from dilated_models.layers.position_codes import AlibiPositions, PositionCode, encode_positions
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):
-    """Project, rotate q and k, attend, LayerNorm, project out.
+    """Project, encode positions in q and k, attend, LayerNorm, project out.
 
     With the `attention_kind` of the config the attention inside may be another one than dilated.
 
-    All but the rotation is `dilated_core.MultiheadDilatedAttention`. Rotation comes before the
-    pattern selects positions, so each row is turned by its absolute position in every branch.
+    All but the positions is `dilated_core.MultiheadDilatedAttention`. They are encoded before the
+    pattern selects rows, so each row has its absolute position in every branch.
 
     Args:
         config: Of the model.
@@ -70,7 +71,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
-        rotation: Rotation | None = None,
+        rotation: PositionCode | None = None,
         *,
         is_causal: bool = False,
         documents: Documents | None = None,
@@ -93,11 +94,17 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             The shape of `x`.
         """
         q, k, v = self.project(x, x, x)
-        if rotation is not None:
-            q = rotate(q, rotation.q_cos, rotation.q_sin)
-            k = rotate(k, rotation.k_cos, rotation.k_sin)
         if cache is not None:
-            return self.combine(self._decode(q, k, v, cache, counts).to(x.dtype))
+            # ALiBi's digits depend on the dtype.
+            q, k, v = (y.to(cache.keys.dtype) for y in (q, k, v))
+        elif isinstance(rotation, AlibiPositions) and not check_bool("is_causal", is_causal):
+            raise ValueError(
+                "is_causal is False; ALiBi's bias to both sides is no product of queries and keys, "
+                'so call the model causally or build it with positions="rotary".'
+            )
+        q, k, v = encode_positions(q, k, v, rotation)
+        if cache is not None:
+            return self._combine(self._decode(q, k, v, cache, counts).to(x.dtype))
         cu_seqlens = None if documents is None else documents.cu_seqlens
         if context_parallel is not None:
             if self.local_window:
@@ -114,10 +121,15 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
                 attention.pattern if self.kind == "dilated" else attention.config,
                 is_causal=is_causal,
                 cu_seqlens=cu_seqlens,
+                scale=self.attention.config.scale,
                 backend=self.attention.config.backend,
             )
-            return self.combine(out)
-        return self.combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))
+            return self._combine(out)
+        return self._combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))
+
+    def _combine(self, out: Tensor) -> Tensor:
+        """`combine` of the channels that hold values."""
+        return self.combine(out[..., : self.head_dim])
 
     def _decode(
         self,
@@ -127,15 +139,14 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         cache: DecodingCache | KeyHistory,
         counts: Sequence[int] | None,
     ) -> Tensor:
-        q, k, v = (x.to(cache.keys.dtype) for x in (q, k, v))
         if isinstance(cache, KeyHistory):
             return cache.attend(q, k, v, counts, self.attend)
-        backend = self.attention.config.backend
+        scale, backend = self.attention.config.scale, self.attention.config.backend
         # A named backend is used, whether it has a kernel for single tokens or not.
         has_kernel = backend == "auto" or has_capability(get_backend(backend), DecodingBackend)
         if counts is None and q.shape[1] == 1 and has_kernel:
-            return decode_step(q, k, v, cache, backend=backend)
-        return decode_tokens(q, k, v, cache, lengths=counts, backend=backend)
+            return decode_step(q, k, v, cache, scale=scale, backend=backend)
+        return decode_tokens(q, k, v, cache, lengths=counts, scale=scale, backend=backend)
 
 
 def _windowed_attention(config: LongNetConfig) -> Any:

@@ -11,12 +11,12 @@ from typing import Never, Self
 import torch
 from dilated_core.checks import check_bool, check_tensor
 from dilated_core.modules.options import check_forward_names, from_options
-from dilated_core.positions.rotary import Rotation
 from torch import Tensor
 
 from dilated_models.layers.context_parallel import Shard
 from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
+from dilated_models.layers.position_codes import PositionCode
 from dilated_models.longnet.encoder_decoder_config import (
     TWO_SEQUENCES,
     EncoderDecoderConfig,
@@ -258,8 +258,8 @@ class LongNet(LongNetStacks):
 
     def _places(
         self, x: Tensor, packed: _Packed | None
-    ) -> tuple[Rotation | None, Documents | None]:
-        """The rotation of the rows of `x`, and the sequences that are packed in it."""
+    ) -> tuple[PositionCode | None, Documents | None]:
+        """The positions of the rows of `x`, and the sequences that are packed in it."""
         length = x.shape[0] if packed is not None else x.shape[1]
         counted = torch.arange(length, device=x.device)
         documents = None if packed is None else Documents.of(packed.cu_seqlens, counted)

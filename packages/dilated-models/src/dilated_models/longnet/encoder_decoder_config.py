@@ -25,9 +25,9 @@ class EncoderDecoderConfig(LongNetConfig):
         num_tokens: Vocabulary size of both sequences, which share an embedding. 0, the default:
             both are given as embeddings, and the results are states, not logits.
         num_encoder_layers: Blocks of the encoder, at least one.
-        positions: As in `LongNetConfig`. `"rotary"` by default: xPos lets scores decay with the
-            distance to earlier keys, and grow with the distance to later ones, which an encoder
-            sees too.
+        positions: As in `LongNetConfig`, but not `"alibi"`. `"rotary"` by default: xPos lets scores
+            decay with the distance to earlier keys, and grow with the distance to later ones, which
+            an encoder sees too.
 
     Raises:
         TypeError: If a value has the wrong type, or a name is unknown.
@@ -45,6 +45,11 @@ class EncoderDecoderConfig(LongNetConfig):
 
     def __post_init__(self) -> None:
         LongNetConfig.__post_init__(self)
+        if self.positions == "alibi":
+            raise ValueError(
+                "positions is 'alibi'; ALiBi needs causal attention, and an encoder sees later "
+                'positions too, so use positions="rotary".'
+            )
         if self.tie_embeddings and not self.num_tokens:
             raise ValueError(
                 "tie_embeddings is True and num_tokens 0; there is no embedding to share, so leave "

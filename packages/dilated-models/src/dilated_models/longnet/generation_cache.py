@@ -15,6 +15,11 @@ from torch import Tensor
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.block_cache import BlockCache
 from dilated_models.layers.cross_attention import CrossAttention
+from dilated_models.layers.position_codes import (
+    ALIBI_POSITIONS,
+    AlibiPositions,
+    PositionCode,
+)
 from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig, check_memory
 
 if TYPE_CHECKING:
@@ -179,7 +184,7 @@ class GenerationCache:
 
     def parts(
         self, tokens: Tensor, lengths: Tensor | Sequence[int] | None
-    ) -> Iterator[tuple[Tensor, list[int] | None, Rotation | None]]:
+    ) -> Iterator[tuple[Tensor, list[int] | None, PositionCode | None]]:
         """Cut new tokens into parts of bounded size; the caller runs each through the blocks.
 
         Args:
@@ -188,7 +193,7 @@ class GenerationCache:
 
         Yields:
             The tokens of a part; how many of each sequence are not padding, None if all; and their
-            rotation, None without positions.
+            positions as blocks encode them, None without positions.
 
         Raises:
             TypeError: If a length is no integer.
@@ -242,11 +247,13 @@ class GenerationCache:
     def _dtype(self) -> torch.dtype:
         return self.blocks[0].attention.keys.dtype
 
-    def _rotation(self, counts: Sequence[int], length: int) -> Rotation | None:
-        """Factors for `length` positions of each text from its own position on."""
+    def _rotation(self, counts: Sequence[int], length: int) -> PositionCode | None:
+        """Codes of `length` positions of each text from its own position on."""
         config = self.config
         if config.positions == "none":
             return None
+        if config.positions == "alibi":
+            return self._alibi_positions(length)
         scale_base = config.xpos_scale_base if config.positions == "xpos" else None
         if scale_base is not None:
             self._move_centers(counts, scale_base)
@@ -268,6 +275,16 @@ class GenerationCache:
             return rotations[0]
         index = torch.tensor([distinct.index(place) for place in places], device=device)
         return Rotation(*(torch.stack(factors)[index] for factors in zip(*rotations, strict=True)))
+
+    def _alibi_positions(self, length: int) -> AlibiPositions:
+        if (last := max(self.positions) + length) > ALIBI_POSITIONS:
+            raise ValueError(
+                f"a text would have {last} tokens; ALiBi has positions for {ALIBI_POSITIONS}, so "
+                f"use another model or begin the text anew."
+            )
+        device = self.blocks[0].attention.keys.device
+        starts = torch.tensor(self.positions, device=device)
+        return AlibiPositions(starts[:, None] + torch.arange(length, device=device))
 
     def _move_centers(self, counts: Sequence[int], scale_base: float) -> None:
         """Keep the xPos factors of all keys that the next tokens see in the range of the dtype.

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from dilated_core.checks import check_float_dtype, check_tensor
 from dilated_core.dispatch import is_plain
-from dilated_core.positions.rotary import Rotation, check_decay_range, rotation_at
+from dilated_core.positions.rotary import check_decay_range, rotation_at
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import (
@@ -22,6 +22,7 @@ from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.layers.context_parallel import ContextParallel, Shard
 from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
+from dilated_models.layers.position_codes import AlibiPositions, PositionCode
 from dilated_models.longnet.generation_cache import GenerationCache, compute_dtype
 from dilated_models.longnet.tied_weights import complete_shared_weight, tie_again
 
@@ -131,7 +132,7 @@ class LongNetStacks(nn.Module):
         self,
         stack: nn.ModuleList,
         x: Tensor,
-        rotation: Rotation | None,
+        rotation: PositionCode | None,
         is_causal: bool,
         documents: Documents | None,
         *,
@@ -202,8 +203,8 @@ class LongNetStacks(nn.Module):
 
     def rotation(
         self, documents: Documents | None, shard: Shard, positions: Tensor | None = None
-    ) -> Rotation | None:
-        """Rotation factors shared by all blocks, or None without positions.
+    ) -> PositionCode | None:
+        """The positions of rows as all blocks encode them, or None without positions.
 
         Args:
             documents: Of packed rows, whose positions count from the start of each document.
@@ -225,6 +226,8 @@ class LongNetStacks(nn.Module):
         else:
             positions = shard.positions
             center = reach = shard.seq_len // 2
+        if config.positions == "alibi":
+            return AlibiPositions(positions)
         if scale_base is not None:
             check_decay_range(reach, scale_base, compute_dtype(weight))
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

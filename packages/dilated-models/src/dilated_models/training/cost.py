@@ -22,6 +22,9 @@ def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
     block = 7 * width + 2 * model.kv_dim + 2 * hidden + model.nhead
     if model.activation != "relu":
         block += hidden
+    if model.positions == "alibi":
+        # Eight more channels of each head of q, k, v and out.
+        block += 8 * (2 * model.nhead + 2 * (model.num_kv_heads or model.nhead))
     block += model.key_conv * width  # the inputs of each product, masked between documents
     if model.dropout:
         block += 2 * width + 2 * hidden

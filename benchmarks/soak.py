@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import write_result
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 KINDS = {"DDP": [], "FSDP2": ["--fsdp"], "context parallel": ["--cp", "2"]}

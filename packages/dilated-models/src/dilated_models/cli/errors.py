@@ -15,6 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from dilated_models.training.failures import RankLost
 from dilated_models.training.stopping import StoppedAtOnce, stopping_at_once
 
 FAILED = 1
@@ -34,7 +35,8 @@ _PARAMETER_OF = {
 # The extra that brings a package, and what needs it.
 _CLI = ("cli", "the command line")
 _EXTRA_OF = dict.fromkeys(("matplotlib", "psutil", "rich", "tokenizers", "typer"), _CLI) | {
-    "h5py": ("slides", "a file of slide features")
+    "dilated_ring": ("ring", "--cp"),
+    "h5py": ("slides", "a file of slide features"),
 }
 _SAVES_MEMORY = ("seq_len", "batch_size", "accumulation", "checkpoint_activations")
 _QUOTED = r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*\""""
@@ -63,7 +65,7 @@ class Boundary(TyperGroup):
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
             _discard(sys.stdout)
-            raise SystemExit(_exit_code(error)) from error
+            raise SystemExit(exit_code(error)) from error
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -136,8 +138,11 @@ def option_of(name: str) -> str:
     return "--" + _PARAMETER_OF.get(name, name).replace("_", "-")
 
 
-def _exit_code(error: Exception) -> int:
-    is_fault = not _is_users(error) or isinstance(error, FloatingPointError)
+def exit_code(error: Exception) -> int:
+    """With which code a command ends after an error."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    is_fault = not _is_users(error) or isinstance(error, (FloatingPointError, RankLost))
     return FAILED if is_fault else USAGE_ERROR
 
 
@@ -152,6 +157,7 @@ def _is_users(error: Exception) -> bool:
         TypeError,
         OverflowError,
         FloatingPointError,
+        RankLost,
     )
     return isinstance(error, kinds) or _is_out_of_memory(error)
 

@@ -19,9 +19,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.1  # weight of the newest step in the shown loss and rate
 
 
-def plain_console(*, stderr: bool = False) -> Console:
+def plain_console(*, stderr: bool = False, is_quiet: bool = False) -> Console:
     """A console that prints text as it is: a path may hold `[b]` or `:smile:`, which rich reads."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return Console(
+        stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=is_quiet
+    )
 
 
 class Progress:

@@ -20,6 +20,20 @@ def command(*words: str | Path) -> str:
     return " ".join([*_program(), *map(quoted, words)])
 
 
+def train_command(*words: str | Path, processes: int) -> str:
+    """A line as of `command` that trains, on this many processes of this machine.
+
+    Example:
+        >>> train_command("--resume", processes=2)
+        'torchrun --nproc-per-node 2 -m dilated_models.train --resume'
+    """
+    if processes == 1:
+        return command("train", *words)
+    by_uv = ["uv", "run"] if _is_by_uv() else []
+    start = ["torchrun", "--nproc-per-node", str(processes), "-m", "dilated_models.train"]
+    return " ".join([*by_uv, *start, *map(quoted, words)])
+
+
 def quoted(word: str | Path) -> str:
     r"""A word or path as a shell reads it, in characters that every output can show.
 
@@ -50,10 +64,14 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
+def _is_by_uv() -> bool:
+    return "UV_RUN_RECURSION_DEPTH" in os.environ  # `uv run` sets it in its children
+
+
 def _program() -> list[str]:
     script = Path(sys.argv[0])
-    by_uv = "UV_RUN_RECURSION_DEPTH" in os.environ  # `uv run` sets it in its children
-    if script.parts[-2:] == ("dilated_models", "__main__.py"):
+    by_uv = _is_by_uv()
+    if script.parts[-2:] in (("dilated_models", "__main__.py"), ("dilated_models", "train.py")):
         python = ["uv", "run", "python"] if by_uv else [quoted(sys.orig_argv[0])]
         return [*python, "-m", "dilated_models"]
     if by_uv:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from dilated_models.cli.errors import option_of
+from dilated_models.cli.errors import exit_code, option_of
 from dilated_models.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -17,12 +19,13 @@ from dilated_models.cli.options import (
     all_text,
     integers,
 )
-from dilated_models.cli.shell import command, quoted
+from dilated_models.cli.shell import command, quoted, train_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dilated_models.training.loop import TrainingState
+    from dilated_models.training.ranks import Ranks
     from dilated_models.training.run import Report, Run, Text
 
 _RUNS = Path("runs")
@@ -99,21 +102,29 @@ def train(
         int | None, typer.Option(help="Tokens scored at the end.")
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile each block with torch.compile.")
+    ] = False,
+    cp: Annotated[
+        int, typer.Option("--cp", help="Processes that share the positions of each row.")
+    ] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Spread weights and optimiser over the processes.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Longest wait for another process.")
+    ] = 600.0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
     """Train a LongNet on text; without --text, on the Python standard library's sources.
 
-    Ctrl-C or SIGTERM saves the run and exits with code 130 or 143; --resume continues it.
+    Ctrl-C or SIGTERM saves the run and exits with code 130 or 143; --resume continues it. On
+    several processes: torchrun --nproc-per-node N -m dilated_models.train, with the same options.
     """
     began = time.monotonic()
-    from dilated_models.cli.progress import plain_console
-    from dilated_models.training.devices import choose_device, choose_dtype
-    from dilated_models.training.folder import hold
-    from dilated_models.training.setup import new_run, resumed_run
+    from dilated_core.checks import check_integer, check_number
 
-    where = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, where)
     paths = all_text(text, more_text)
     model = _given(
         d_model=d_model,
@@ -150,49 +161,115 @@ def train(
         if fixed:
             names = ", ".join(option_of(name) for name in sorted(fixed))
             raise ValueError(f"--resume continues a run with its own options; leave out {names}.")
-        run = resumed_run(out or _newest_run(), device=where, training=movable)
-    else:
+    check_integer("cp", cp, at_least=1)
+    check_number("timeout", timeout, above=0)
+
+    parallel = Parallel(device=device, cp=cp, fsdp=fsdp, timeout_s=timeout, is_compiled=compiled)
+
+    def make(ranks: Ranks) -> tuple[Run, bool]:
+        """The run, and whether it is new."""
+        from dilated_models.training.devices import choose_dtype
+        from dilated_models.training.setup import new_run, resumed_run
+
+        begun = ranks.begun_run()
+        if begun is not None or resume:
+            folder = begun if begun is not None else out or _newest_run()
+            return resumed_run(folder, device=ranks.device, training=movable), False
         run = new_run(
             folder=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
             preset=preset or "tiny",
             text=paths,
             tokenizer=tokenizer or "bytes",
-            device=where,
+            device=ranks.device,
             model=model,
-            training=training | movable | {"dtype": chosen_dtype},
+            training=training | movable | {"dtype": choose_dtype(dtype, ranks.device)},
         )
-    console = plain_console()
-    with hold(run.folder, is_new=not resume):
-        report = _run(console, run, resume=resume)
-    _conclude(console, run, report, time.monotonic() - began)
+        return run, True
+
+    _train(make, parallel, began)
 
 
-def _run(console: Console, run: Run, *, resume: bool) -> Report:
+class Parallel(NamedTuple):
+    """How the processes of a run divide its work: no part of the run, which others may continue."""
+
+    device: str
+    cp: int
+    fsdp: bool
+    timeout_s: float
+    is_compiled: bool
+
+
+def _train(make: Callable[[Ranks], tuple[Run, bool]], parallel: Parallel, began: float) -> None:
+    """Join the other processes, if there are any, and train with them."""
+    from dilated_models.cli.progress import plain_console
+    from dilated_models.training.folder import hold
+    from dilated_models.training.over_ranks import check_grid, parts_of_rank
+    from dilated_models.training.ranks import joined
+    from dilated_models.training.setup import same_run
+
+    with joined(parallel.device, timeout_s=parallel.timeout_s) as ranks:
+
+        def checked() -> tuple[Run, bool]:
+            check_grid(ranks.size, cp=parallel.cp, fsdp=parallel.fsdp)
+            run, is_new = make(ranks)
+            numbers = run.training
+            parts_of_rank(numbers.batch_size, numbers.accumulation, ranks.size // parallel.cp)
+            return run, is_new
+
+        try:
+            with contextlib.ExitStack() as stack:
+                with ranks.naming_the_missing():
+                    run, is_new = ranks.together(checked)
+                    run = same_run(run, ranks)
+                    ranks.first(lambda: stack.enter_context(hold(run.folder, is_new=is_new)))
+                console = plain_console(is_quiet=not ranks.is_first)
+                report = _run(console, run, ranks, parallel, is_new=is_new)
+        except Exception as error:
+            if ranks.tells(error):
+                raise
+            raise typer.Exit(exit_code(error)) from None
+    if report is not None:
+        _conclude(console, run, report, time.monotonic() - began)
+
+
+def _run(
+    console: Console, run: Run, ranks: Ranks, parallel: Parallel, *, is_new: bool
+) -> Report | None:
     """Build the model, train it and show the progress; every end names the way to go on."""
-    from dilated_models.training.loop import CHECKPOINT_FILE
+    from dilated_models.training.checkpoints import has_checkpoint, restore_checkpoint
+    from dilated_models.training.over_ranks import OverRanks
     from dilated_models.training.run import build, open_text
     from dilated_models.training.stopping import Stopped
 
-    go_on = f"continue with: {command('train', '--resume', '--out', run.folder)}"
-    is_whole = not resume  # a checkpoint of an earlier process may be damaged
+    cp, fsdp = parallel.cp, parallel.fsdp
+    grid = [*(["--cp", str(cp)] if cp > 1 else []), *(["--fsdp"] if fsdp else [])]
+    again = train_command("--resume", "--out", run.folder, *grid, processes=ranks.size)
+    go_on = f"continue with: {again}"
+    is_whole = is_new  # a checkpoint of an earlier process may be damaged
     try:
-        state = build(run)
-        if resume:
-            state.restore(run.folder, run_id=run.run_id)
-            is_whole = True
-        text = open_text(run, console.print)
-        _introduce(console, run, state.step, sum(p.numel() for p in state.model.parameters()))
-        return _execute(console, run, state, text)
+        with ranks.naming_the_missing():
+            over = None
+            if ranks.size > 1:
+                over = ranks.together(lambda: OverRanks(ranks, cp=cp, fsdp=fsdp))
+            state = build(run, over, is_compiled=parallel.is_compiled)
+            if not is_new:
+                restore_checkpoint(state, run.folder, run_id=run.run_id, ranks=ranks)
+                is_whole = True
+            text = open_text(run, console.print, ranks)
+            _introduce(console, run, state)
+            return _execute(console, run, state, text, ranks)
     except Stopped as stopped:
         console.print(f"{stopped}; everything is saved; {go_on}")
         raise typer.Exit(stopped.exit_code) from None
     except (Exception, KeyboardInterrupt) as error:
-        if is_whole and (run.folder / CHECKPOINT_FILE).exists():
+        if is_whole and has_checkpoint(run.folder):
             error.add_note(f"the last checkpoint is whole; {go_on}")
         raise
 
 
-def _execute(console: Console, run: Run, state: TrainingState, text: Text) -> Report:
+def _execute(
+    console: Console, run: Run, state: TrainingState, text: Text, ranks: Ranks
+) -> Report | None:
     from dilated_models.cli.progress import TrainingProgress
     from dilated_models.longnet.size import available_bytes
     from dilated_models.training.run import execute, peak_memory_bytes
@@ -207,8 +284,11 @@ def _execute(console: Console, run: Run, state: TrainingState, text: Text) -> Re
         peak_memory_bytes=lambda: peak_memory_bytes(run.device),
         available_bytes=lambda: available_bytes(run.device),
     )
-    with StopSignals() as signals, progress:
-        return execute(run, text, state, progress, signals)
+    # Ctrl-C reaches torchrun and perhaps its processes, to which torchrun passes it on.
+    seconds_apart = 0.0 if ranks.size == 1 else 2.0
+    signals = StopSignals(is_silent=not ranks.is_first, seconds_apart=seconds_apart)
+    with signals, progress:
+        return execute(run, text, state, progress, signals, ranks)
 
 
 def _printable(text: str) -> str:
@@ -223,17 +303,20 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _newest_run() -> Path:
-    runs = sorted(_RUNS.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    files = [*_RUNS.glob("*/checkpoint.pt"), *_RUNS.glob("*/checkpoint-*/manifest.json")]
+    if not files:
         raise FileNotFoundError(
             f"there is no run in {str(_RUNS)!r} to resume; name its folder with --out DIR."
         )
-    return runs[-1].parent
+    newest = max(files, key=lambda path: path.stat().st_mtime)
+    return _RUNS / newest.relative_to(_RUNS).parts[0]
 
 
-def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> None:
+def _introduce(console: Console, run: Run, state: TrainingState) -> None:
     from dilated_models.training.borders import border_note
 
+    step, over = state.step, state.over
+    num_parameters = sum(p.numel() for p in state.model.parameters())
     split, model, training = run.split, run.model, run.training
     source = "the Python standard library" if run.text is None else " ".join(map(quoted, run.text))
     branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
@@ -242,7 +325,8 @@ def _introduce(console: Console, run: Run, step: int, num_parameters: int) -> No
     ]
     lines = [
         f"{num_parameters / 1e6:.2f}M parameters, {model.num_decoder_layers} layers, "
-        f"segments/rates {branches}, {training.dtype} on {run.device}",
+        f"segments/rates {branches}, {training.dtype} on {run.device}"
+        + ("" if over is None else f"; {over}"),
         f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
         + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
         f"{training.steps} steps of {training.batch_size} rows of {training.seq_len} tokens"
@@ -270,7 +354,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         _printable(f"{report.prompt}|{report.sample}"),
         "",
         f"{quoted(run.folder)}: model.safetensors, config.json, metrics.jsonl, loss.png, "
-        f"checkpoint.pt; {seconds:.0f} s in all",
+        f"and a checkpoint; {seconds:.0f} s in all",
         f"more: {command('generate', '--checkpoint', run.folder, '--prompt', 'def ')}",
     ]
     console.print("\n".join(lines))

@@ -79,8 +79,15 @@ def save_model(folder: Path, model: LongNetStacks, *, run_id: str = "") -> None:
         ValueError: If the model is on the meta device.
     """
     check_has_weights(model)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
+    save_weights(folder, model.config, model.state_dict(), run_id=run_id)
+
+
+def save_weights(
+    folder: Path, config: LongNetConfig, weights: Mapping[str, Tensor], *, run_id: str = ""
+) -> None:
+    """Write `model.safetensors` from the state dict of a model; the rest as `save_model`."""
+    state = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    if config.tie_embeddings:
         del state["output.weight"]
     metadata = {"format": "pt", "run_id": run_id, "checksum": _weights_checksum(state)}
     with write_atomically(folder / MODEL_FILE) as part:

@@ -11,13 +11,18 @@ FORWARD_SHARE = 3  # a forward takes a third of the time of a training step
 _VALIDATION_SHARE = 4  # validations may take a quarter of the time of the training
 
 
-def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
-    """The least memory that a run takes: weights, Adam's means, gradients or activations.
+def training_bytes(
+    model: LongNetConfig, training: TrainingConfig, *, cp: int = 1, shards: int = 1
+) -> int:
+    """The least memory that a run takes on a rank: weights, Adam's means, gradients or activations.
+
+    `cp` ranks share the positions of each row, and `shards` the weights and all that is kept of
+    each.
 
     The activations are those that autograd keeps for the backward pass of one part of a batch.
     Their number per token was counted with `saved_tensors_hooks`.
     """
-    tokens = training.batch_size // training.accumulation * training.seq_len
+    tokens = training.batch_size // training.accumulation * training.seq_len // cp
     width, hidden = model.d_model, model.dim_feedforward
     block = 7 * width + 2 * model.kv_dim + 2 * hidden + model.nhead
     if model.activation != "relu":
@@ -37,8 +42,12 @@ def training_bytes(model: LongNetConfig, training: TrainingConfig) -> int:
         kept += 2 * width
     values = tokens * (kept + 2 * width + 2 * model.num_tokens)
     activations = values * (2 if training.dtype == "bfloat16" else 4)
-    parameters = least_parameters(model)
-    return model_bytes(model) + _ADAM_BYTES * parameters + max(4 * parameters, activations)
+    parameters = least_parameters(model) // shards
+    weights = model_bytes(model)  # made whole on each rank before they are spread
+    return max(
+        weights,
+        weights // shards + _ADAM_BYTES * parameters + max(4 * parameters, activations),
+    )
 
 
 def most_validation_tokens(steps: int, *, batch_size: int, seq_len: int) -> int:

@@ -30,6 +30,29 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_of_process(name: str, *, local_rank: int, local_size: int) -> torch.device:
+    """The device of one of several processes on a machine; each has a GPU of its own, or the CPU.
+
+    Args:
+        name: As in `choose_device`. `"auto"` is the CPU if there are fewer GPUs than processes.
+        local_rank: Number of the process on its machine.
+        local_size: Number of processes on this machine.
+
+    Raises:
+        ValueError: As `choose_device`; or if processes would share a GPU.
+    """
+    if name == "auto":
+        has_enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
+        return torch.device("cuda", local_rank) if has_enough else torch.device("cpu")
+    device = choose_device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type != "cpu" and local_size > 1 and name != "cuda":
+        raise ValueError(
+            f"device is {name!r} and {local_size} processes run on this machine; each must have a "
+            f"device of its own, so use auto, cuda or cpu."
+        )
+    return device
+
+
 def choose_dtype(name: str, device: torch.device) -> str:
     """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 on a GPU that has it, else float32.
 

@@ -121,7 +121,7 @@ def evaluate(
     total = sum(stop - start for start, stop in ranges)
     with evaluating(model):
         nats, done, num_targets, num_bytes = 0.0, 0, 0, 0
-        for start, stop in _batches(ranges, seq_len * batch_size):
+        for start, stop in batches(ranges, seq_len * batch_size):
             if before_batch is not None:
                 before_batch(done, total)
             part = PackedWindows.of([text_row(stream, start, stop, window=seq_len)])
@@ -129,6 +129,15 @@ def evaluate(
             num_bytes += part.num_bytes
             num_targets += part.num_targets
             done += stop - start
+    return evaluation_of(nats, num_targets, num_bytes)
+
+
+def evaluation_of(nats: float, num_targets: int, num_bytes: int) -> Evaluation:
+    """The loss from its sums over all targets.
+
+    Raises:
+        ValueError: If there is no target.
+    """
     if not num_targets:
         raise ValueError(
             "no document of the text has 2 tokens; one must, a token to see and one to predict, so "
@@ -143,7 +152,7 @@ def evaluate(
     )
 
 
-def _batches(ranges: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int]]:
+def batches(ranges: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int]]:
     """The ranges in parts of at most `longest` tokens."""
     for start, stop in ranges:
         for first in range(start, stop, longest):

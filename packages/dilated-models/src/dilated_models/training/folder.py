@@ -42,7 +42,10 @@ def hold(folder: Path, *, is_new: bool) -> Generator[None]:
             if is_new:  # again: another process may have begun a run in between
                 check_free(folder)
             for part in folder.rglob(".*.part"):  # of a process that was killed
-                part.unlink(missing_ok=True)
+                if part.is_dir() and not part.is_symlink():
+                    shutil.rmtree(part, ignore_errors=True)
+                else:
+                    part.unlink(missing_ok=True)
             yield
     finally:
         if made and not (folder / CONFIG_FILE).exists():

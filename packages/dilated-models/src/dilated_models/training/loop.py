@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from dilated_core.atomic_write import write_atomically
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import checksum
@@ -22,7 +22,9 @@ from dilated_models.text.streams import TokenStream
 from dilated_models.text.windows import PackedWindows, text_row
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.duration import StepTimes
-from dilated_models.training.evaluation import autocast_to
+from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate
+from dilated_models.training.loss import WithLoss
+from dilated_models.training.over_ranks import OverRanks, parts_of_rank, whole
 
 CHECKPOINT_FILE = "checkpoint.pt"
 _CHECKPOINT_FORMAT = 2
@@ -57,6 +59,7 @@ class TrainingState:
     Args:
         model: On the device to train on.
         config: The numbers of the run.
+        over: How the model is spread over processes; None: there is one.
 
     Attributes:
         step: Steps done.
@@ -64,12 +67,22 @@ class TrainingState:
         times: Estimates the time of the steps to come.
     """
 
-    def __init__(self, model: LongNetLM, config: TrainingConfig) -> None:
+    def __init__(
+        self, model: LongNetLM, config: TrainingConfig, over: OverRanks | None = None
+    ) -> None:
         self.model = model
         self.config = config
+        self.over = over
+        self._num_parts = parts_of_rank(
+            config.batch_size, config.accumulation, 1 if over is None else over.dp
+        )
+        self._with_loss = WithLoss(model)
+        if over is not None:
+            over.wrap(self._with_loss)  # before the optimiser is made: FSDP replaces parameters
         self.times = StepTimes(config)
         self.step = 0
         self.seconds = 0.0
+        self._has_begun = False
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -103,13 +116,21 @@ class TrainingState:
         If windows grow, this takes the time of a step with the longest ones, forward and backward,
         because the first steps do not tell it. Else one window runs forward. Nothing changes but
         `times`.
+
+        On several processes one window runs forward and backward. After its first backward pass
+        DDP orders the gradients anew, and a sum over three ranks or more rounds by its place. So
+        that a resumed run has the bits of one that was never stopped, this comes before its steps.
         """
         config = self.config
-        grows = config.window_at(0) < config.seq_len
+        grows = config.window_at(0) < config.seq_len and self.over is None
         rows = config.batch_size // config.accumulation if grows else 1
         tokens = torch.zeros(rows * config.seq_len, dtype=torch.int64)
         part = PackedWindows(tokens, tokens, tokens, torch.arange(rows + 1) * config.seq_len)
         self.model.train()
+        if self.over is not None:
+            self._total_loss(part).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            return
         # Dropout must not take numbers from the steps.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for _ in range(2 if grows else 1):  # the first time compiles and allocates
@@ -123,27 +144,73 @@ class TrainingState:
                 if grows:
                     self.times.add(window=config.seq_len, seconds=seconds * config.accumulation)
 
+    def evaluate(
+        self,
+        stream: TokenStream,
+        *,
+        max_tokens: int,
+        batch_size: int,
+        before_batch: Callable[[], None],
+    ) -> Evaluation:
+        """The loss on a text in windows of `seq_len` tokens; see `dilated_models.evaluate`.
+
+        On several processes all of them call this, and each scores a part of the windows.
+        """
+        if self.over is not None:
+            return self.over.evaluate(
+                stream,
+                seq_len=self.config.seq_len,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                autocast=self.autocast,
+                before_batch=before_batch,
+            )
+        return evaluate(
+            self.model,
+            stream,
+            seq_len=self.config.seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            autocast=self.autocast,
+            before_batch=lambda done, total: before_batch(),
+        )
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The state dict of the model; on several processes all call this, and rank 0 gets it."""
+        if self.over is not None:
+            return self.over.whole_weights(self.model)
+        return dict(self.model.state_dict())
+
     def _one_step(self, stream: TokenStream, order: RowOrder) -> StepRecord:
         begin = time.perf_counter()
-        config = self.config
+        config, over = self.config, self.over
         parts = self._parts(stream, order)
         num_targets = sum(part.num_targets for part in parts)
         num_bytes = sum(part.num_bytes for part in parts)
+        if over is not None:
+            if not self._has_begun:
+                for part in parts:
+                    over.check_same_batch(part)
+            num_targets, num_bytes = over.counts(num_targets, num_bytes)
+            over.seed_dropout(config.seed, self.step)
+        self._has_begun = True
         learning_rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in parts:
-            loss = self._total_loss(part) / max(1, num_targets)
-            loss.backward()
+        for number, part in enumerate(parts):
+            with self._backward_of(number):
+                loss = self._total_loss(part) / max(1, num_targets)
+                (loss if over is None else loss * over.factor).backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        mean = total.item()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
+        mean = (total if over is None else over.sum(total)).item()
         if not math.isfinite(mean) or not math.isfinite(norm.item()):
             raise FloatingPointError(
-                f"the loss or its gradient is not finite in step {self.step + 1}; try a lower "
-                f"--lr than {config.learning_rate:g}."
+                f"the loss or its gradient is not finite in step {self.step + 1}, on the rows "
+                f"{self.step * config.batch_size} to {(self.step + 1) * config.batch_size - 1} of "
+                f"the run; try a lower --lr than {config.learning_rate:g}."
             )
         self.optimizer.step()
         seconds = time.perf_counter() - begin
@@ -161,12 +228,19 @@ class TrainingState:
         )
 
     def _parts(self, stream: TokenStream, order: RowOrder) -> list[PackedWindows]:
-        """The windows of this step in `accumulation` parts; a pure function of seed and step."""
+        """The windows of this step in parts, without the rows of other ranks.
+
+        A pure function of seed, step and rank.
+        """
         config, step = self.config, self.step
-        window, rows_per_part = config.window_at(step), config.batch_size // config.accumulation
+        window = config.window_at(step)
         plain_step = step - config.copied_steps
-        if plain_step < 0:
-            first = step * config.batch_size
+        is_copied = plain_step < 0
+        first = (step if is_copied else plain_step) * config.batch_size
+        samples: Sequence[int] = range(first, first + config.batch_size)
+        if self.over is not None:
+            samples = self.over.rows(samples)
+        if is_copied:
             rows = [
                 copied_row(
                     stream,
@@ -176,14 +250,14 @@ class TrainingState:
                     sample=sample,
                     plain_share=PLAIN_SHARE,
                 )
-                for sample in range(first, first + config.batch_size)
+                for sample in samples
             ]
         else:
-            first = plain_step * config.batch_size
-            starts = [order.start(sample) for sample in range(first, first + config.batch_size)]
+            starts = [order.start(sample) for sample in samples]
             rows = [
                 text_row(stream, start, start + config.seq_len, window=window) for start in starts
             ]
+        rows_per_part = len(rows) // self._num_parts
         return [
             PackedWindows.of(rows[i : i + rows_per_part])
             for i in range(0, len(rows), rows_per_part)
@@ -192,8 +266,13 @@ class TrainingState:
     def _total_loss(self, part: PackedWindows) -> Tensor:
         """Nats of all targets together."""
         with autocast_to(self.autocast, self.device):
-            logits = self.model(part.inputs.to(self.device), cu_seqlens=part.cu_seqlens)
-        return cross_entropy(logits.float(), part.targets.to(self.device), reduction="sum")
+            if self.over is not None:
+                return self.over.loss(part)
+            inputs, targets = part.inputs.to(self.device), part.targets.to(self.device)
+            return self._with_loss(inputs, targets, part.cu_seqlens)
+
+    def _backward_of(self, part: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.over is None else self.over.backward_of(part, self._num_parts)
 
     def save(self, folder: Path, *, run_id: str = "") -> None:
         """Write all that is needed to continue, as `checkpoint.pt`, whole or not at all.
@@ -243,11 +322,7 @@ class TrainingState:
                 f"in another folder."
             )
         content = _read_checkpoint(path, run_id)
-        if content["step"] > self.config.steps:
-            raise ValueError(
-                f"steps is {self.config.steps} and the run has done {content['step']}; it must be "
-                f"at least that, so give more --steps or leave it out."
-            )
+        self.check_steps(content["step"])
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -258,6 +333,18 @@ class TrainingState:
         torch.set_rng_state(content["cpu_rng"])
         if self.device.type == "cuda" and content["cuda_rng"]:
             torch.cuda.set_rng_state_all(content["cuda_rng"])
+
+    def check_steps(self, done: int) -> None:
+        """Refuse a checkpoint that has more steps than the run.
+
+        Raises:
+            ValueError: If it has.
+        """
+        if done > self.config.steps:
+            raise ValueError(
+                f"steps is {self.config.steps} and the run has done {done}; it must be at least "
+                f"that, so give more --steps or leave it out."
+            )
 
 
 def _read_checkpoint(path: Path, run_id: str) -> dict[str, Any]:

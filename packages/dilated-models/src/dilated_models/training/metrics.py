@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dilated_core.atomic_write import write_atomically
+
+from dilated_models.training.ranks import Ranks
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -72,6 +75,44 @@ class MetricsFile:
     def sync(self) -> None:
         """Wait until all records are on the disk."""
         os.fsync(self._file.fileno())
+
+
+class UnwrittenMetrics:
+    """The metrics of a run on a rank that does not write them.
+
+    Args:
+        validated: As of the `MetricsFile` of rank 0.
+    """
+
+    def __init__(self, validated: Set[int]) -> None:
+        self.validated = set(validated)
+
+    def __enter__(self) -> UnwrittenMetrics:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Count a validation."""
+        if kind == "validation":
+            self.validated.add(step)
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+
+def open_metrics(folder: Path, *, after_step: int, ranks: Ranks) -> MetricsFile | UnwrittenMetrics:
+    """The metrics of a run, which rank 0 writes; all ranks know which steps were validated."""
+    file: MetricsFile | None = None
+
+    def open_file() -> set[int]:
+        nonlocal file
+        file = MetricsFile(folder, after_step=after_step)
+        return file.validated
+
+    validated = ranks.first(open_file)
+    return UnwrittenMetrics(validated) if file is None else file
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -16,18 +16,27 @@ from dilated_core.atomic_write import write_atomically
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.longnet.saving import CONFIG_FILE, TOKENIZER_FILE, save_model, write_config
+from dilated_models.longnet.saving import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    load_model,
+    save_weights,
+    write_config,
+)
 from dilated_models.longnet.size import check_memory
 from dilated_models.text.files import Split
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream, TokenStream
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
+from dilated_models.training.checkpoints import save_checkpoint
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.cost import training_bytes
-from dilated_models.training.evaluation import Evaluation, evaluate, scored_ranges
+from dilated_models.training.evaluation import Evaluation, scored_ranges
 from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
-from dilated_models.training.metrics import METRICS_FILE, MetricsFile, read_metrics
+from dilated_models.training.metrics import METRICS_FILE, open_metrics, read_metrics
+from dilated_models.training.over_ranks import OverRanks
+from dilated_models.training.ranks import Ranks
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
 from dilated_models.training.stopping import Stopped, StopSignals
 
@@ -123,24 +132,39 @@ class Observer(Protocol):
         ...
 
 
-def build(run: Run) -> TrainingState:
+def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False) -> TrainingState:
     """Model and optimiser of a run, drawn from its seed; writes no file.
+
+    Args:
+        run: The run.
+        over: How the model is spread over processes, all of which call this; None: there is one.
+        is_compiled: Whether `torch.compile` compiles each block.
 
     Raises:
         ValueError: If no backend can run the model, a window does not fit the model, or the memory
             does not suffice.
     """
+    ranks = Ranks(run.device) if over is None else over.ranks
+    ranks.together(lambda: _check_memory(run, over))
+    torch.manual_seed(run.training.seed)  # the same first weights on all ranks
+    model = LongNetLM(run.model, device=run.device)
+    if is_compiled:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    state = TrainingState(model, run.training, over)
+    ranks.together(state.try_longest_windows)
+    return state
+
+
+def _check_memory(run: Run, over: OverRanks | None) -> None:
+    cp, shards = (1, 1) if over is None else (over.cp, over.ranks.size if over.fsdp else 1)
     check_memory(
-        training_bytes(run.model, run.training),
+        training_bytes(run.model, run.training, cp=cp, shards=shards),
         f"training with batch_size {run.training.batch_size}, seq_len {run.training.seq_len} and "
         f"{run.model.num_decoder_layers} layers",
         run.device,
         "use a smaller seq_len or model, more accumulation, or activation_checkpointing",
     )
-    torch.manual_seed(run.training.seed)
-    state = TrainingState(LongNetLM(run.model, device=run.device), run.training)
-    state.try_longest_windows()
-    return state
 
 
 class Text(NamedTuple):
@@ -157,30 +181,38 @@ class Text(NamedTuple):
     order: RowOrder
 
 
-def open_text(run: Run, announce: Callable[[str], None]) -> Text:
+def open_text(run: Run, announce: Callable[[str], None], ranks: Ranks) -> Text:
     """Open the text of a run; with a tokenizer, tokenise it into the run's folder, once.
 
     Args:
         run: The run.
         announce: Called with one line before tokenising, which can take long.
+        ranks: The processes; rank 0 tokenises.
 
     Raises:
         ValueError: If either side of the text is too short.
     """
-    train, validation = _streams(run, announce)
+    if ranks.size > 1 and isinstance(run.vocabulary, TokenizerVocabulary):
+        ranks.first(lambda: _streams(run, announce) and None)
+    train, validation = ranks.together(lambda: _streams(run, announce))
     order = RowOrder(num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed)
     scored_ranges(len(validation), seq_len=run.training.seq_len)
     return Text(train, validation, order)
 
 
 def execute(
-    run: Run, text: Text, state: TrainingState, observer: Observer, signals: StopSignals
-) -> Report:
+    run: Run,
+    text: Text,
+    state: TrainingState,
+    observer: Observer,
+    signals: StopSignals,
+    ranks: Ranks,
+) -> Report | None:
     """Train from the state's step to the last one, then validate and sample.
 
-    Writes `config.json`, `metrics.jsonl`, `checkpoint.pt`, `model.safetensors` and `loss.png` into
-    the run's folder, which the caller holds. A new run is saved before its first step, so that
-    whatever happens it can be resumed.
+    Writes `config.json`, `metrics.jsonl`, a checkpoint, `model.safetensors` and `loss.png` into the
+    run's folder, which the caller holds. A new run is saved before its first step, so that whatever
+    happens it can be resumed. Rank 0 writes all of them but the checkpoint.
 
     Args:
         run: The run.
@@ -188,40 +220,44 @@ def execute(
         state: From `build`, perhaps restored.
         observer: Receives progress events.
         signals: Read between two steps. After a signal, the run saves its state and stops.
+        ranks: The processes, all of which call this.
+
+    Returns:
+        The report; on other ranks than the first, None.
 
     Raises:
-        Stopped: After a signal, when the state is saved.
+        Stopped: After a signal, when the state is saved; on all ranks, whichever got the signal.
         FloatingPointError: If the loss is no longer finite. The last checkpoint stays.
         OSError: If a file cannot be read or written. The last checkpoint stays.
     """
     config, folder, validation = run.training, run.folder, text.validation
-    _begin(run, state)
-    with MetricsFile(folder, after_step=state.step) as metrics:
+    _begin(run, state, ranks)
+    with open_metrics(folder, after_step=state.step, ranks=ranks) as metrics:
 
         def save() -> None:
             observer.busy("saving")
-            metrics.sync()
-            save_model(folder, state.model, run_id=run.run_id)
-            state.save(folder, run_id=run.run_id)
+            weights = state.whole_weights()
+            ranks.first(metrics.sync)
+            ranks.first(lambda: save_weights(folder, run.model, weights, run_id=run.run_id))
+            save_checkpoint(state, folder, run_id=run.run_id, ranks=ranks)
 
         def stop_after_signal() -> None:
-            if signals.received is not None:
+            received = ranks.largest(signals.received or 0)
+            if received:
                 save()
-                plot_losses(folder, read_metrics(folder), copied_steps=config.copied_steps)
-                raise Stopped(signals.received, state.step)
+                if ranks.is_first:
+                    plot_losses(folder, read_metrics(folder), copied_steps=config.copied_steps)
+                raise Stopped(received, state.step)
 
         def validate(max_tokens: int) -> Evaluation:
             observer.busy("validating")
-            result = evaluate(
-                state.model,
+            result = state.evaluate(
                 validation,
-                seq_len=config.seq_len,
                 max_tokens=max_tokens,
                 batch_size=max(
                     config.batch_size // config.accumulation, _SCORED_TOKENS // config.seq_len
                 ),
-                autocast=state.autocast,
-                before_batch=lambda done, total: stop_after_signal(),
+                before_batch=stop_after_signal,
             )
             if state.step not in metrics.validated:
                 metrics.write("validation", state.step, bits_per_byte=result.bits_per_byte)
@@ -246,6 +282,18 @@ def execute(
                 save()
             validate_if_due()
         evaluation = validate(config.final_validation_tokens)
+        if not ranks.is_first:
+            return None
+
+        def stop_alone() -> None:
+            if ranks.size == 1:
+                stop_after_signal()
+            elif signals.received is not None:  # all is saved, and the other ranks have ended
+                raise Stopped(signals.received, state.step)
+
+        model = state.model
+        if state.over is not None and state.over.fsdp:  # whose weights are spread over all ranks
+            model = load_model(folder, device=run.device)
         observer.busy("compressing the same bytes with xz -9")
         ranges = scored_ranges(
             len(validation), seq_len=config.seq_len, max_tokens=config.final_validation_tokens
@@ -253,9 +301,9 @@ def execute(
         scored = b"".join(validation.text_of(start + 1, stop + 1) for start, stop in ranges)
         xz, xz_bytes = xz_bits_per_byte(scored)
         observer.busy("measuring the gain from context")
-        gain = _gain(run, state, text, stop_after_signal)
+        gain = _gain(run, model, state.autocast, text, stop_alone)
         observer.busy("sampling")
-        prompt, sample = _sample(run, state.model, validation, stop_after_signal)
+        prompt, sample = _sample(run, model, validation, stop_alone)
         report = Report(
             evaluation=evaluation,
             xz_bits_per_byte=xz,
@@ -269,16 +317,22 @@ def execute(
     return report
 
 
-def _begin(run: Run, state: TrainingState) -> None:
+def _begin(run: Run, state: TrainingState, ranks: Ranks) -> None:
     """Write all that a resumed run needs; last `config.json`, which makes the folder a run's."""
-    if not (run.folder / CONFIG_FILE).exists():
-        (run.folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that failed in here
-        save_model(run.folder, state.model, run_id=run.run_id)
-        state.save(run.folder, run_id=run.run_id)
-        if isinstance(run.vocabulary, TokenizerVocabulary):
-            with write_atomically(run.folder / TOKENIZER_FILE) as part:
-                part.write_bytes(run.vocabulary.json_bytes)
-    write_config(run.folder, run.to_config())
+    if not ranks.of_first((run.folder / CONFIG_FILE).exists()):
+        weights = state.whole_weights()
+
+        def write() -> None:
+            (run.folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that failed in here
+            save_weights(run.folder, run.model, weights, run_id=run.run_id)
+            if isinstance(run.vocabulary, TokenizerVocabulary):
+                with write_atomically(run.folder / TOKENIZER_FILE) as part:
+                    part.write_bytes(run.vocabulary.json_bytes)
+
+        ranks.first(write)
+        save_checkpoint(state, run.folder, run_id=run.run_id, ranks=ranks)
+    ranks.first(lambda: write_config(run.folder, run.to_config()))
+    ranks.remember_run(run.folder)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -307,15 +361,21 @@ def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, To
     return train, validation
 
 
-def _gain(run: Run, state: TrainingState, text: Text, check: Callable[[], None]) -> Gain | None:
+def _gain(
+    run: Run,
+    model: LongNetLM,
+    autocast: torch.dtype | None,
+    text: Text,
+    check: Callable[[], None],
+) -> Gain | None:
     """The contextwise loss, with a record of plain training beside it for the default text."""
     gain = measure_gain(
-        state.model,
+        model,
         text.validation,
         seq_len=run.training.seq_len,
         max_tokens=run.training.final_validation_tokens,
         training=text.train,
-        autocast=state.autocast,
+        autocast=autocast,
         before_batch=lambda done, total: check(),
     )
     is_default_text = run.text is None and not isinstance(run.vocabulary, TokenizerVocabulary)

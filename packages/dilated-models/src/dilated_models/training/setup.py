@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -18,6 +19,7 @@ from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary
 from dilated_models.training.config import PRESETS, TrainingConfig
 from dilated_models.training.cost import most_validation_tokens
 from dilated_models.training.folder import check_free
+from dilated_models.training.ranks import Ranks
 from dilated_models.training.run import Run
 
 
@@ -128,6 +130,18 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
         vocabulary=load_vocabulary(folder),
         device=device,
     )
+
+
+def same_run(run: Run, ranks: Ranks) -> Run:
+    """The run of rank 0, after a check that all ranks have made the same one.
+
+    Raises:
+        ValueError: On all ranks, if options or text differ between them.
+    """
+    content = run.to_config() | {"run_id": None}
+    ranks.same("the model, training, text or version", json.dumps(content, sort_keys=True))
+    folder, run_id = ranks.of_first((run.folder, run.run_id))
+    return dataclasses.replace(run, folder=folder, run_id=run_id)
 
 
 def _without_long_validation(config: TrainingConfig, *, given: Set[str]) -> TrainingConfig:

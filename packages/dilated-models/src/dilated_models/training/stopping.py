@@ -73,12 +73,20 @@ class StopSignals:
 
     Outside the main thread, where Python allows no signal handlers, no signal is recorded.
 
+    Args:
+        is_silent: Whether the answer to the first signal is not printed.
+        seconds_apart: Least time between the first signal and a second one. Ctrl-C reaches torchrun
+            and its processes, and torchrun passes it on to them.
+
     Attributes:
         received: Number of the recorded signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_silent: bool = False, seconds_apart: float = 0.0) -> None:
         self.received: int | None = None
+        self._is_silent = is_silent
+        self._seconds_apart = seconds_apart
+        self._received_at = -math.inf
         self._stop_at_once = _StopAtOnce()
         self._previous: dict[int, Any] = {}
 
@@ -96,9 +104,13 @@ class StopSignals:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            self._stop_at_once(number, frame)
+            if time.monotonic() - self._received_at >= self._seconds_apart:
+                self._stop_at_once(number, frame)
             return
         self.received = number
+        self._received_at = time.monotonic()
+        if self._is_silent:
+            return
         # print could meet a print that the signal has interrupted, which Python refuses.
         with contextlib.suppress(OSError):
             os.write(2, b"\ndilated: stopping after this step; again to stop now\n")

@@ -1,0 +1,245 @@
+"""One model on several processes: rows of the batch over "dp", positions of each row over "cp"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from dilated_models.layers.context_parallel import ContextParallel
+from dilated_models.longnet.language_model import evaluating
+from dilated_models.text.streams import TokenStream
+from dilated_models.text.windows import PackedWindows, text_row
+from dilated_models.training.evaluation import (
+    Evaluation,
+    autocast_to,
+    batches,
+    evaluation_of,
+    scored_ranges,
+)
+from dilated_models.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dilated_models.training.loss import WithLoss
+
+_Row = TypeVar("_Row")
+
+
+class OverRanks:
+    """How a model trains on the processes of a run.
+
+    Ranks form a grid ("dp", "cp"). Each of the `cp` ranks in a row of the grid holds a part of the
+    positions of the same rows of the batch; different rows of the grid hold different rows of the
+    batch. The batch, its loss and its gradient are those of one process, whatever the grid.
+
+    Args:
+        ranks: The processes.
+        cp: Ranks that share a sequence. It divides the number of processes.
+        fsdp: Whether parameters, gradients and the optimiser's state are spread over all ranks
+            (FSDP2). Otherwise each rank holds all of them (DistributedDataParallel).
+
+    Attributes:
+        ranks: The processes.
+        dp: Number of parts of a batch.
+        dp_rank: Which part this process holds.
+
+    Raises:
+        ModuleNotFoundError: If `cp` is above 1 and dilated-ring is not installed.
+        ValueError: If `cp` does not divide the number of processes.
+    """
+
+    def __init__(self, ranks: Ranks, *, cp: int = 1, fsdp: bool = False) -> None:
+        check_grid(ranks.size, cp=cp, fsdp=fsdp)
+        if cp > 1:
+            import dilated_ring  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        self.ranks = ranks
+        self.fsdp = fsdp
+        self.dp, self.cp = ranks.size // cp, cp
+        mesh = init_device_mesh(ranks.device.type, (self.dp, cp), mesh_dim_names=("dp", "cp"))
+        self.dp_rank = mesh.get_local_rank("dp")
+        self.cp_rank = mesh.get_local_rank("cp")
+        self._cp_group = mesh["cp"]
+        self._parallel: nn.Module | None = None
+        self._context_parallel = (
+            ContextParallel(group=mesh["cp"], timeout_s=ranks.timeout_s) if cp > 1 else None
+        )
+
+    def __str__(self) -> str:
+        engine = "FSDP" if self.fsdp else "DDP"
+        return f"{engine} over {self.dp} x {self.cp} processes (dp x cp)"
+
+    def wrap(self, model: WithLoss) -> nn.Module:
+        """The model as it is called for training; the optimiser must be made after this."""
+        if self.fsdp:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.ranks.device.type, (self.ranks.size,))
+            modules = [*model.model.blocks, model]
+            for module in modules:
+                sharded = fully_shard(module, mesh=mesh)
+                # Gradients are added: the loss is divided by the targets of all ranks already.
+                sharded.set_gradient_divide_factor(1.0)
+                sharded.set_force_sum_reduction_for_comms(enable=True)  # all that gloo has
+            self._parallel = model
+        else:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self._parallel = DistributedDataParallel(model)
+        return self._parallel
+
+    @property
+    def factor(self) -> int:
+        """What the share of a loss is multiplied by before the backward pass: DDP averages."""
+        return 1 if self.fsdp else self.ranks.size
+
+    def rows(self, rows: Sequence[_Row]) -> Sequence[_Row]:
+        """The rows of a batch that this process computes, perhaps together with its cp peers."""
+        count = len(rows) // self.dp
+        return rows[self.dp_rank * count : (self.dp_rank + 1) * count]
+
+    def loss(self, part: PackedWindows) -> Tensor:
+        """Nats of the targets that this process holds, of the rows that it computes."""
+        assert self._parallel is not None
+        inputs, targets, context_parallel = part.inputs, part.targets, None
+        if self._context_parallel is not None:
+            from dilated_ring import shard_sequence
+
+            inputs, targets = (
+                shard_sequence(x, dim=0, group=self._cp_group) for x in (inputs, targets)
+            )
+            context_parallel = self._context_parallel.knowing(len(part.inputs))
+        device = self.ranks.device
+        return self._parallel(
+            inputs.to(device), targets.to(device), part.cu_seqlens, context_parallel
+        )
+
+    def counts(self, *numbers: int) -> list[int]:
+        """The sums over the batch of what each process counted in the rows that it computes."""
+        return self.ranks.total(*(number if self.cp_rank == 0 else 0 for number in numbers))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        dist.all_reduce(x)
+        return x
+
+    @contextmanager
+    def backward_of(self, part: int, parts: int) -> Generator[None]:
+        """The block computes a part of a batch; DDP adds gradients over the ranks in the last."""
+        is_last = self.fsdp or part + 1 == parts
+        with nullcontext() if is_last else cast("Any", self._parallel).no_sync():
+            yield
+
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Let dropout of a step follow from seed, step and rank alone, as the batch does."""
+        digest = blake2b(f"{seed},{step},{self.ranks.rank}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest) >> 1)
+
+    def check_same_batch(self, part: PackedWindows) -> None:
+        """Refuse a batch that is not the same on all ranks that share its sequences.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if self.cp > 1:
+            from dilated_ring import check_same_batch
+
+            check_same_batch(
+                cast("Any", part._asdict()), self._cp_group, timeout_s=self.ranks.timeout_s
+            )
+
+    def evaluate(
+        self,
+        stream: TokenStream,
+        *,
+        seq_len: int,
+        max_tokens: int,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        before_batch: Callable[[], None],
+    ) -> Evaluation:
+        """`dilated_models.evaluate` over all ranks; arguments as there."""
+        ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
+        todo = list(batches(ranges, seq_len * batch_size))
+        nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        num_targets = num_bytes = 0
+        assert self._parallel is not None
+        with evaluating(self._parallel), torch.no_grad():
+            for first in range(0, len(todo), self.dp):
+                before_batch()
+                mine = first + self.dp_rank
+                # A rank without a batch computes another one's: all call the model equally often.
+                part = PackedWindows.of(
+                    [text_row(stream, *todo[min(mine, len(todo) - 1)], window=seq_len)]
+                )
+                with autocast_to(autocast, self.ranks.device):
+                    loss = self.loss(part)
+                if self.fsdp:  # FSDP waits for a backward pass with that, and checkpoints need shards
+                    cast("Any", self._parallel).reshard()
+                if mine < len(todo):
+                    nats += loss.double()
+                    num_targets += part.num_targets
+                    num_bytes += part.num_bytes
+        num_targets, num_bytes = self.counts(num_targets, num_bytes)
+        return evaluation_of(self.sum(nats).item(), num_targets, num_bytes)
+
+    def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict of the model with whole tensors on the CPU; empty but on rank 0."""
+        state: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            found = whole(tensor)
+            if self.ranks.is_first:
+                state[name] = found.detach().cpu()
+        return state
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that FSDP may have spread over ranks, which all call this, as a plain one."""
+    return cast("Any", x).full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def check_grid(size: int, *, cp: int, fsdp: bool) -> None:
+    """Check how a run is spread over processes.
+
+    Raises:
+        ValueError: If the number of processes does not do.
+    """
+    if size % cp:
+        raise ValueError(
+            f"cp is {cp} and there {'is 1 process' if size == 1 else f'are {size} processes'}; cp "
+            f"must divide their number, so start torchrun with another --nproc-per-node."
+        )
+    if fsdp and size == 1:
+        raise ValueError(
+            "fsdp is given and there is 1 process; there must be several to spread a model over, "
+            "so start with torchrun --nproc-per-node N -m dilated_models.train."
+        )
+
+
+def parts_of_rank(batch_size: int, accumulation: int, dp: int) -> int:
+    """In how many parts a rank computes its rows: no part is larger than on one process.
+
+    Raises:
+        ValueError: If the batch cannot be spread evenly.
+
+    Example:
+        >>> [parts_of_rank(12, 4, dp) for dp in (1, 2, 3, 4, 6)]
+        [4, 2, 2, 1, 1]
+    """
+    if batch_size % dp:
+        raise ValueError(
+            f"batch_size is {batch_size} and its rows are spread over {dp} ranks; batch_size must "
+            f"be a multiple of that, so use another --batch-size, another number of processes, or "
+            f"--cp to spread the positions of each row instead."
+        )
+    rows = batch_size // dp
+    most = batch_size // accumulation
+    return next(n for n in range(math.ceil(rows / most), rows + 1) if rows % n == 0)

@@ -70,6 +70,7 @@ GOOD = {
     "dilated_sparse/windowed/__init__.py": "import dilated_sparse.operators",
     "dilated_models/__init__.py": "import dilated_core\ndef f():\n    import dilated_ring",
     "dilated_models/__main__.py": "import dilated_models.cli",
+    "dilated_models/train.py": "import dilated_models.cli",
     "dilated_models/checkpoints/__init__.py": "import dilated_models.longnet, dilated_models.slide",
     "dilated_models/cli/__init__.py": "import dilated_models.training",
     "dilated_models/config.py": "",

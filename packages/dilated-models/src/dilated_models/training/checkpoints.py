@@ -24,8 +24,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_loader import (
+    load,  # pyright: ignore[reportUnknownVariableType]
+)
+from torch.distributed.checkpoint.state_dict_saver import (
+    save,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from dilated_models.training.loop import CHECKPOINT_FILE, TrainingState
 from dilated_models.training.ranks import Ranks

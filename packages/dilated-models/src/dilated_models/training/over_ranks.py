@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.longnet.language_model import evaluating
 from dilated_models.text.streams import TokenStream
@@ -83,9 +84,10 @@ class OverRanks:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.ranks.device.type, (self.ranks.size,))
-            modules = [*model.model.blocks, model]
+            blocks = [m for m in model.modules() if isinstance(m, SelfAttentionBlock)]
+            modules: list[Any] = [*blocks, model]
             for module in modules:
-                sharded = fully_shard(module, mesh=mesh)
+                sharded: Any = fully_shard(module, mesh=mesh)
                 # Gradients are added: the loss is divided by the targets of all ranks already.
                 sharded.set_gradient_divide_factor(1.0)
                 sharded.set_force_sum_reduction_for_comms(enable=True)  # all that gloo has
@@ -182,7 +184,7 @@ class OverRanks:
                 )
                 with autocast_to(autocast, self.ranks.device):
                     loss = self.loss(part)
-                if self.fsdp:  # FSDP waits for a backward pass with that, and checkpoints need shards
+                if self.fsdp:  # checkpoints need shards, which come back after a backward pass
                     cast("Any", self._parallel).reshard()
                 if mine < len(todo):
                     nats += loss.double()

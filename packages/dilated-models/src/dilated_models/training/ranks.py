@@ -17,7 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import (
+    rendezvous,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from dilated_models.training.devices import choose_device, device_of_process
 from dilated_models.training.failures import RankLost

@@ -14,6 +14,7 @@ import torch
 from dilated_core.atomic_write import write_atomically
 
 from dilated_models.config import LongNetConfig
+from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import (
@@ -149,8 +150,9 @@ def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False)
     torch.manual_seed(run.training.seed)  # the same first weights on all ranks
     model = LongNetLM(run.model, device=run.device)
     if is_compiled:
-        for block in model.blocks:
-            block.compile(dynamic=True)
+        for block in model.modules():
+            if isinstance(block, SelfAttentionBlock):
+                block.compile(dynamic=True)
     state = TrainingState(model, run.training, over)
     ranks.together(state.try_longest_windows)
     return state

@@ -207,11 +207,12 @@ class TrainingState:
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
         mean = (total if over is None else over.sum(total)).item()
         if not math.isfinite(mean) or not math.isfinite(norm.item()):
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"the loss or its gradient is not finite in step {self.step + 1}, on the rows "
                 f"{self.step * config.batch_size} to {(self.step + 1) * config.batch_size - 1} of "
                 f"the run; try a lower --lr than {config.learning_rate:g}."
             )
+            raise error if over is None else over.ranks.on_all(error)
         self.optimizer.step()
         seconds = time.perf_counter() - begin
         self.times.add(window=config.window_at(self.step), seconds=seconds)

@@ -125,8 +125,7 @@ class Ranks:
         raised = own if own is not None else cast("Exception", found[failed[0]])
         if failed != list(range(self.size)):
             raised.add_note(f"on rank {failed[0]}")
-        raised.__dict__["told_by"] = failed[0]
-        raise raised
+        raise self.on_all(raised, failed[0])
 
     def first(self, work: Callable[[], _Result]) -> _Result:
         """Call a function on rank 0 only, and return its result on all ranks, or raise its error.
@@ -153,6 +152,11 @@ class Ranks:
                 )
 
         self.together(check)
+
+    def on_all(self, error: Exception, told_by: int = 0) -> Exception:
+        """The error, which all ranks are about to raise, so that one rank prints it."""
+        error.__dict__["told_by"] = told_by
+        return error
 
     def tells(self, error: BaseException) -> bool:
         """Whether this rank shall print the error: one that all ranks raise is printed by one."""

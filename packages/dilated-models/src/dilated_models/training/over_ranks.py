@@ -87,7 +87,7 @@ class OverRanks:
             blocks = [m for m in model.modules() if isinstance(m, SelfAttentionBlock)]
             modules: list[Any] = [*blocks, model]
             for module in modules:
-                sharded: Any = fully_shard(module, mesh=mesh)
+                sharded = cast("Any", fully_shard(module, mesh=mesh))
                 # Gradients are added: the loss is divided by the targets of all ranks already.
                 sharded.set_gradient_divide_factor(1.0)
                 sharded.set_force_sum_reduction_for_comms(enable=True)  # all that gloo has

@@ -11,7 +11,13 @@ from dilated_models.huggingface import (
     LongNetModel,
     LongNetPretrainedConfig,
 )
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
@@ -149,6 +155,16 @@ def test_the_cache_does_not_grow(tokens: torch.Tensor) -> None:
     assert (cache.get_seq_length(), cache.state.nbytes) == (180, size)
     with pytest.raises(ValueError, match="keeps no token"):
         cache.crop(-1)
+
+
+def test_caches_of_other_models_are_refused(llama: Any, tokens: torch.Tensor, cached: Any) -> None:
+    model = make()
+    cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+    with pytest.raises(ValueError, match=r"takes a DilatedCache\(model\.config\)"):
+        cached(llama, tokens[:, :1], cache)
+    for other in (DynamicCache(), "static"):
+        with pytest.raises(TypeError, match="it must be what a call with use_cache=True returned"):
+            model(tokens, past_key_values=other, logits_to_keep=1)
 
 
 def test_what_cannot_be_honoured_is_refused(tokens: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -26,6 +28,13 @@ class LongNetCache(Cache):
         super().__init__(layers=[])
         self.state = state
         self.columns = 0
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """Refused: only layers of other models call it."""
+        raise ValueError(
+            "a LongNetCache is the cache of LongNetForCausalLM; another model with "
+            "attn_implementation='dilated' takes a DilatedCache(model.config)."
+        )
 
     @property
     def is_compileable(self) -> bool:

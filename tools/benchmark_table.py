@@ -10,6 +10,7 @@ from tools.context_gain_table import context_gain
 from tools.loss_table import loss_sections
 from tools.ring_table import ring_section
 from tools.slides_table import slide_sections
+from tools.soak_table import soak_sections
 from tools.sparse_table import sparse_sections
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,7 @@ def page(results: Path) -> str:
         "",
     ]
     sections = [*sparse_sections(results), *slide_sections(results), *loss_sections(results)]
+    sections += soak_sections(results)
     for name, section in sections:
         environment = json.loads((results / f"{name}.json").read_text())["environment"]
         tables += [*section, "", where(environment), ""]

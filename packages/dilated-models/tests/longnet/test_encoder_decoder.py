@@ -153,7 +153,7 @@ def test_a_target_sees_all_of_its_source_and_nothing_later():
 )  # fmt: skip
 def test_steps_are_rows_of_the_full_forward(changes, monkeypatch):
     monkeypatch.setattr(generation_cache, "_TOKENS_PER_PART", 21)
-    model, tgt = made(**changes).eval(), text(3, 110, seed=2)
+    model, tgt = made(**changes).eval(), text(3, 100, seed=2)
     src, mask = padded([text(30)[:n] for n in (30, 2, 17)], "left")
     with torch.no_grad():
         whole = model(src, tgt, mask)
@@ -161,14 +161,14 @@ def test_steps_are_rows_of_the_full_forward(changes, monkeypatch):
         first = GenerationCache(model, memory=memory, memory_key_padding_mask=mask)
     cache, lengths = copy.copy(first), [5, 81, 80]
     last = model.step(tgt[:, :81], cache, lengths)
-    for step in range(20):
+    for step in range(10):
         expected = torch.stack([whole[b, n + step - 1] for b, n in enumerate(lengths)])
         torch.testing.assert_close(last[:, 0], expected, rtol=0, atol=1e-10)
         now = torch.stack([tgt[b, n + step] for b, n in enumerate(lengths)])
         last = model.step(now[:, None], cache)
     cache.reorder([2, 0])
-    last = model.step(torch.stack([tgt[2, 100:103], tgt[0, 25:28]]), cache)
-    expected = torch.stack([whole[2, 102], whole[0, 27]])
+    last = model.step(torch.stack([tgt[2, 90:93], tgt[0, 15:18]]), cache)
+    expected = torch.stack([whole[2, 92], whole[0, 17]])
     torch.testing.assert_close(last[:, 0], expected, rtol=0, atol=1e-10)
     cache.reset()  # of the targets; sources stay
     last = model.step(tgt[[2, 0], :9], cache)
@@ -177,11 +177,10 @@ def test_steps_are_rows_of_the_full_forward(changes, monkeypatch):
     assert first.nbytes > 0
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_is_the_argmax_of_full_forwards(side):
+def test_generation_is_the_argmax_of_full_forwards():
     model = made()
     srcs, prompts = [text(30)[:n] for n in (30, 2, 17)], [[0], [0, 7, 7], [3, 1]]
-    src, mask = padded(srcs, side)
+    src, mask = padded(srcs, "left")
     options = {"max_new_tokens": 6, "temperature": 0}
     steps = generate_from(model, src, prompts, src_key_padding_mask=mask, **options)
     found = list(zip(*steps, strict=True))

@@ -11,10 +11,10 @@ SOAK = """\
 ## Training while faults hit it
 
 `python benchmarks/soak.py`: {rounds} runs of {num_steps} steps by {processes} processes under
-torchrun, one after another for {minutes:.0f} minutes, with {faults} faults at random steps. *kill* is
-SIGKILL to a rank; *hang* is SIGSTOP, and another rank must name the one that hangs; with *disk full*
-rank 0 can write no file any longer; *stop* is SIGTERM to torchrun, after which the run is continued
-with `--resume`. After the others torchrun starts the processes again, and the run continues by
+torchrun, one after another for {minutes:.0f} minutes, with {faults} faults at random steps. *kill*
+is SIGKILL to a rank. *hang* is SIGSTOP; another rank must name the one that hangs. With *disk full*
+rank 0 can write no file any longer. *stop* is SIGTERM to torchrun; the run is continued with
+`--resume`. After the three others torchrun starts the processes again, and the run continues by
 itself. {same} of {rounds} runs ended with the weights and losses of a run that nothing disturbed,
 bit for bit; {named} of {hangs} hanging ranks were named.
 

@@ -165,6 +165,8 @@ def test_caches_of_other_models_are_refused(llama: Any, tokens: torch.Tensor, ca
     for other in (DynamicCache(), "static"):
         with pytest.raises(TypeError, match="it must be what a call with use_cache=True returned"):
             model(tokens, past_key_values=other, logits_to_keep=1)
+    with pytest.raises(ValueError, match="which continuous batching cannot page"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
 
 
 def test_what_cannot_be_honoured_is_refused(tokens: torch.Tensor) -> None:

@@ -127,6 +127,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         """False: `forward` makes the cache, which keeps less than a DynamicCache."""
         return False
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: its pages hold the keys of all tokens, and take most of the memory at once."""
+        raise ValueError(
+            "LongNetForCausalLM has a cache of its own, which continuous batching cannot page; "
+            "call generate with padded prompts, or dilated_models.generate_batch."
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,

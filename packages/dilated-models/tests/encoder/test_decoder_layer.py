@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dilated_models import DilatedTransformerDecoderLayer
+from dilated_models import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -96,6 +96,29 @@ def test_a_layer_works_inside_pytorchs_decoder(batch_first, training):
     hidden = memory.masked_fill(padding[..., None], torch.nan)
     assert torch.equal(run(later, hidden, tgt_is_causal=True)[:, :30], got[:, :30])
     assert not torch.equal(run(later, memory)[:, :30], got[:, :30])  # not causal unless told so
+
+
+def test_layers_work_inside_pytorchs_transformer():
+    options = {"dtype": torch.float64, "batch_first": False}
+    torch.manual_seed(0)
+    encoder = DilatedTransformerEncoderLayer(32, 4, **OPTIONS, **options)
+    net = nn.Transformer(
+        32,
+        4,
+        custom_encoder=nn.TransformerEncoder(encoder, 1, enable_nested_tensor=False),
+        custom_decoder=nn.TransformerDecoder(made(batch_first=False), 1),
+    ).double()
+    src, tgt = drawn(20, 2), drawn(30, 2, seed=2)  # PyTorch's default: the batch is second
+    mask = net.generate_square_subsequent_mask(30, dtype=torch.float64)
+    padding = torch.zeros(2, 20, dtype=torch.bool)
+    padding[1, 15:] = True
+    masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+    got = net(src, tgt, tgt_mask=mask, tgt_is_causal=True, **masks)
+    memory = net.encoder.layers[0](src, src_key_padding_mask=padding)
+    expected = net.decoder.layers[0](
+        tgt, memory, memory_key_padding_mask=padding, tgt_is_causal=True
+    )
+    assert torch.equal(got, expected)
 
 
 def test_a_memory_without_rows_adds_the_bias_alone():

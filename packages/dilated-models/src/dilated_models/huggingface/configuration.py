@@ -16,7 +16,8 @@ class LongNetPretrainedConfig(PreTrainedConfig):
     """The config of `LongNetForCausalLM` and `LongNetModel`: the fields of `LongNetConfig`.
 
     The names that transformers has for some of them work too: `vocab_size`, `hidden_size`,
-    `num_hidden_layers`, `num_attention_heads`, `intermediate_size`, `tie_word_embeddings`.
+    `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `intermediate_size`,
+    `tie_word_embeddings`.
 
     Args:
         **options: Fields of `LongNetConfig` (`num_tokens` is 256 if left out, for bytes), and
@@ -27,10 +28,11 @@ class LongNetPretrainedConfig(PreTrainedConfig):
 
     Example:
         >>> config = LongNetPretrainedConfig(
-        ...     d_model=64, nhead=4, segment_lengths=[16, 32], dilation_rates=[1, 2]
+        ...     d_model=64, nhead=4, segment_lengths=[16, 32], dilation_rates=[1, 2],
+        ...     num_key_value_heads=2,
         ... )
-        >>> config.hidden_size, config.longnet.head_dim
-        (64, 16)
+        >>> config.hidden_size, config.longnet.head_dim, config.longnet.num_kv_heads
+        (64, 16, 2)
     """
 
     model_type = "longnet"
@@ -39,6 +41,7 @@ class LongNetPretrainedConfig(PreTrainedConfig):
         "hidden_size": "d_model",
         "num_hidden_layers": "num_decoder_layers",
         "num_attention_heads": "nhead",
+        "num_key_value_heads": "num_kv_heads",
         "intermediate_size": "dim_feedforward",
     }
 

@@ -49,7 +49,8 @@ class CrossAttention(nn.Module):
 
     As in torchscale, no LayerNorm stands inside, the initial gain of values and output is 1, not γ,
     and neither queries nor keys are turned by their positions. Its scores are M·N per head: time
-    grows with the product of both lengths, memory with their sum.
+    grows with the product of both lengths, memory with their sum. Dropout of probabilities needs
+    memory for all scores on the CPU, where PyTorch has no fused kernel with dropout.
 
     Args:
         d_model: Width of both sequences.
@@ -199,19 +200,17 @@ def dense_attention(
         `(B, M, H, D)`; 0, with gradient 0, for a sequence without keys.
     """
     groups = q.shape[2] // k.shape[2]
-    visible, is_blind = None, None
+    visible = None
     if key_padding_mask is not None:
         # A masked row may hold NaN, and 0 · NaN is NaN.
         k, v = (x.masked_fill(key_padding_mask[..., None, None], 0) for x in (k, v))
-        # A softmax over no key is NaN. Such a sequence attends to zeros instead.
-        is_blind = key_padding_mask.all(-1)
-        visible = (~key_padding_mask | is_blind[:, None])[:, None, None]
+        # A softmax over no key may be NaN. A sequence without keys attends to zeros instead.
+        visible = (~key_padding_mask | key_padding_mask.all(-1, keepdim=True))[:, None, None]
     # PyTorch's own grouped queries have no CPU kernel of linear memory.
     k, v = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
-    out = out.transpose(1, 2)
-    return out if is_blind is None else out.masked_fill(is_blind[:, None, None, None], 0)
+    return out.transpose(1, 2)
 
 
 def _of_sequences(

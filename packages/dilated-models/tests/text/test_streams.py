@@ -32,6 +32,17 @@ def test_a_stream_is_the_files_end_to_end(text: Path):
         stream.text_of(0, len(stream) + 1)
 
 
+def test_the_place_of_each_byte(text: Path):
+    pieces, _ = text_files([text])
+    stream = ByteStream([p._replace(start=3, stop=p.stop - 2) for p in pieces])
+    for position, byte in enumerate(stream.text_of(0, len(stream))):
+        path, offset = stream.place_of(position)
+        assert path.read_bytes()[offset] == byte
+    assert stream.place_of(0) == (pieces[0].path, 3)
+    with pytest.raises(IndexError, match="must be at least 0 and below"):
+        stream.place_of(len(stream))
+
+
 def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for i in range(200):
         (tmp_path / f"{i:03}.txt").write_text(f"{i:03}")

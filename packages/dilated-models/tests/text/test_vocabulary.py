@@ -78,6 +78,10 @@ def test_the_cache_holds_the_tokens_of_the_text(byte_level: Path, text: Path, tm
     sizes = [len(vocabulary.encode(p.path.read_text())) for p in pieces]
     starts = cached.document_starts(0, len(cached)).tolist()
     assert starts == [0, *itertools.accumulate(sizes[:-1])]
+    for piece, start in zip(pieces, starts, strict=True):
+        assert cached.place_of(start) == (piece.path, 0)
+    in_front = sum(map(len, map(vocabulary.decode, [expected[:7]])))
+    assert cached.place_of(7) == stream.place_of(in_front)
     files = sorted((tmp_path / "cache").iterdir())
     assert [f.suffix for f in files] == [".u32", ".i64", ".u16"]
     assert files[2].stat().st_size == 2 * len(expected)

@@ -44,6 +44,10 @@ class TokenStream(Protocol):
         """The bytes these tokens stand for."""
         ...
 
+    def place_of(self, position: int) -> tuple[Path, int]:
+        """The file of a token, and its first byte in there."""
+        ...
+
 
 class ByteStream:
     """The bytes of many files end to end, read when they are needed.
@@ -98,6 +102,21 @@ class ByteStream:
             index += 1
         return b"".join(parts)
 
+    def place_of(self, position: int) -> tuple[Path, int]:
+        """The file that holds a byte of the stream, and where in it.
+
+        Raises:
+            IndexError: If the stream has no such byte.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(
+                f"position is {position}; it must be at least 0 and below the {len(self)} bytes of "
+                f"the text."
+            )
+        index = bisect.bisect_right(self._ends, position)
+        piece = self._pieces[index]
+        return piece.path, piece.stop - (self._ends[index] - position)
+
 
 class TokenFile:
     """Tokens, their byte lengths and the starts of documents in files, and the text they stand for.
@@ -147,12 +166,19 @@ class TokenFile:
         """First tokens of documents among `start` … `stop − 1`."""
         return _within(self._starts, start, stop)
 
+    def place_of(self, position: int) -> tuple[Path, int]:
+        """The file of a token, and its first byte in there; exact where the text is UTF-8."""
+        return self._text.place_of(min(self._bytes_before(position), len(self._text) - 1))
+
+    def _bytes_before(self, position: int) -> int:
+        return sum(
+            int(self._byte_lengths.read(first, min(first + _SUMMED_TOKENS, position)).sum())
+            for first in range(0, position, _SUMMED_TOKENS)
+        )
+
     def text_of(self, start: int, stop: int) -> bytes:
         """The bytes these tokens stand for; exact where the text is UTF-8."""
-        before = sum(
-            int(self._byte_lengths.read(first, min(first + _SUMMED_TOKENS, start)).sum())
-            for first in range(0, start, _SUMMED_TOKENS)
-        )
+        before = self._bytes_before(start)
         after = before + int(self._byte_lengths.read(start, stop).sum())
         return self._text.text_of(min(before, len(self._text)), min(after, len(self._text)))
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.loop import StepRecord, TrainingState
+from torch import nn
 
 TRAINING: dict[str, Any] = {
     "steps": 6,
@@ -246,14 +248,15 @@ def test_what_each_step_trains_on(start, stream, monkeypatch):
     """Copies first, then every row of the text from the first on; windows grow in both."""
     state = start(steps=6, warmup_copies=0.5, first_seq_len=12, growth=0.67)
     seen = []
-    real = LongNetLM.forward
+    real = LongNetLM.hidden_states
 
-    def forward(self, tokens, *, cu_seqlens):
+    def hidden_states(self, tokens, *, cu_seqlens, **options):
         seen.append((tokens.clone(), cu_seqlens.tolist()))
-        return real(self, tokens, cu_seqlens=cu_seqlens)
+        return real(self, tokens, cu_seqlens=cu_seqlens, **options)
 
-    monkeypatch.setattr(LongNetLM, "forward", forward)
+    monkeypatch.setattr(LongNetLM, "hidden_states", hidden_states)
     run(state, stream)
+    assert len(seen) == 6
     assert all(len(tokens) == 96 for tokens, _ in seen)
     order = RowOrder(num_tokens=len(stream), seq_len=24, seed=0)
     for step, (tokens, bounds) in enumerate(seen):
@@ -281,17 +284,45 @@ def test_gradients_are_clipped(start, stream):
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(start, stream):
-    state = start()
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(start, stream):
+    state = start(accumulation=2)
     run(state, stream, 1)
+    starts = [RowOrder(num_tokens=len(stream), seq_len=24, seed=0).start(i) for i in range(4, 8)]
+    rows = [set(stream.read(first, first + 24).tolist()) for first in starts]
+    only_in_the_last = min((rows[2] | rows[3]) - (rows[0] | rows[1]))
     with torch.no_grad():
-        state.model.embedding.weight[0, 0] = float("nan")
+        state.model.embedding.weight[only_in_the_last] = float("nan")
+        state.model.output.weight = nn.Parameter(state.model.output.weight.nan_to_num(1.0))
     before = {k: v.clone() for k, v in state.optimizer.state_dict()["state"][0].items()}
-    message = "not finite in step 2, on the rows 4 to 7 of the run; try a lower --lr"
-    with pytest.raises(FloatingPointError, match=message):
+    (third, third_byte), (last, last_byte) = map(stream.place_of, starts[2:])
+    message = (
+        f"the loss is not finite in step 2, on {str(third)!r} from byte {third_byte}, "
+        f"{str(last)!r} from byte {last_byte}; try a lower --lr than 0.003"
+    )
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
         run(state, stream, 1)
     assert state.step == 1
     assert torch.equal(state.optimizer.state_dict()["state"][0]["exp_avg"], before["exp_avg"])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(start, stream):
+    state = start(batch_size=8, warmup_copies=0.5)
+    state.model.final_norm.weight.register_hook(lambda grad: grad * math.inf)
+    copies = "the gradient is not finite in step 1, on edited copies, rows 0 to 7 of the run; try"
+    with pytest.raises(FloatingPointError, match=copies):
+        run(state, stream, 1)
+    state = start(batch_size=8)
+    state.model.final_norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(
+        FloatingPointError, match=r"step 1, on '.*' from .*, '.*' from .* and 5 more"
+    ):
+        run(state, stream, 1)
+
+
+def test_clipping_may_be_off(start, stream):
+    (record,) = run(state := start(gradient_clip=0, dropout=0.0), stream, 1)
+    norm = torch.stack([p.grad.norm() for p in state.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(record.gradient_norm, rel=1e-6)
 
 
 def test_bfloat16_is_autocast(start, stream):

@@ -36,9 +36,12 @@ _PARAMETER_OF = {
 _CLI = ("cli", "the command line")
 _EXTRA_OF = dict.fromkeys(("matplotlib", "psutil", "rich", "tokenizers", "typer"), _CLI) | {
     "dilated_ring": ("ring", "--cp"),
+    "tensorboard": ("tensorboard", "--tensorboard"),
     "h5py": ("slides", "a file of slide features"),
 }
-_SAVES_MEMORY = ("seq_len", "batch_size", "accumulation", "checkpoint_activations")
+_SAVES_MEMORY = (
+    *("seq_len", "batch_size", "accumulation", "checkpoint_activations", "on_out_of_memory"),
+)
 _QUOTED = r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*\""""
 
 

@@ -173,6 +173,10 @@ class TrainingProgress(Progress):
             )
         return line
 
+    def announce(self, text: str) -> None:
+        """Print what a user should read, without control characters."""
+        self.console.print(printable(text))
+
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Print the loss on the validation text."""
         self.console.print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
@@ -194,6 +198,13 @@ class ScoringProgress(Progress):
         if done:
             seconds = time.monotonic() - self._began
             self.show(done, total, seconds_left=seconds * (total - done) / done)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which would command a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _blend(mean: float | None, newest: float) -> float:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from dilated_models.training.loop import TrainingState
     from dilated_models.training.ranks import Ranks
-    from dilated_models.training.run import Report, Run, Text
+    from dilated_models.training.run import Report, Run
+    from dilated_models.training.tokens import Text
 
 _RUNS = Path("runs")
 
@@ -90,6 +91,15 @@ def train(
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="cosine|polynomial", help="Learning rate after warm-up.")
+    ] = None,
+    schedule_power: Annotated[
+        float | None, typer.Option(help="Exponent of the polynomial schedule; 1 is a line.")
+    ] = None,
+    gradient_clip: Annotated[
+        float | None, typer.Option(help="Largest gradient norm; 0 for any.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of initialisation, data order and dropout.")
@@ -102,6 +112,19 @@ def train(
         int | None, typer.Option(help="Tokens scored at the end.")
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    sample_every: Annotated[
+        int | None, typer.Option(help="Steps between samples and losses by context; 0 for none.")
+    ] = None,
+    on_out_of_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="stop|halve|checkpoint",
+            help="Where a step does not fit: stop, compute in more parts, or recompute blocks.",
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option(help="Write metrics for TensorBoard, too.")
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile each block with torch.compile.")
     ] = False,
@@ -147,13 +170,22 @@ def train(
         warmup_copies=warm_up_copies,
         learning_rate=lr,
         warmup_steps=warmup_steps,
+        schedule=schedule,
+        schedule_power=schedule_power,
+        gradient_clip=gradient_clip,
         weight_decay=weight_decay,
         seed=seed,
         validate_every=validate_every,
         validation_tokens=validation_tokens,
         final_validation_tokens=final_validation_tokens,
     )
-    movable = _given(steps=steps, checkpoint_every=checkpoint_every)
+    movable = _given(
+        steps=steps,
+        checkpoint_every=checkpoint_every,
+        sample_every=sample_every,
+        on_out_of_memory=on_out_of_memory,
+        tensorboard=tensorboard,
+    )
     if resume:
         fixed = model | training | _given(preset=preset, tokenizer=tokenizer, text=paths)
         if dtype != "auto":
@@ -238,8 +270,9 @@ def _run(
     """Build the model, train it and show the progress; every end names the way to go on."""
     from dilated_models.training.checkpoints import has_checkpoint, restore_checkpoint
     from dilated_models.training.over_ranks import OverRanks
-    from dilated_models.training.run import build, open_text
+    from dilated_models.training.run import build
     from dilated_models.training.stopping import Stopped
+    from dilated_models.training.tokens import open_text
 
     cp, fsdp = parallel.cp, parallel.fsdp
     grid = [*(["--cp", str(cp)] if cp > 1 else []), *(["--fsdp"] if fsdp else [])]
@@ -271,8 +304,8 @@ def _execute(
     console: Console, run: Run, state: TrainingState, text: Text, ranks: Ranks
 ) -> Report | None:
     from dilated_models.cli.progress import TrainingProgress
-    from dilated_models.longnet.size import available_bytes
-    from dilated_models.training.run import execute, peak_memory_bytes
+    from dilated_models.longnet.size import available_bytes, peak_memory_bytes
+    from dilated_models.training.run import execute
     from dilated_models.training.stopping import StopSignals
 
     progress = TrainingProgress(
@@ -289,13 +322,6 @@ def _execute(
     signals = StopSignals(is_silent=not ranks.is_first, seconds_apart=seconds_apart)
     with signals, progress:
         return execute(run, text, state, progress, signals, ranks)
-
-
-def _printable(text: str) -> str:
-    """The text without control characters, which would command a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -340,6 +366,7 @@ def _introduce(console: Console, run: Run, state: TrainingState) -> None:
 
 
 def _conclude(console: Console, run: Run, report: Report, seconds: float) -> None:
+    from dilated_models.cli.progress import printable
     from dilated_models.training.report import gain_lines
 
     result = report.evaluation
@@ -351,7 +378,7 @@ def _conclude(console: Console, run: Run, report: Report, seconds: float) -> Non
         *gain_lines(report.gain),
         "",
         "sample: the beginning of the validation text, a bar, and text by the model:",
-        _printable(f"{report.prompt}|{report.sample}"),
+        printable(f"{report.prompt}|{report.sample}"),
         "",
         f"{quoted(run.folder)}: model.safetensors, config.json, metrics.jsonl, loss.png, "
         f"and a checkpoint; {seconds:.0f} s in all",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -104,3 +105,17 @@ def gibibytes(num_bytes: float) -> str:
     """
     amount = num_bytes / 2**30
     return f"{amount:,.1f} GiB" if amount < 100 else f"{amount:,.0f} GiB"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: on a GPU, of PyTorch's allocator there; else, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no resource module
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import (
     save,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from dilated_models.training.loop import CHECKPOINT_FILE, TrainingState
+from dilated_models.training.checkpoint_file import CHECKPOINT_FILE
+from dilated_models.training.loop import TrainingState
 from dilated_models.training.ranks import Ranks
 
 _FORMAT = 1

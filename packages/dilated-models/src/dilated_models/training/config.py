@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dilated_core.checks import answers_names, check_choice, check_integer, check_number
+from dilated_core.checks import answers_names, check_bool, check_choice, check_integer, check_number
 
 from dilated_models.config import PAPER_SIZES
+from dilated_models.training.out_of_memory import POLICIES
 
 _INTEGERS: dict[str, dict[str, int]] = {
     "steps": {"at_least": 1},
@@ -23,6 +24,7 @@ _INTEGERS: dict[str, dict[str, int]] = {
     "final_validation_tokens": {"at_least": 1},
     "validate_every": {"at_least": 1},
     "checkpoint_every": {"at_least": 1},
+    "sample_every": {"at_least": 0},
 }
 _NUMBERS: dict[str, dict[str, Any]] = {
     "learning_rate": {"above": 0},
@@ -31,7 +33,7 @@ _NUMBERS: dict[str, dict[str, Any]] = {
     "weight_decay": {"at_least": 0},
     "beta1": {"at_least": 0, "below": 1},
     "beta2": {"at_least": 0, "below": 1},
-    "gradient_clip": {"above": 0},
+    "gradient_clip": {"at_least": 0},
     "validation_share": {"above": 0, "below": 1},
     "warmup_copies": {"at_least": 0, "at_most": 1},
     "growth": {"above": 0, "at_most": 1},
@@ -64,7 +66,7 @@ class TrainingConfig:
         weight_decay: AdamW's, on the weights of linear layers only.
         beta1: AdamW's decay of the gradient's mean.
         beta2: AdamW's decay of the squared gradient's mean.
-        gradient_clip: Largest gradient norm; larger gradients are scaled down to it.
+        gradient_clip: Largest gradient norm; larger gradients are scaled down to it. 0: any.
         seed: Of initialisation, data order and dropout.
         dtype: `"float32"`, or `"bfloat16"` for matrix products under autocast.
         validation_share: Share of the text held out, in (0, 1).
@@ -72,6 +74,12 @@ class TrainingConfig:
         final_validation_tokens: Targets scored at the end.
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
+        sample_every: Steps between samples, with the contextwise loss at that step; 0: only at the
+            end.
+        on_out_of_memory: What to do if a step does not fit into memory: `"stop"`; `"halve"`, which
+            computes the batch in twice as many parts; or `"checkpoint"`, which recomputes blocks in
+            the backward pass. The batch stays the same, and what was done is recorded.
+        tensorboard: Whether metrics also go to files for TensorBoard (extra `tensorboard`).
 
     Raises:
         TypeError: If a value has the wrong type, or a name is unknown or missing.
@@ -101,6 +109,9 @@ class TrainingConfig:
     final_validation_tokens: int = 1 << 17
     validate_every: int
     checkpoint_every: int
+    sample_every: int = 0
+    on_out_of_memory: str = "stop"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name, bounds in _INTEGERS.items():
@@ -108,6 +119,8 @@ class TrainingConfig:
         for name, bounds in _NUMBERS.items():
             self._set(name, check_number(name, getattr(self, name), **bounds))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("on_out_of_memory", self.on_out_of_memory, POLICIES)
+        check_bool("tensorboard", self.tensorboard)
         check_choice("schedule", self.schedule, ("cosine", "polynomial"))
         if self.schedule == "cosine" and self.schedule_power != 1:
             raise ValueError(

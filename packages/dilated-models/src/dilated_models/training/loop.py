@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from dilated_core.atomic_write import write_atomically
 from torch import Tensor, nn
 
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.longnet.saving import checksum
-from dilated_models.text.copies import PLAIN_SHARE, copied_row
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import TokenStream
-from dilated_models.text.windows import PackedWindows, text_row
+from dilated_models.text.windows import PackedWindows
+from dilated_models.training.batches import Batch, batch_of_step
+from dilated_models.training.checkpoint_file import (
+    CHECKPOINT_FILE,
+    CHECKPOINT_FORMAT,
+    read_checkpoint,
+    write_checkpoint,
+)
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.duration import StepTimes
 from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate
 from dilated_models.training.loss import WithLoss
+from dilated_models.training.optimizer import parameter_groups
+from dilated_models.training.out_of_memory import (
+    Measure,
+    after_measure,
+    is_out_of_memory,
+    take_measure,
+)
 from dilated_models.training.over_ranks import OverRanks, parts_of_rank, whole
-
-CHECKPOINT_FILE = "checkpoint.pt"
-_CHECKPOINT_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,19 @@ class StepRecord:
     seconds: float
 
 
+class _Gradient(NamedTuple):
+    """What a step has computed when its gradient is in the parameters."""
+
+    loss: float
+    norm: float
+    num_targets: int
+    num_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) * self.num_targets / max(1, self.num_bytes)
+
+
 class TrainingState:
     """A model, its optimiser and the number of steps done.
 
@@ -65,6 +86,8 @@ class TrainingState:
         step: Steps done.
         seconds: Wall time of all of them.
         times: Estimates the time of the steps to come.
+        config: The numbers of the run, with those that measures have changed.
+        measures: What was done against a lack of memory, and is not recorded yet.
     """
 
     def __init__(
@@ -73,9 +96,7 @@ class TrainingState:
         self.model = model
         self.config = config
         self.over = over
-        self._num_parts = parts_of_rank(
-            config.batch_size, config.accumulation, 1 if over is None else over.dp
-        )
+        self.measures: list[Measure] = []
         self._with_loss = WithLoss(model)
         if over is not None:
             over.wrap(self._with_loss)  # before the optimiser is made: FSDP replaces parameters
@@ -84,7 +105,7 @@ class TrainingState:
         self.seconds = 0.0
         self._has_begun = False
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.weight_decay),
+            parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
         )
@@ -95,6 +116,11 @@ class TrainingState:
         return self.model.embedding.weight.device
 
     @property
+    def _num_parts(self) -> int:
+        dp = 1 if self.over is None else self.over.dp
+        return parts_of_rank(self.config.batch_size, self.config.accumulation, dp)
+
+    @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of matrix products, or None for the parameters' own."""
         return torch.bfloat16 if self.config.dtype == "bfloat16" else None
@@ -103,8 +129,10 @@ class TrainingState:
         """Train to the last step; yield after each step.
 
         Raises:
-            FloatingPointError: If the loss or a gradient is not finite. The state is then that of
-                the step before.
+            FloatingPointError: If the loss or a gradient is not finite; it names the rows. The
+                state is then that of the step before.
+            torch.OutOfMemoryError, RuntimeError, MemoryError: If a step does not fit into memory,
+                and `on_out_of_memory` has no measure left. The state is that of the step before.
         """
         self.model.train()
         while self.step < self.config.steps:
@@ -128,7 +156,7 @@ class TrainingState:
         part = PackedWindows(tokens, tokens, tokens, torch.arange(rows + 1) * config.seq_len)
         self.model.train()
         if self.over is not None:
-            self._total_loss(part).backward()
+            self._loss(part).backward()
             self.optimizer.zero_grad(set_to_none=True)
             return
         # Dropout must not take numbers from the steps.
@@ -136,7 +164,7 @@ class TrainingState:
             for _ in range(2 if grows else 1):  # the first time compiles and allocates
                 begin = time.perf_counter()
                 with torch.set_grad_enabled(grows):
-                    loss = self._total_loss(part)
+                    loss = self._loss(part)
                 if grows:
                     torch.autograd.grad(loss, list(self.model.parameters()))
                 loss.item()  # waits for a GPU
@@ -181,96 +209,122 @@ class TrainingState:
             return self.over.whole_weights(self.model)
         return dict(self.model.state_dict())
 
+    def whole_model(self) -> LongNetLM | None:
+        """The model with all of its weights, on rank 0, and None on others; all ranks call this."""
+        is_first = self.over is None or self.over.ranks.is_first
+        if self.over is None or not self.over.fsdp:
+            return self.model if is_first else None
+        weights = self.whole_weights()
+        if not is_first:
+            return None
+        model = LongNetLM(self.model.config, device=self.device)
+        model.load_state_dict(weights)
+        return model
+
     def _one_step(self, stream: TokenStream, order: RowOrder) -> StepRecord:
         begin = time.perf_counter()
-        config, over = self.config, self.over
-        parts = self._parts(stream, order)
-        num_targets = sum(part.num_targets for part in parts)
-        num_bytes = sum(part.num_bytes for part in parts)
-        if over is not None:
-            if not self._has_begun:
-                for part in parts:
-                    over.check_same_batch(part)
-            num_targets, num_bytes = over.counts(num_targets, num_bytes)
-            over.seed_dropout(config.seed, self.step)
-        self._has_begun = True
-        learning_rate = config.learning_rate_at(self.step)
+        learning_rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for number, part in enumerate(parts):
-            with self._backward_of(number):
-                loss = self._total_loss(part) / max(1, num_targets)
-                (loss if over is None else loss * over.factor).backward()
-            total += loss.detach()
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
-        mean = (total if over is None else over.sum(total)).item()
-        if not math.isfinite(mean) or not math.isfinite(norm.item()):
-            error = FloatingPointError(
-                f"the loss or its gradient is not finite in step {self.step + 1}, on the rows "
-                f"{self.step * config.batch_size} to {(self.step + 1) * config.batch_size - 1} of "
-                f"the run; try a lower --lr than {config.learning_rate:g}."
-            )
-            raise error if over is None else over.ranks.on_all(error)
+        gradient = None
+        while gradient is None:
+            gradient = self._try_gradient(stream, order)
         self.optimizer.step()
         seconds = time.perf_counter() - begin
-        self.times.add(window=config.window_at(self.step), seconds=seconds)
+        self.times.add(window=self.config.window_at(self.step), seconds=seconds)
         self.step += 1
         self.seconds += seconds
         return StepRecord(
             step=self.step,
-            loss=mean,
-            bits_per_byte=mean / math.log(2) * num_targets / max(1, num_bytes),
+            loss=gradient.loss,
+            bits_per_byte=gradient.bits_per_byte,
             learning_rate=learning_rate,
-            gradient_norm=norm.item(),
-            num_tokens=num_targets,
+            gradient_norm=gradient.norm,
+            num_tokens=gradient.num_targets,
             seconds=seconds,
         )
 
-    def _parts(self, stream: TokenStream, order: RowOrder) -> list[PackedWindows]:
-        """The windows of this step in parts, without the rows of other ranks.
+    def _try_gradient(self, stream: TokenStream, order: RowOrder) -> _Gradient | None:
+        """The gradient of a step; None after a measure, if it did not fit into memory."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        random = (torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices])
+        try:
+            return self._gradient(stream, order)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            measure = take_measure(self.model.config, self.config, step=self.step, error=error)
+            if measure is None:
+                raise
+        # Only here is the memory free that the error's traceback holds.
+        self.take(measure)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(random[0])
+        for device, state in zip(devices, random[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+            torch.cuda.empty_cache()
+        return None
 
-        A pure function of seed, step and rank.
-        """
-        config, step = self.config, self.step
-        window = config.window_at(step)
-        plain_step = step - config.copied_steps
-        is_copied = plain_step < 0
-        first = (step if is_copied else plain_step) * config.batch_size
-        samples: Sequence[int] = range(first, first + config.batch_size)
-        if self.over is not None:
-            samples = self.over.rows(samples)
-        if is_copied:
-            rows = [
-                copied_row(
-                    stream,
-                    seq_len=config.seq_len,
-                    window=window,
-                    seed=config.seed,
-                    sample=sample,
-                    plain_share=PLAIN_SHARE,
-                )
-                for sample in samples
-            ]
-        else:
-            starts = [order.start(sample) for sample in samples]
-            rows = [
-                text_row(stream, start, start + config.seq_len, window=window) for start in starts
-            ]
-        rows_per_part = len(rows) // self._num_parts
-        return [
-            PackedWindows.of(rows[i : i + rows_per_part])
-            for i in range(0, len(rows), rows_per_part)
-        ]
+    def take(self, measure: Measure) -> None:
+        """Compute the steps from now on as a measure has them."""
+        self.model.config, self.config = after_measure(self.model.config, self.config, measure)
+        self.measures.append(measure)
 
-    def _total_loss(self, part: PackedWindows) -> Tensor:
-        """Nats of all targets together."""
+    def _gradient(self, stream: TokenStream, order: RowOrder) -> _Gradient:
+        """The gradient of a batch, clipped, in the parameters."""
+        config, over = self.config, self.over
+        batch = batch_of_step(
+            config,
+            self.step,
+            stream,
+            order,
+            num_parts=self._num_parts,
+            rows_of_rank=(lambda rows: rows) if over is None else over.rows,
+        )
+        num_targets, num_bytes = batch.num_targets, batch.num_bytes
+        if over is not None:
+            if not self._has_begun:
+                for part in batch.parts:
+                    over.check_same_batch(part)
+            num_targets, num_bytes = over.counts(num_targets, num_bytes)
+            over.seed_dropout(config.seed, self.step)
+        self._has_begun = True
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
+        for number, part in enumerate(batch.parts):
+            with self._backward_of(number):
+                loss = self._loss(part, count=num_targets)
+                (loss if over is None else loss * over.factor).backward()
+            losses.append(loss.detach())
+            total += losses[-1]
+        clip = config.gradient_clip or math.inf
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
+        mean = (total if over is None else over.sum(total)).item()
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            self._stop(batch, stream, losses, mean)
+        return _Gradient(mean, norm, num_targets, num_bytes)
+
+    def _stop(self, batch: Batch, stream: TokenStream, losses: list[Tensor], mean: float) -> None:
+        """Raise an error that names rows; on several processes, all ranks raise the same."""
+        is_loss = not math.isfinite(mean)
+        own = batch.suspects(stream, [x.item() for x in losses] if is_loss else None)
+        found = [own] if self.over is None else self.over.ranks.gather(own)
+        where = next(places for places in found if places is not None)
+        error = FloatingPointError(
+            f"the {'loss' if is_loss else 'gradient'} is not finite in step {self.step + 1}, on "
+            f"{where}; try a lower --lr than {self.config.learning_rate:g}."
+        )
+        error.__dict__["told_by"] = 0
+        raise error
+
+    def _loss(self, part: PackedWindows, *, count: int = 1) -> Tensor:
+        """Nats of all targets together, divided by the count."""
         with autocast_to(self.autocast, self.device):
             if self.over is not None:
-                return self.over.loss(part)
+                return self.over.loss(part, count=count)
             inputs, targets = part.inputs.to(self.device), part.targets.to(self.device)
-            return self._with_loss(inputs, targets, part.cu_seqlens)
+            return self._with_loss(inputs, targets, part.cu_seqlens, count=count)
 
     def _backward_of(self, part: int) -> AbstractContextManager[None]:
         return nullcontext() if self.over is None else self.over.backward_of(part, self._num_parts)
@@ -286,7 +340,7 @@ class TrainingState:
             run_id: Identity of the run; `restore` refuses a checkpoint with another one.
         """
         content = {
-            "format_version": _CHECKPOINT_FORMAT,
+            "format_version": CHECKPOINT_FORMAT,
             "run_id": run_id,
             "step": self.step,
             "seconds": self.seconds,
@@ -295,14 +349,7 @@ class TrainingState:
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
-        content["checksum"] = checksum(content)
-        with write_atomically(folder / CHECKPOINT_FILE) as part, part.open("wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # of a full disk, which PyTorch hides
-                    raise error.__context__ from None
-                raise
+        write_checkpoint(folder / CHECKPOINT_FILE, content)
 
     def restore(self, folder: Path, *, run_id: str = "") -> None:
         """Continue from `checkpoint.pt`: weights, optimiser, random states and step.
@@ -322,7 +369,7 @@ class TrainingState:
                 f"{str(folder)!r} has no {CHECKPOINT_FILE}; --resume must have one, so start again "
                 f"in another folder."
             )
-        content = _read_checkpoint(path, run_id)
+        content = read_checkpoint(path, run_id)
         self.check_steps(content["step"])
         try:
             self.model.load_state_dict(content["model"])
@@ -346,45 +393,3 @@ class TrainingState:
                 f"steps is {self.config.steps} and the run has done {done}; it must be at least "
                 f"that, so give more --steps or leave it out."
             )
-
-
-def _read_checkpoint(path: Path, run_id: str) -> dict[str, Any]:
-    """The content of a checkpoint, once its checksum and its run are found right."""
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-        version, written = content["format_version"], content.pop("checksum", None)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file makes the unpickler raise nearly any type
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{str(path)!r} cannot be resumed from: {reason}") from error
-    if version != _CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{str(path)!r} cannot be resumed from: its format is {version!r}; it must be "
-            f"{_CHECKPOINT_FORMAT}, so use the version of dilated-models that wrote it."
-        )
-    if checksum(content) != written:
-        raise ValueError(
-            f"{str(path)!r} is damaged: its checksum is wrong, so the bytes are not those that "
-            f"were saved; put back a copy, or start again in another folder."
-        )
-    if content["run_id"] != run_id:
-        raise ValueError(
-            f"{str(path)!r} belongs to another run than its folder; put back the folder's own "
-            f"checkpoint, or start again in another folder."
-        )
-    return content
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Linear weights decay; embeddings (and outputs tied to them), LayerNorms, biases do not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        is_linear = parameter.ndim == 2 and id(parameter) not in embeddings
-        (decayed if is_linear else kept).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.longnet.language_model import LongNetLM
+from dilated_models.text.windows import NO_TARGET
 
 
 class WithLoss(nn.Module):
@@ -28,14 +28,23 @@ class WithLoss(nn.Module):
         targets: Tensor,
         cu_seqlens: Tensor,
         context_parallel: ContextParallel | None = None,
+        *,
+        count: int = 1,
     ) -> Tensor:
-        """Nats of all targets together.
+        """Nats of all targets together, divided by a count; no more than a chunk of logits exists.
 
         Args:
             inputs: `(T,)` tokens of packed windows; with `context_parallel`, those of this rank.
             targets: `(T,)`, of the same tokens; `NO_TARGET` where there is none.
             cu_seqlens: Of the packed windows; with `context_parallel`, of all ranks together.
             context_parallel: As for `LongNetLM`.
+            count: The targets of the whole batch, for its mean loss.
         """
-        logits = self.model(inputs, cu_seqlens=cu_seqlens, context_parallel=context_parallel)
-        return cross_entropy(logits.float(), targets, reduction="sum")
+        return self.model.loss(
+            inputs,
+            targets,
+            cu_seqlens=cu_seqlens,
+            context_parallel=context_parallel,
+            ignore_index=NO_TARGET,
+            count=count,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 from dilated_core.atomic_write import write_atomically
 
 from dilated_models.training.ranks import Ranks
+from dilated_models.training.tensorboard import TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,22 +23,30 @@ class MetricsFile:
     Args:
         folder: Of the run.
         after_step: Records of later steps are dropped first. They were written after the checkpoint
-            from which a resumed run starts, and the run writes them again.
+            from which a resumed run starts, and the run writes them again. A measure against a
+            lack of memory stays, for it holds in the resumed run too.
+        has_tensorboard: Whether to write them for TensorBoard too.
 
     Attributes:
         validated: Steps whose validation loss is recorded.
+        sampled: Steps whose sample is recorded.
     """
 
-    def __init__(self, folder: Path, *, after_step: int) -> None:
+    def __init__(self, folder: Path, *, after_step: int, has_tensorboard: bool = False) -> None:
         path = folder / METRICS_FILE
         self.validated: set[int] = set()
+        self.sampled: set[int] = set()
+        board = TensorBoard(folder, after_step=after_step) if has_tensorboard else None
+        self._tensorboard = board
         if path.exists():
             kept = [
                 record
                 for record in read_metrics(folder)
-                if record["step"] <= after_step and record["kind"] != "final"
+                if (record["step"] <= after_step and record["kind"] != "final")
+                or record["kind"] == "out_of_memory"
             ]
             self.validated = {r["step"] for r in kept if r["kind"] == "validation"}
+            self.sampled = {r["step"] for r in kept if r["kind"] == "sample"}
             with write_atomically(path) as part:
                 part.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
         self._path = path
@@ -53,6 +62,8 @@ class MetricsFile:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one record; if the disk is full, none of it.
@@ -71,6 +82,10 @@ class MetricsFile:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         if kind == "validation":
             self.validated.add(step)
+        if kind == "sample":
+            self.sampled.add(step)
+        if self._tensorboard is not None:
+            self._tensorboard.write(kind, step, values)
 
     def sync(self) -> None:
         """Wait until all records are on the disk."""
@@ -81,11 +96,12 @@ class UnwrittenMetrics:
     """The metrics of a run on a rank that does not write them.
 
     Args:
-        validated: As of the `MetricsFile` of rank 0.
+        validated, sampled: As of the `MetricsFile` of rank 0.
     """
 
-    def __init__(self, validated: Set[int]) -> None:
+    def __init__(self, validated: Set[int], sampled: Set[int]) -> None:
         self.validated = set(validated)
+        self.sampled = set(sampled)
 
     def __enter__(self) -> UnwrittenMetrics:
         return self
@@ -102,17 +118,19 @@ class UnwrittenMetrics:
         """Do nothing."""
 
 
-def open_metrics(folder: Path, *, after_step: int, ranks: Ranks) -> MetricsFile | UnwrittenMetrics:
+def open_metrics(
+    folder: Path, *, after_step: int, ranks: Ranks, has_tensorboard: bool = False
+) -> MetricsFile | UnwrittenMetrics:
     """The metrics of a run, which rank 0 writes; all ranks know which steps were validated."""
     file: MetricsFile | None = None
 
-    def open_file() -> set[int]:
+    def open_file() -> tuple[set[int], set[int]]:
         nonlocal file
-        file = MetricsFile(folder, after_step=after_step)
-        return file.validated
+        file = MetricsFile(folder, after_step=after_step, has_tensorboard=has_tensorboard)
+        return file.validated, file.sampled
 
-    validated = ranks.first(open_file)
-    return UnwrittenMetrics(validated) if file is None else file
+    known = ranks.first(open_file)
+    return UnwrittenMetrics(*known) if file is None else file
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

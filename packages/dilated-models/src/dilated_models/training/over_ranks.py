@@ -108,8 +108,8 @@ class OverRanks:
         count = len(rows) // self.dp
         return rows[self.dp_rank * count : (self.dp_rank + 1) * count]
 
-    def loss(self, part: PackedWindows) -> Tensor:
-        """Nats of the targets that this process holds, of the rows that it computes."""
+    def loss(self, part: PackedWindows, *, count: int = 1) -> Tensor:
+        """Nats of the targets that this process holds, of the rows that it computes, by count."""
         assert self._parallel is not None
         inputs, targets, context_parallel = part.inputs, part.targets, None
         if self._context_parallel is not None:
@@ -121,7 +121,7 @@ class OverRanks:
             context_parallel = self._context_parallel.knowing(len(part.inputs))
         device = self.ranks.device
         return self._parallel(
-            inputs.to(device), targets.to(device), part.cu_seqlens, context_parallel
+            inputs.to(device), targets.to(device), part.cu_seqlens, context_parallel, count=count
         )
 
     def counts(self, *numbers: int) -> list[int]:

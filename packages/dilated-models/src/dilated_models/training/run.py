@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from dilated_core.atomic_write import write_atomically
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
-from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import (
     CONFIG_FILE,
@@ -24,14 +23,12 @@ from dilated_models.longnet.saving import (
     save_weights,
     write_config,
 )
-from dilated_models.longnet.size import check_memory
+from dilated_models.longnet.size import peak_memory_bytes
 from dilated_models.text.files import Split
-from dilated_models.text.order import RowOrder
-from dilated_models.text.streams import ByteStream, TokenStream
-from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary, token_cache
+from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary
 from dilated_models.training.checkpoints import save_checkpoint
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.cost import training_bytes
+from dilated_models.training.cost import fit_memory
 from dilated_models.training.evaluation import Evaluation, scored_ranges
 from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
@@ -39,12 +36,11 @@ from dilated_models.training.metrics import METRICS_FILE, open_metrics, read_met
 from dilated_models.training.over_ranks import OverRanks
 from dilated_models.training.ranks import Ranks
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
+from dilated_models.training.samples import sample_now, sample_text
 from dilated_models.training.stopping import Stopped, StopSignals
+from dilated_models.training.tokens import Text
 
-_CACHE_FOLDER = "tokens"
 _SCORED_TOKENS = 4096  # in a batch of validation, at least: short windows alone would be slow
-_SAMPLE_TOKENS = 200
-_SAMPLE_PROMPT_TOKENS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +128,10 @@ class Observer(Protocol):
         """Called before work other than a step, which `what` names."""
         ...
 
+    def announce(self, text: str) -> None:
+        """Called with what a user should read: a measure against a lack of memory, or a sample."""
+        ...
+
 
 def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False) -> TrainingState:
     """Model and optimiser of a run, drawn from its seed; writes no file.
@@ -146,7 +146,12 @@ def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False)
             does not suffice.
     """
     ranks = Ranks(run.device) if over is None else over.ranks
-    ranks.together(lambda: _check_memory(run, over))
+    cp, shards = (1, 1) if over is None else (over.cp, over.ranks.size if over.fsdp else 1)
+    measures = ranks.together(
+        lambda: fit_memory(
+            run.model, run.training, run.device, num_processes=ranks.size, cp=cp, shards=shards
+        )
+    )
     torch.manual_seed(run.training.seed)  # the same first weights on all ranks
     model = LongNetLM(run.model, device=run.device)
     if is_compiled:
@@ -154,52 +159,10 @@ def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False)
             if isinstance(block, SelfAttentionBlock):
                 block.compile(dynamic=True)
     state = TrainingState(model, run.training, over)
+    for measure in measures:
+        state.take(measure)
     ranks.together(state.try_longest_windows)
     return state
-
-
-def _check_memory(run: Run, over: OverRanks | None) -> None:
-    cp, shards = (1, 1) if over is None else (over.cp, over.ranks.size if over.fsdp else 1)
-    check_memory(
-        training_bytes(run.model, run.training, cp=cp, shards=shards),
-        f"training with batch_size {run.training.batch_size}, seq_len {run.training.seq_len} and "
-        f"{run.model.num_decoder_layers} layers",
-        run.device,
-        "use a smaller seq_len or model, more accumulation, or activation_checkpointing",
-    )
-
-
-class Text(NamedTuple):
-    """The text of a run as tokens.
-
-    Attributes:
-        train: Tokens to train on.
-        validation: Tokens to validate on.
-        order: Order of the windows of `train`.
-    """
-
-    train: TokenStream
-    validation: TokenStream
-    order: RowOrder
-
-
-def open_text(run: Run, announce: Callable[[str], None], ranks: Ranks) -> Text:
-    """Open the text of a run; with a tokenizer, tokenise it into the run's folder, once.
-
-    Args:
-        run: The run.
-        announce: Called with one line before tokenising, which can take long.
-        ranks: The processes; rank 0 tokenises.
-
-    Raises:
-        ValueError: If either side of the text is too short.
-    """
-    if ranks.size > 1 and isinstance(run.vocabulary, TokenizerVocabulary):
-        ranks.first(lambda: _streams(run, announce) and None)
-    train, validation = ranks.together(lambda: _streams(run, announce))
-    order = RowOrder(num_tokens=len(train), seq_len=run.training.seq_len, seed=run.training.seed)
-    scored_ranges(len(validation), seq_len=run.training.seq_len)
-    return Text(train, validation, order)
 
 
 def execute(
@@ -232,9 +195,25 @@ def execute(
         FloatingPointError: If the loss is no longer finite. The last checkpoint stays.
         OSError: If a file cannot be read or written. The last checkpoint stays.
     """
+    run = dataclasses.replace(run, model=state.model.config, training=state.config)
     config, folder, validation = run.training, run.folder, text.validation
     _begin(run, state, ranks)
-    with open_metrics(folder, after_step=state.step, ranks=ranks) as metrics:
+    with open_metrics(
+        folder, after_step=state.step, ranks=ranks, has_tensorboard=config.tensorboard
+    ) as metrics:
+
+        def record_measures() -> None:
+            nonlocal run, config
+            if not state.measures:
+                return
+            run = dataclasses.replace(run, model=state.model.config, training=state.config)
+            config = run.training
+            ranks.first(lambda: write_config(folder, run.to_config()))  # for --resume
+            for measure in state.measures:
+                values = dataclasses.asdict(measure)
+                metrics.write("out_of_memory", values.pop("step"), **values)
+                observer.announce(str(measure))
+            state.measures.clear()
 
         def save() -> None:
             observer.busy("saving")
@@ -271,9 +250,31 @@ def execute(
             if due and state.step not in metrics.validated:
                 validate(config.validation_tokens)
 
+        def sample_if_due() -> None:
+            every = config.sample_every
+            if not every or state.step % every or state.step in metrics.sampled:
+                return
+            observer.busy("sampling")
+            model = state.whole_model()
+            if model is not None:  # on rank 0; the others wait for it in the next step
+                found = sample_now(
+                    model,
+                    run.vocabulary,
+                    validation,
+                    seq_len=config.seq_len,
+                    max_tokens=config.validation_tokens,
+                    autocast=state.autocast,
+                    check=stop_after_signal if ranks.size == 1 else lambda: None,
+                )
+                metrics.write("sample", state.step, **found.to_dict())
+                observer.announce(f"step {state.step}: {found}")
+
+        record_measures()
         stop_after_signal()
         validate_if_due()
+        sample_if_due()
         for record in state.steps(text.train, text.order):
+            record_measures()
             values = dataclasses.asdict(record) | {
                 "peak_memory_bytes": peak_memory_bytes(run.device)
             }
@@ -283,6 +284,7 @@ def execute(
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 save()
             validate_if_due()
+            sample_if_due()
         evaluation = validate(config.final_validation_tokens)
         if not ranks.is_first:
             return None
@@ -305,7 +307,7 @@ def execute(
         observer.busy("measuring the gain from context")
         gain = _gain(run, model, state.autocast, text, stop_alone)
         observer.busy("sampling")
-        prompt, sample = _sample(run, model, validation, stop_alone)
+        prompt, sample = sample_text(model, run.vocabulary, validation, stop_alone)
         report = Report(
             evaluation=evaluation,
             xz_bits_per_byte=xz,
@@ -337,32 +339,6 @@ def _begin(run: Run, state: TrainingState, ranks: Ranks) -> None:
     ranks.remember_run(run.folder)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: on a GPU, of PyTorch's allocator there; else, of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows has no resource module
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset  # pyright: ignore
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def _streams(run: Run, announce: Callable[[str], None]) -> tuple[TokenStream, TokenStream]:
-    """Training and validation tokens; with a tokenizer, through a cache in the run's folder."""
-    sides = [(ByteStream(pieces), pieces) for pieces in (run.split.train, run.split.validation)]
-    vocabulary = run.vocabulary
-    if not isinstance(vocabulary, TokenizerVocabulary):
-        return sides[0][0], sides[1][0]
-    announce("tokenising the text, unless that was done before")
-    folder = run.folder / _CACHE_FOLDER
-    train, validation = (token_cache(text, pieces, vocabulary, folder) for text, pieces in sides)
-    return train, validation
-
-
 def _gain(
     run: Run,
     model: LongNetLM,
@@ -384,17 +360,3 @@ def _gain(
     if gain is None or not is_default_text:
         return gain
     return dataclasses.replace(gain, plain=recorded_plain_training(run.model, run.training))
-
-
-def _sample(
-    run: Run, model: LongNetLM, validation: TokenStream, check: Callable[[], None]
-) -> tuple[str, str]:
-    """The first tokens of the validation text, and a text that the model generates after them."""
-    start = validation.text_of(0, min(_SAMPLE_PROMPT_TOKENS, len(validation)))
-    prompt = start.decode("utf-8", "ignore")
-    tokens = run.vocabulary.encode(prompt) or [0]
-    sampled: list[int] = []
-    for token in generate(model, tokens, max_new_tokens=_SAMPLE_TOKENS, temperature=0.8, seed=0):
-        sampled.append(token)
-        check()
-    return prompt, run.vocabulary.decode(sampled)

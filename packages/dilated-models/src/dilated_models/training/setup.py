@@ -21,6 +21,7 @@ from dilated_models.training.cost import most_validation_tokens
 from dilated_models.training.folder import check_free
 from dilated_models.training.ranks import Ranks
 from dilated_models.training.run import Run
+from dilated_models.training.tensorboard import check_tensorboard
 
 
 def new_run(
@@ -68,6 +69,8 @@ def new_run(
         scaled = None if first is None else max(1, first * seq_len // base.training["seq_len"])
         numbers["first_seq_len"] = training.get("first_seq_len", scaled)
     config = _without_long_validation(TrainingConfig.from_dict(numbers), given=set(training))
+    if config.tensorboard:
+        check_tensorboard()
     fields = base.model | dict(model)
     if "segment_lengths" not in model and config.seq_len != base.training["seq_len"]:
         fields["segment_lengths"] = [
@@ -97,7 +100,7 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
     Args:
         folder: Of a run that was stopped.
         device: Device to train on.
-        training: Fields of `TrainingConfig` to change: `steps` or `checkpoint_every`.
+        training: Fields of `TrainingConfig` to change: those that change no step that is done.
 
     Raises:
         FileNotFoundError: If the folder holds no run, or its text is gone.
@@ -112,6 +115,8 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
         raise ValueError(
             f"{str(folder / CONFIG_FILE)!r} cannot be resumed from: {error}"
         ) from error
+    if config.tensorboard:
+        check_tensorboard()
     text = None if paths is None else [Path(path) for path in paths]
     split = _split(text, config)
     if split.fingerprint() != fingerprint:

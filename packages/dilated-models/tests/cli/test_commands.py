@@ -40,7 +40,7 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
 def short_samples() -> Iterator[None]:
     """A sample costs a forward for each token, so 5 tokens stand for 200."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dilated_models.training.run._SAMPLE_TOKENS", 5)
+        patch.setattr("dilated_models.training.samples._SAMPLE_TOKENS", 5)
         yield
 
 

@@ -29,7 +29,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilated_models.training.run._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("dilated_models.training.samples._SAMPLE_TOKENS", 1)
 
 
 def call(*arguments: object, code: int = 0) -> Any:

@@ -26,7 +26,7 @@ def train(text: Path, out: Path, *options: object, code: int = 0) -> dict[str, A
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilated_models.training.run._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("dilated_models.training.samples._SAMPLE_TOKENS", 1)
 
 
 def test_the_preset_and_its_options(text: Path, tmp_path: Path):

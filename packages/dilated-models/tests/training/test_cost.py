@@ -7,7 +7,7 @@ import torch
 from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.longnet.size import least_parameters, model_bytes
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.cost import training_bytes
+from dilated_models.training.cost import fit_memory, training_bytes
 from torch.nn.functional import cross_entropy
 
 TRAINING = TrainingConfig(
@@ -67,3 +67,25 @@ def test_accumulation_and_bfloat16_take_less(config):
     whole = training_bytes(config, dataclasses.replace(TRAINING, accumulation=1))
     assert training_bytes(config, TRAINING) < whole
     assert training_bytes(config, dataclasses.replace(TRAINING, dtype="bfloat16")) < whole
+
+
+def test_a_policy_makes_a_run_fit_that_would_not(config, monkeypatch):
+    """Before anything is allocated, with the memory that there is."""
+    config = dataclasses.replace(config, num_decoder_layers=8)
+    device = torch.device("cpu")
+    halve = dataclasses.replace(TRAINING, accumulation=1, on_out_of_memory="halve")
+    recompute = dataclasses.replace(TRAINING, accumulation=1, on_out_of_memory="checkpoint")
+    needed = training_bytes(config, dataclasses.replace(halve, accumulation=2))
+    less = training_bytes(dataclasses.replace(config, activation_checkpointing=True), recompute)
+    available = max(needed, less)
+    monkeypatch.setattr("dilated_models.longnet.size.available_bytes", lambda device: available)
+    assert [m.accumulation for m in fit_memory(config, halve, device)] == [2]
+    (measure,) = fit_memory(config, recompute, device)
+    assert measure.activation_checkpointing
+    with pytest.raises(ValueError, match="training with batch_size 4"):
+        fit_memory(config, dataclasses.replace(halve, on_out_of_memory="stop"), device)
+    monkeypatch.setattr("dilated_models.longnet.size.available_bytes", lambda device: 1)
+    with pytest.raises(ValueError, match="training with batch_size 4"):
+        fit_memory(config, halve, device)
+    with pytest.raises(ValueError, match="on_out_of_memory is 'halve' and there are 2 processes"):
+        fit_memory(config, halve, device, num_processes=2)

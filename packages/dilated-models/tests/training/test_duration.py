@@ -53,6 +53,10 @@ def test_validations_and_the_report_are_counted():
     assert times.left(0, scorable=10**6) == pytest.approx(300 + scored / 128)
     assert times.left(40, scorable=10**6) == pytest.approx(180 + (scored - 128) / 128)
     assert times.left(100, scorable=10) == pytest.approx((10 + 3 * 2 * 10) / 128)
+    sampled = StepTimes(dataclasses.replace(GROWING, sample_every=30))
+    sampled.add(window=64, seconds=3.0)
+    scored += 3 * (3 * 2 * 32)  # after 30, 60 and 90 steps, a quarter of 128 targets each
+    assert sampled.left(0, scorable=10**6) == pytest.approx(300 + scored / 128)
 
 
 def test_a_million_steps_are_not_walked_through():

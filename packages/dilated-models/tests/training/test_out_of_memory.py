@@ -113,6 +113,15 @@ def test_checkpointing_changes_no_bit(start, stream, monkeypatch):
     assert "recomputes each block in the backward pass" in str(measure)
 
 
+def test_the_longest_windows_are_tried_with_measures_too(start, monkeypatch):
+    state = start(on_out_of_memory="halve", first_seq_len=12)
+    tried = limit(monkeypatch, GPU, lambda model, rows, n: rows == 1)
+    state.try_longest_windows()
+    assert tried == [4, 2, 1, 1]
+    assert [(m.step, m.accumulation) for m in state.measures] == [(0, 2), (0, 4)]
+    assert all(p.grad is None for p in state.model.parameters())
+
+
 @pytest.mark.parametrize("policy", ["stop", "halve", "checkpoint"])
 def test_without_a_measure_left_the_run_stops(start, stream, monkeypatch, policy):
     state = start(on_out_of_memory=policy)

@@ -75,6 +75,10 @@ class StepTimes:
         targets = min(most_targets(config.final_validation_tokens), scorable)
         # Half of each window of the contextwise loss are targets.
         scored += 2 * targets * len(context_lengths(config.seq_len))
+        if every := config.sample_every:
+            samples = config.steps // every - step // every
+            targets = min(most_targets(config.validation_tokens), scorable)
+            scored += samples * 2 * targets * len(context_lengths(config.seq_len))
         per_token = self.longest / (config.batch_size * config.seq_len)
         return training + scored * per_token / FORWARD_SHARE
 

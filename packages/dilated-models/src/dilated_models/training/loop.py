@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class StepRecord:
     gradient_norm: float
     num_tokens: int
     seconds: float
+
+
+_Result = TypeVar("_Result")
 
 
 class _Gradient(NamedTuple):
@@ -149,6 +152,9 @@ class TrainingState:
         DDP orders the gradients anew, and a sum over three ranks or more rounds by its place. So
         that a resumed run has the bits of one that was never stopped, this comes before its steps.
         """
+        self._fitting(self._run_longest_windows)
+
+    def _run_longest_windows(self) -> None:
         config = self.config
         grows = config.window_at(0) < config.seq_len and self.over is None
         rows = config.batch_size // config.accumulation if grows else 1
@@ -226,9 +232,7 @@ class TrainingState:
         learning_rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        gradient = None
-        while gradient is None:
-            gradient = self._try_gradient(stream, order)
+        gradient = self._fitting(lambda: self._gradient(stream, order))
         self.optimizer.step()
         seconds = time.perf_counter() - begin
         self.times.add(window=self.config.window_at(self.step), seconds=seconds)
@@ -244,26 +248,26 @@ class TrainingState:
             seconds=seconds,
         )
 
-    def _try_gradient(self, stream: TokenStream, order: RowOrder) -> _Gradient | None:
-        """The gradient of a step; None after a measure, if it did not fit into memory."""
+    def _fitting(self, work: Callable[[], _Result]) -> _Result:
+        """Do the work; if it does not fit into memory, take a measure and begin it anew."""
         devices = [self.device] if self.device.type == "cuda" else []
-        random = (torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices])
-        try:
-            return self._gradient(stream, order)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            measure = take_measure(self.model.config, self.config, step=self.step, error=error)
-            if measure is None:
-                raise
-        # Only here is the memory free that the error's traceback holds.
-        self.take(measure)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(random[0])
-        for device, state in zip(devices, random[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
-            torch.cuda.empty_cache()
-        return None
+        while True:
+            cpu, gpus = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in devices]
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                measure = take_measure(self.model.config, self.config, step=self.step, error=error)
+                if measure is None:
+                    raise
+            # Only here is the memory free that the traceback of the error has held.
+            self.take(measure)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.set_rng_state(cpu)
+            for gpu, state in zip(devices, gpus, strict=True):
+                torch.cuda.set_rng_state(state, gpu)
+                torch.cuda.empty_cache()
 
     def take(self, measure: Measure) -> None:
         """Compute the steps from now on as a measure has them."""

@@ -125,7 +125,7 @@ def test_a_chunk_depends_on_the_classes_alone():
 def test_errors_are_within_twice_those_of_whole_logits(chunks_of, dtype):
     data = problem((4, 64), dtype=dtype)
     exact = whole(*(x.double() for x in data[:3]), data[3])
-    chunks_of(40)
+    chunks_of(2)  # 128 chunks, whose sum must not be rounded to 16 bits each time
     plain, ours = whole(*data), chunked(*data)
     for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, plain, exact, strict=True):
         assert a.dtype == (torch.float32 if name == "loss" else dtype)

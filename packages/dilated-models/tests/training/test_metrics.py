@@ -72,3 +72,17 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
             metrics.write("other", 1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "other", "step": 0}\n'
+
+
+def test_what_a_resumed_run_keeps(tmp_path):
+    """Nothing of the steps that it does again, but for measures, which hold there too."""
+    with MetricsFile(tmp_path, after_step=0) as metrics:
+        for step in range(1, 7):
+            metrics.write("step", step, bits_per_byte=1.0)
+        for step in (2, 4, 6):
+            metrics.write("sample", step, sample="text")
+        metrics.write("out_of_memory", 5, accumulation=2)
+    with MetricsFile(tmp_path, after_step=4) as metrics:
+        assert metrics.sampled == {2, 4}
+    records = [(r["kind"], r["step"]) for r in read_metrics(tmp_path) if r["kind"] != "step"]
+    assert records == [("sample", 2), ("sample", 4), ("out_of_memory", 5)]

@@ -319,8 +319,7 @@ class TrainingState:
             f"the {'loss' if is_loss else 'gradient'} is not finite in step {self.step + 1}, on "
             f"{where}; try a lower --lr than {self.config.learning_rate:g}."
         )
-        error.__dict__["told_by"] = 0
-        raise error
+        raise error if self.over is None else self.over.ranks.on_all(error)
 
     def _loss(self, part: PackedWindows, *, count: int = 1) -> Tensor:
         """Nats of all targets together, divided by the count."""

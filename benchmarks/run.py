@@ -34,6 +34,7 @@ COMMANDS = {
     "border_copies": ["border_copies.py"],
     "adaptive_retrieval": ["adaptive_retrieval.py"],
     "longnet_paper": ["reproduce_longnet.py"],
+    "soak": ["soak.py"],
     "training_run": ["training_run.py"],
     "context_gain": ["context_gain.py"],
     "adaptive_recall": ["adaptive_recall.py", str(RUNS / "copies-0")],

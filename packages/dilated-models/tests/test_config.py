@@ -127,7 +127,7 @@ def test_the_model_shows_the_options_of_the_config() -> None:
     """What help() and docs/api print: names, types and defaults."""
     of_model = inspect.signature(LongNetLM).parameters
     of_config = inspect.signature(LongNetConfig).parameters
-    assert [*of_config, "device", "dtype"] == list(of_model)
+    assert [*of_config, "group", "device", "dtype"] == list(of_model)
     for name, parameter in of_config.items():
         assert of_model[name] == parameter, name
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from dilated_core import DilatedAttentionConfig, DilatedPattern, create_dilated_attention
+import torch
+from dilated_core import DilatedAttentionConfig, DilatedPattern
 from dilated_core.checks import (
     answers_names,
     check_bool,
@@ -25,13 +26,18 @@ from dilated_core.checks import (
 from dilated_core.pattern.branches import HeadOffsets, Padding
 from torch import nn
 
+from dilated_models.attention_kinds import (
+    OVER_RANKS,
+    WITH_BRANCHES,
+    AttentionKind,
+    built_attention,
+    check_no_branches,
+    checked_options,
+)
+
 Activation = Literal["relu", "gelu"]
 RotationKind = Literal["xpos", "rotary", "none"]
 PositionKind = Literal["xpos", "rotary", "alibi", "none"]
-AttentionKind = Literal["dilated", "block_sparse", "moba"]
-
-# Fields that describe dilated branches, and have no effect on another kind of attention.
-_BRANCH_FIELDS = ("segment_lengths", "dilation_rates", "head_offsets", "padding", "local_window")
 
 # The sizes of the paper (arXiv 2307.02486, section 4.4), which all have 4 · d_model in between.
 PAPER_SIZES: dict[str, dict[str, Any]] = {
@@ -81,12 +87,15 @@ class LongNetConfig:
         dim_feedforward: Width of the feed-forward halves.
         segment_lengths: w of each branch, in tokens.
         dilation_rates: r of each branch.
-        attention_kind: `"dilated"`; or from dilated-sparse `"block_sparse"`, blocks by a fixed
-            pattern, or `"moba"`, blocks that each query chooses. The last is causal only.
-        attention_options: Options of these two by name: `pattern_type`, `sparsity_ratio` and
-            `block_size` as in `dilated_sparse.BlockSparseAttentionConfig`, or `block_size` and
-            `topk` as in `dilated_sparse.MoBAConfig`. They have no dilated branches, so the branches
-            and their options must have their defaults.
+        attention_kind: `"dilated"`, or `"ring"`: the same, over the ranks that the model is built
+            with, each of which holds a shard of every sequence; from dilated-ring. Or from
+            dilated-sparse `"block_sparse"`, blocks by a fixed pattern; `"block_sparse_adaptive"`,
+            blocks by a content that training learns to judge; `"moba"` or `"nsa"`, blocks that each
+            query chooses. The last two are causal only.
+        attention_options: Options of these kinds by name: `layout`, `exchange` and `timeout_s` of
+            `ContextParallel` for `"ring"`; those of `dilated_sparse.BlockSparseAttentionConfig`,
+            `AdaptiveSparseConfig`, `MoBAConfig` and `NSAConfig` for the others, which have no
+            dilated branches, so that the branches and their options must have their defaults.
         dropout: Probability, in [0, 1): of the embedding, of what each half of a block adds, and
             inside the feed-forward. Attention probabilities are never dropped.
         drop_path_rate: Probability, in [0, 1), that training skips a half of the last block for a
@@ -102,8 +111,8 @@ class LongNetConfig:
             each attention; 0 for none. It is no part of LongNet: see `CausalConvolution`.
         local_window: W: a token also sees its last W tokens, in the softmax of the branches, so
             that it is not blind behind a border of segments; 0 for none. It is no part of LongNet,
-            and needs dilated-sparse: see `dilated_sparse.windowed_dilated_attention`. Without
-            generation and without shards of sequences, which refuse such a model.
+            and needs dilated-sparse: see `dilated_sparse.windowed_dilated_attention`. Shards of
+            sequences refuse such a model.
         tie_embeddings: Whether the output layer shares the embedding's weight.
         scale_embedding: Whether embeddings are multiplied by √d_model.
         final_layer_norm: Whether a LayerNorm precedes the output layer.
@@ -191,7 +200,7 @@ class LongNetConfig:
         ):
             check_bool(name, getattr(self, name))
         self._check_attention_kind()
-        if self.positions == "alibi" and (self.attention_kind != "dilated" or self.local_window):
+        if self.positions == "alibi" and (not self.has_branches or self.local_window):
             raise ValueError(
                 f"positions is 'alibi', attention_kind {self.attention_kind!r} and local_window "
                 f"{self.local_window}; ALiBi needs dilated attention without a window, so use "
@@ -205,42 +214,23 @@ class LongNetConfig:
         """Check the kind and its options; keep the options as pairs, so that configs have a hash.
 
         Raises:
+            ImportError: If the kind needs a package that is not installed.
             TypeError: If an option is unknown.
             ValueError: If the kind is unknown or not installed, or a value has no effect.
         """
         kind = self.attention_kind
-        check_choice("attention_kind", kind, get_args(AttentionKind))
-        try:
-            options = dict(self.attention_options)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"attention_options is {self.attention_options!r}; it must be a dict, such as "
-                f"{{'block_size': 64}}."
-            ) from None
-        self._set("attention_options", tuple(sorted(options.items())))
-        if kind == "dilated":
-            if options:
-                raise ValueError(
-                    f"attention_options is {options!r} and attention_kind 'dilated', whose options "
-                    f"are fields of this config, so leave attention_options out."
-                )
+        self._set("attention_options", checked_options(kind, self.attention_options))
+        if kind == "ring" and self.local_window:
+            raise ValueError(
+                f"local_window is {self.local_window} and attention_kind 'ring'; attention over "
+                f"ranks has no window, so leave local_window out."
+            )
+        if self.has_branches:
             return
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            value = tuple(value) if isinstance(value, list) else value  # pyright: ignore
-            if field.name in _BRANCH_FIELDS and value != field.default:
-                raise ValueError(
-                    f"{field.name} is {value!r}; attention_kind {kind!r} has no dilated branches, "
-                    f"so leave it out."
-                )
-        for name in ("scale", "dropout", "backend", *_BRANCH_FIELDS):
-            if name in options:
-                raise ValueError(
-                    f"attention_options holds {name}; it must hold options of the blocks only, so "
-                    f"leave it out. The scale is 1/√head_dim, attention probabilities are never "
-                    f"dropped, and backend is a field of the config."
-                )
-        self.build_attention()
+        check_no_branches(self, kind)
+        # Values are checked by a module that is as small as it may be, and leaves no trace.
+        with torch.random.fork_rng(devices=[]):
+            self._built(num_heads=1, head_dim=2, device="cpu")
 
     def check_over_ranks(self) -> None:
         """Refuse attention that cannot be spread over ranks.
@@ -248,20 +238,45 @@ class LongNetConfig:
         Raises:
             ValueError: If there is no such attention of this kind.
         """
-        if self.attention_kind == "moba":
+        if self.attention_kind not in OVER_RANKS:
             raise ValueError(
-                "context_parallel is given and attention_kind is 'moba'; over ranks attention must "
-                "be 'dilated' or 'block_sparse', so leave context_parallel out."
+                f"context_parallel is given and attention_kind is {self.attention_kind!r}; over "
+                f"ranks attention must be one of {', '.join(map(repr, OVER_RANKS))}, so leave "
+                f"context_parallel out."
             )
 
-    def build_attention(self) -> nn.Module:
-        """The attention of a block on q, k and v, if it is not dilated.
+    def build_attention(
+        self,
+        *,
+        gamma_init: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """The attention of a block, if it has no branches: on q, k and v, or a layer for `"nsa"`.
+
+        Args:
+            gamma_init: Gain of the initial weights; that of the config if None.
+            device, dtype: Of parameters.
 
         Raises:
             TypeError, ValueError: As for the options of this kind; if it is not installed.
         """
-        return create_dilated_attention(
-            self.attention_kind, backend=self.backend, **dict(self.attention_options)
+        return self._built(
+            num_heads=self.nhead,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            gamma_init=self.gamma_init if gamma_init is None else gamma_init,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _built(self, **sizes: Any) -> nn.Module:
+        return built_attention(
+            self.attention_kind,
+            dict(self.attention_options),
+            backend=self.backend,
+            layer_norm_eps=self.layer_norm_eps,
+            **sizes,
         )
 
     def _set(self, name: str, value: object) -> None:
@@ -293,12 +308,17 @@ class LongNetConfig:
         Raises:
             ValueError: If the attention is of another kind.
         """
-        if self.attention_kind != "dilated":
+        if not self.has_branches:
             raise ValueError(
-                f"attention_kind is {self.attention_kind!r}; only 'dilated' attention has a "
-                f"pattern of branches."
+                f"attention_kind is {self.attention_kind!r}; only 'dilated' and 'ring' attention "
+                f"have a pattern of branches."
             )
         return self.attention.pattern
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether attention is by dilated branches, on one device or over ranks."""
+        return self.attention_kind in WITH_BRANCHES
 
     @property
     def kv_dim(self) -> int:

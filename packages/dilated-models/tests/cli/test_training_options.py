@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from dilated_models.cli.app import app
+from dilated_models.cli.options import named_values
+from dilated_models.longnet.saving import load_model
 from dilated_models.training.config import PRESETS
 from typer.testing import CliRunner
 
@@ -52,6 +54,11 @@ def test_the_preset_and_its_options(text: Path, tmp_path: Path):
             "--first-seq-len is 64 and --seq-len 32; --first-seq-len must be",
         ),
         (["--key-conv", -1], "--key-conv is -1; it must be at least 0."),
+        (["--local-window", -1], "--local-window is -1; it must be at least 0."),
+        (["--attention-kind", "moba"], "--segment-lengths is (8, 32); --attention-kind 'moba' has"),
+        (["--attention-kind", "ring"], "--attention-kind is 'ring'; a run spreads the rows"),
+        (["--attention-options", "topk"], "--attention-options is 'topk'; it must be names and"),
+        (["--attention-options", "topk=2"], "--attention-options is {'topk': 2} and"),
     ],
 )
 def test_refusals(text: Path, tmp_path: Path, options: list[object], message: str):
@@ -60,6 +67,40 @@ def test_refusals(text: Path, tmp_path: Path, options: list[object], message: st
     assert error.startswith("dilated: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_another_kind_of_attention_and_a_window(text: Path, tmp_path: Path):
+    """Their options are those of the saved model, and the preset's branches are left out."""
+    out = tmp_path / "blocks"
+    small = [x for x in SMALL if x not in ("--segment-lengths", "8,32", "--dilation-rates", "1,2")]
+    arguments = ["train", "--text", text, "--out", out, *small, "--attention-kind", "block_sparse"]
+    options = "pattern_type=local_window,sparsity_ratio=0.5,block_size=8"
+    result = CliRunner().invoke(app, [*map(str, arguments), "--attention-options", options])
+    assert result.exit_code == 0, result.output
+    assert "1 layers, block_sparse attention (block_size=8" in result.output
+    model = load_model(out).config
+    assert model.attention_kind == "block_sparse"
+    assert dict(model.attention_options) == {
+        "pattern_type": "local_window",
+        "sparsity_ratio": 0.5,
+        "block_size": 8,
+    }
+    own = train(text, tmp_path / "window", "--local-window", 8)
+    assert own["model"]["local_window"] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("topk=2, mass=none", {"topk": 2, "mass": None}),
+        ("x=1e-3,y=True,z=false,word=a-b", {"x": 1e-3, "y": True, "z": False, "word": "a-b"}),
+    ],
+)
+def test_names_and_values(text: str, values: dict[str, Any]):
+    assert named_values("--x", text) == values
+    for wrong in ("", "a", "a=", "=1", "a=1,a=2"):
+        with pytest.raises(ValueError, match=r"--x is .* each name once"):
+            named_values("--x", wrong)
 
 
 @pytest.mark.parametrize(("segments", "is_blind"), [("8,32", True), ("32,64", False)])

@@ -55,12 +55,41 @@ def test_packed_documents_are_as_alone_and_every_parameter_learns() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "rotary", "num_kv_heads": 2, "key_conv": 3},
+        # The center of xPos moves, and the window reaches farther than the segments.
+        {"xpos_scale_base": 0.12, "local_window": 37, "segment_lengths": [8, 12]},
+    ],
+)
+def test_a_cache_continues_as_the_whole_text(options: dict) -> None:
+    model = made(**options)
+    tokens = torch.randint(11, (3, 90), generator=torch.Generator().manual_seed(1))
+    whole = [model(tokens[:, :n])[:, -1] for n in range(1, 91)]
+    cache = GenerationCache(model, 3)
+    lengths = [5, 17, 16]
+    last = model(tokens[:, :17], cache=cache, lengths=lengths)
+    for step in range(72):
+        for text, length in enumerate(lengths):
+            torch.testing.assert_close(last[text, 0], whole[length + step - 1][text])
+        now = torch.stack([tokens[text, length + step] for text, length in enumerate(lengths)])
+        last = model(now[:, None], cache=cache)
+    assert cache.positions == (77, 89, 88)
+    cache.reorder([1])
+    torch.testing.assert_close(model(tokens[1:2, 89:], cache=cache)[:, 0], whole[89][1:2])
+
+
+def test_generation_takes_the_most_likely_tokens_of_the_whole_text() -> None:
+    model, text = made(), [3, 1, 4]
+    got = list(generate(model, text, max_new_tokens=9, temperature=0))
+    for token in got:
+        assert token == int(model(torch.tensor([text]))[0, -1].argmax())
+        text = [*text, token]
+
+
 def test_what_has_no_window_is_refused() -> None:
     model = made()
-    with pytest.raises(ValueError, match=r"local_window of the model is 5; a cache holds"):
-        GenerationCache(model)
-    with pytest.raises(ValueError, match="local_window of the model is 5"):
-        next(generate(model, [1, 2], max_new_tokens=1))
     with pytest.raises(ValueError, match="local_window of the model is 5; only"):
         attend_to_prompt(model, [1, 2], num_rows=1)
     with pytest.raises(ValueError, match="local_window is -1; it must be at least 0"):

@@ -76,5 +76,7 @@ def test_it_compiles_and_is_autocast():
 
 
 def test_over_ranks_labels_are_given():
-    with pytest.raises(ValueError, match="labels is None, and context_parallel is given; the next"):
+    with pytest.raises(
+        ValueError, match="labels is None, and sequences are spread over ranks; the next"
+    ):
         make().loss(torch.zeros(1, 4, dtype=torch.int64), context_parallel=object())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,3 +54,35 @@ def integers(option: str, value: str | None) -> list[int] | None:
             f"{option} is {value!r}; it must be integers with commas between them, such as "
             f"256,512,1024."
         ) from error
+
+
+def named_values(option: str, value: str | None) -> dict[str, Any] | None:
+    """Read `block_size=64,sparsity_ratio=0.1`: numbers, true, false, none, or words.
+
+    Raises:
+        ValueError: If a part has no name or no value, or a name is there twice.
+    """
+    if value is None:
+        return None
+    found: dict[str, Any] = {}
+    for part in value.split(","):
+        name, sign, text = (x.strip() for x in part.partition("="))
+        if not name or not sign or not text or name in found:
+            raise ValueError(
+                f"{option} is {value!r}; it must be names and values with commas between them, "
+                f"each name once, such as block_size=64,sparsity_ratio=0.1."
+            )
+        found[name] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

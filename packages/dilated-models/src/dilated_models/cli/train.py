@@ -18,12 +18,14 @@ from dilated_models.cli.options import (
     TextOption,
     all_text,
     integers,
+    named_values,
 )
 from dilated_models.cli.shell import command, quoted, train_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dilated_models.config import LongNetConfig
     from dilated_models.training.loop import TrainingState
     from dilated_models.training.ranks import Ranks
     from dilated_models.training.run import Report, Run
@@ -69,6 +71,17 @@ def train(
     ] = None,
     dilation_rates: Annotated[
         str | None, typer.Option(metavar="R,R,...", help="Dilation rate of each branch.")
+    ] = None,
+    attention_kind: Annotated[
+        str | None,
+        typer.Option(help="dilated, block_sparse, block_sparse_adaptive, moba or nsa."),
+    ] = None,
+    attention_options: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE,...", help="Options of --attention-kind, as block_size."),
+    ] = None,
+    local_window: Annotated[
+        int | None, typer.Option(help="Tokens before each that it also sees; 0 for none.")
     ] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
@@ -156,6 +169,9 @@ def train(
         dim_feedforward=feed_forward,
         segment_lengths=integers("--segment-lengths", segment_lengths),
         dilation_rates=integers("--dilation-rates", dilation_rates),
+        attention_kind=attention_kind,
+        attention_options=named_values("--attention-options", attention_options),
+        local_window=local_window,
         key_conv=key_conv,
         dropout=dropout,
         activation_checkpointing=checkpoint_activations,
@@ -345,13 +361,12 @@ def _introduce(console: Console, run: Run, state: TrainingState) -> None:
     num_parameters = sum(p.numel() for p in state.model.parameters())
     split, model, training = run.split, run.model, run.training
     source = "the Python standard library" if run.text is None else " ".join(map(quoted, run.text))
-    branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
     megabytes = [
         sum(piece.num_bytes for piece in side) / 1e6 for side in (split.train, split.validation)
     ]
     lines = [
         f"{num_parameters / 1e6:.2f}M parameters, {model.num_decoder_layers} layers, "
-        f"segments/rates {branches}, {training.dtype} on {run.device}"
+        f"{_attention(model)}, {training.dtype} on {run.device}"
         + ("" if over is None else f"; {over}"),
         f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
         + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
@@ -359,10 +374,20 @@ def _introduce(console: Console, run: Run, state: TrainingState) -> None:
         + (f", continuing after step {step}" if step else "")
         + f"; writing to {quoted(run.folder)}",
     ]
-    note = border_note(model.pattern, training.seq_len)
+    note = border_note(model.pattern, training.seq_len) if model.has_branches else None
     if note is not None and not model.local_window:
         lines.append(f"note: {note}")
     console.print("\n".join(lines))
+
+
+def _attention(model: LongNetConfig) -> str:
+    """The attention of a model, for its first line."""
+    if not model.has_branches:
+        options = ", ".join(f"{name}={value}" for name, value in model.attention_options)
+        return f"{model.attention_kind} attention" + (f" ({options})" if options else "")
+    branches = ", ".join(f"{w}/{r}" for w, r in model.pattern.branches)
+    window = f", window {model.local_window}" if model.local_window else ""
+    return f"segments/rates {branches}{window}"
 
 
 def _conclude(console: Console, run: Run, report: Report, seconds: float) -> None:

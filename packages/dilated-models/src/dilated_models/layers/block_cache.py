@@ -11,6 +11,8 @@ from torch import Tensor
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.key_history import KeyHistory
 from dilated_models.layers.position_codes import alibi_head_dim
+from dilated_models.layers.selection_history import SelectionHistory
+from dilated_models.layers.self_attention import AttentionCache
 
 
 class BlockCache:
@@ -25,8 +27,8 @@ class BlockCache:
         max_seq_len: As for `dilated_core.DecodingCache`.
 
     Attributes:
-        attention: The keys and values: in bounded memory for dilated attention, all of them for
-            other kinds.
+        attention: The keys and values: in bounded memory for dilated branches without a window, all
+            of them for other kinds of attention; for `"nsa"` the inputs of all tokens.
         memory: The keys and values of its cross-attention, all of them; None without one.
         memory_is_fixed: Whether they are those of another text, which `reset` does not forget.
         inputs: `(B, key_conv − 1, d_model)`, the inputs of the convolution before the next token,
@@ -43,17 +45,31 @@ class BlockCache:
         dtype: torch.dtype,
         max_seq_len: int | None,
     ) -> None:
-        self.attention: DecodingCache | KeyHistory
+        self.attention: AttentionCache
         head_dim = config.head_dim
         if config.positions == "alibi":
             head_dim = alibi_head_dim(head_dim, dtype)
-        if config.attention_kind == "dilated":
+        if config.has_branches and not config.local_window:
             self.attention = DecodingCache(
                 config.pattern,
                 batch_size=batch_size,
                 num_heads=config.nhead,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=head_dim,
+                device=device,
+                dtype=dtype,
+                max_seq_len=max_seq_len,
+            )
+        elif config.attention_kind == "block_sparse_adaptive":
+            self.attention = SelectionHistory(
+                batch_size=batch_size, device=device, dtype=dtype, max_seq_len=max_seq_len
+            )
+        elif config.attention_kind == "nsa":
+            self.attention = KeyHistory(
+                batch_size=batch_size,
+                num_kv_heads=1,
+                head_dim=config.d_model,
+                value_dim=0,
                 device=device,
                 dtype=dtype,
                 max_seq_len=max_seq_len,

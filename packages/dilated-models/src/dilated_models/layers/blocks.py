@@ -16,6 +16,7 @@ from dilated_models.layers.cross_attention import CrossAttention, Memory
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.drop_path import drop_path
 from dilated_models.layers.feed_forward import FeedForward
+from dilated_models.layers.native_sparse import NativeSparseSelfAttention
 from dilated_models.layers.position_codes import PositionCode
 from dilated_models.layers.self_attention import DilatedSelfAttention
 
@@ -57,9 +58,8 @@ class SelfAttentionBlock(nn.Module):
         self.key_conv = (
             CausalConvolution(config, device=device, dtype=dtype) if config.key_conv else None
         )
-        self.attention = DilatedSelfAttention(
-            config, gamma_init=gamma_init, device=device, dtype=dtype
-        )
+        kind = NativeSparseSelfAttention if config.attention_kind == "nsa" else DilatedSelfAttention
+        self.attention = kind(config, gamma_init=gamma_init, device=device, dtype=dtype)
         self.cross_attention_norm = layer_norm() if has_memory else None
         self.cross_attention = (
             CrossAttention(

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from dilated_core import DilatedPattern
-from dilated_core.checks import check_choice, check_integer, check_number
+from dilated_core.checks import check_integer
 from torch import Tensor
+
+from dilated_models.attention_kinds import check_spreading
 
 if TYPE_CHECKING:
     from dilated_ring import BlocksForLength, Layout
@@ -69,25 +71,22 @@ class ContextParallel:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            from dilated_ring.arguments import EXCHANGES
-            from dilated_ring.layout import LAYOUTS
-            from dilated_ring.sharding.group import resolve_group, resolve_pair
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"ContextParallel needs dilated-ring, and {error.name} is not installed: "
-                f"pip install 'dilated-models[ring]'"
-            ) from error
+        check_spreading(self.layout, self.exchange, self.timeout_s)
+        from dilated_ring.sharding.group import resolve_group, resolve_pair
+
         if isinstance(self.group, tuple):
             resolve_pair(self.group)
         else:
             resolve_group(self.group)
-        check_choice("layout", self.layout, LAYOUTS)
-        check_choice("exchange", self.exchange, EXCHANGES)
         if self.seq_len is not None:
             check_integer("seq_len", self.seq_len, at_least=0)
-        if self.timeout_s is not None:
-            check_number("timeout_s", self.timeout_s, above=0)
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share a sequence."""
+        from dilated_ring.sharding.group import resolve_group
+
+        return resolve_group(self._all_ranks()).size
 
     def shard_of(self, tokens: Tensor) -> Shard:
         """Which positions `tokens`, `(…, L)`, are; the ranks exchange their lengths.
@@ -174,6 +173,16 @@ class ContextParallel:
             seq_len=self.seq_len,
             timeout_s=self.timeout_s,
         )
+
+
+class Ranks:
+    """The group of a model. A copy of the model has the same group, which cannot be copied."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
 
 
 def shard_of_call(tokens: Tensor, context_parallel: ContextParallel | None) -> Shard:

@@ -23,6 +23,7 @@ class KeyHistory:
         batch_size: B.
         num_kv_heads: H_kv.
         head_dim: D.
+        value_dim: Of the values; `head_dim` if None.
         device: Of the memory.
         dtype: Of q, k and v.
         max_seq_len: Most tokens of a text; None for any number.
@@ -38,6 +39,7 @@ class KeyHistory:
         batch_size: int,
         num_kv_heads: int,
         head_dim: int,
+        value_dim: int | None = None,
         device: torch.device | str,
         dtype: torch.dtype,
         max_seq_len: int | None,
@@ -49,7 +51,8 @@ class KeyHistory:
         room = _FIRST_ROOM if max_seq_len is None else min(_FIRST_ROOM, max_seq_len)
         shape = (batch_size, room, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        values = head_dim if value_dim is None else value_dim
+        self.values = torch.zeros((*shape[:3], values), device=device, dtype=dtype)
         self.positions = (0,) * batch_size
 
     @property

@@ -23,6 +23,10 @@ from dilated_models.layers.context_parallel import ContextParallel
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.key_history import KeyHistory
 from dilated_models.layers.position_codes import AlibiPositions, PositionCode, encode_positions
+from dilated_models.layers.selection_history import SelectionHistory
+
+AttentionCache = DecodingCache | KeyHistory | SelectionHistory
+"""What a block keeps of the tokens before, by the kind of its attention."""
 
 
 class DilatedSelfAttention(MultiheadDilatedAttention):
@@ -60,13 +64,21 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             ),
             config.attention,
         )
-        self.kind = config.attention_kind
-        self.local_window = config.local_window
+        self.has_branches, self.local_window = config.has_branches, config.local_window
+        # The gate of learned block sparsity reads queries and keys without their positions.
+        self.reads_unrotated = config.attention_kind == "block_sparse_adaptive"
         # The base class calls it with tensors and masks, as it calls its own.
-        if self.kind != "dilated":
-            self.attention: Any = config.build_attention()
+        if not config.has_branches:
+            self.attention: Any = config.build_attention(device=device, dtype=dtype)
         elif config.local_window:
             self.attention = _windowed_attention(config)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        super().reset_parameters()
+        gate = getattr(self.attention, "gate", None)  # only learned block sparsity has one
+        if gate is not None:
+            gate.reset_parameters()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -75,7 +87,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         *,
         is_causal: bool = False,
         documents: Documents | None = None,
-        cache: DecodingCache | KeyHistory | None = None,
+        cache: AttentionCache | None = None,
         counts: Sequence[int] | None = None,
         context_parallel: ContextParallel | None = None,
     ) -> Tensor:
@@ -94,6 +106,11 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
             The shape of `x`.
         """
         q, k, v = self.project(x, x, x)
+        before = (q, k)
+        if isinstance(cache, SelectionHistory):
+            q, k, v = encode_positions(q, k, v, rotation)
+            out = cache.attend(q, k, v, before, counts, self.attention.decode)
+            return self.combine(out.to(x.dtype))
         if cache is not None:
             # ALiBi's digits depend on the dtype.
             q, k, v = (y.to(cache.keys.dtype) for y in (q, k, v))
@@ -118,14 +135,20 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
                 q,
                 k,
                 v,
-                attention.pattern if self.kind == "dilated" else attention.config,
+                attention.pattern if self.has_branches else attention.config,
                 is_causal=is_causal,
                 cu_seqlens=cu_seqlens,
                 scale=self.attention.config.scale,
                 backend=self.attention.config.backend,
             )
             return self._combine(out)
-        return self._combine(self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens))
+        if self.reads_unrotated:
+            out = self.attention(
+                q, k, v, is_causal=is_causal, unrotated=before, cu_seqlens=cu_seqlens
+            )
+        else:
+            out = self.attend(q, k, v, is_causal=is_causal, cu_seqlens=cu_seqlens)
+        return self._combine(out)
 
     def _combine(self, out: Tensor) -> Tensor:
         """`combine` of the channels that hold values."""

@@ -20,6 +20,7 @@ from dilated_models.layers.position_codes import (
     AlibiPositions,
     PositionCode,
 )
+from dilated_models.layers.selection_history import SelectionHistory
 from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig, check_memory
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ class GenerationCache:
     """The state of texts that a `LongNetLM` continues: `model(tokens, cache=cache)`.
 
     Of a `LongNet` it is that of targets: `model.step(tokens, cache)`. Its memory is that of
-    `dilated_core.DecodingCache` for each block, and does not grow with the texts. With an
-    `attention_kind` other than dilated, and of attention to an encoder, it keeps all keys and
-    values, and memory and time for a token grow with the text. Each text has a position of its own.
-    `copy.copy` gives a cache that shares no memory.
+    `dilated_core.DecodingCache` for each block, and does not grow with the texts. With a
+    `local_window`, with an `attention_kind` without branches, and of attention to an encoder, it
+    keeps all keys and values (for `"nsa"` all inputs), and memory and time for a token grow with
+    the text. A model for `"ring"` continues whole texts: each rank those that it is given. Each
+    text has a position of its own. `copy.copy` gives a cache that shares no memory.
 
     Args:
         model: The model. Its device and the dtype of its queries (that of autocast, inside such a
@@ -54,7 +56,7 @@ class GenerationCache:
 
     Raises:
         TypeError: If `model` is no LongNetLM, or a size is no integer.
-        ValueError: If a size is out of range, or the model has a `local_window`.
+        ValueError: If a size is out of range.
 
     Example:
         >>> from dilated_models import LongNetLM
@@ -93,15 +95,10 @@ class GenerationCache:
         elif memory_key_padding_mask is not None:
             raise ValueError("memory_key_padding_mask is given without memory; leave it out.")
         batch_size = 1 if batch_size is None else batch_size
-        if window := model.config.local_window:
-            raise ValueError(
-                f"local_window of the model is {window}; a cache holds what dilated branches see, "
-                f"and no window, so generate with a model without one, or run the model over the "
-                f"whole text for each token."
-            )
         self.config = model.config
         num_encoder_layers = 0 if reads_two else model.config.num_encoder_layers
         weight = model.first_weight
+        self._device, self._dtype = weight.device, compute_dtype(weight)
 
         def caches(count: int, has_memory: bool) -> list[BlockCache]:
             return [
@@ -109,8 +106,8 @@ class GenerationCache:
                     model.config,
                     has_memory=has_memory,
                     batch_size=batch_size,
-                    device=weight.device,
-                    dtype=compute_dtype(weight),
+                    device=self._device,
+                    dtype=self._dtype,
                     max_seq_len=max_seq_len,
                 )
                 for _ in range(count)
@@ -134,8 +131,7 @@ class GenerationCache:
             lengths = [int(count) for count in (~hidden).sum(1)]
         for block, kept in zip(model.blocks, self.blocks, strict=True):
             k, v = cast(CrossAttention, block.cross_attention).project_memory(memory)
-            dtype = kept.attention.keys.dtype
-            kept.fix_memory(k.to(dtype), v.to(dtype), lengths)
+            kept.fix_memory(k.to(self._dtype), v.to(self._dtype), lengths)
 
     @property
     def batch_size(self) -> int:
@@ -218,6 +214,13 @@ class GenerationCache:
                     f"a text has {position} tokens and {count} more are given; max_seq_len of the "
                     f"cache is {limit}, so make it with a larger one."
                 )
+        if (
+            self.config.attention_kind == "block_sparse_adaptive"
+            and self.config.positions == "xpos"
+        ):
+            # Its sums of keys have the center at 0.
+            last = max(map(sum, zip(self.positions, counts, strict=True))) - 1
+            check_decay_range(last, self.config.xpos_scale_base, self._dtype)
         step = self._part_length()
         for start in range(0, n, step):
             part = tokens[:, start : start + step]
@@ -229,6 +232,8 @@ class GenerationCache:
 
     def _part_length(self) -> int:
         """Tokens of each text in a part: few enough for xPos to be in range of the dtype."""
+        if self.config.attention_kind == "block_sparse_adaptive":
+            return 2**48  # only a first part attends as a whole; later tokens select one by one
         length = max(1, _TOKENS_PER_PART // max(1, self.batch_size))
         if self.config.positions == "xpos":
             seen = self._reach_of_attention(0)
@@ -239,18 +244,15 @@ class GenerationCache:
 
     def _reach_of_attention(self, num_tokens: int) -> int:
         """How many tokens back a token of a text of `num_tokens` may see."""
-        if self.config.attention_kind != "dilated":
+        if not self.config.has_branches:
             return num_tokens
-        return max(self.config.segment_lengths)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.blocks[0].attention.keys.dtype
+        return max(*self.config.segment_lengths, self.config.local_window)
 
     def _rotation(self, counts: Sequence[int], length: int) -> PositionCode | None:
         """Codes of `length` positions of each text from its own position on."""
         config = self.config
-        if config.positions == "none":
+        # NSA keeps inputs, and makes the factors of a whole text itself.
+        if config.positions == "none" or config.attention_kind == "nsa":
             return None
         if config.positions == "alibi":
             return self._alibi_positions(length)
@@ -259,7 +261,7 @@ class GenerationCache:
             self._move_centers(counts, scale_base)
         places = list(zip(self.positions, self._centers, strict=True))
         distinct = list(dict.fromkeys(places))
-        device = self.blocks[0].attention.keys.device
+        device = self._device
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
         rotations = [
             rotation_at(
@@ -282,9 +284,8 @@ class GenerationCache:
                 f"a text would have {last} tokens; ALiBi has positions for {ALIBI_POSITIONS}, so "
                 f"use another model or begin the text anew."
             )
-        device = self.blocks[0].attention.keys.device
-        starts = torch.tensor(self.positions, device=device)
-        return AlibiPositions(starts[:, None] + torch.arange(length, device=device))
+        starts = torch.tensor(self.positions, device=self._device)
+        return AlibiPositions(starts[:, None] + torch.arange(length, device=self._device))
 
     def _move_centers(self, counts: Sequence[int], scale_base: float) -> None:
         """Keep the xPos factors of all keys that the next tokens see in the range of the dtype.
@@ -312,6 +313,7 @@ class GenerationCache:
             # Half of the move at a time: the factor of all of it may be out of range.
             factor = (zeta ** (move / 2 / scale_base)).repeat_interleave(2)
             for block in self._all_blocks():
+                assert not isinstance(block.attention, SelectionHistory)  # its center never moves
                 keys = block.attention.keys
                 half = factor.to(keys.device, torch.promote_types(keys.dtype, torch.float32))
                 keys[i].mul_(half).mul_(half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Never
+from typing import Any, Never
 
 import torch
 from dilated_core import linear_cross_entropy
@@ -26,8 +26,9 @@ from dilated_models.longnet.stacks import LongNetStacks, check_has_weights, chec
 
 @dataclass(frozen=True, kw_only=True)
 class LongNetArguments(LongNetConfig):
-    """The signature of `LongNetLM`: the fields of `LongNetConfig`, device and dtype."""
+    """The signature of `LongNetLM`: the fields of `LongNetConfig`, group, device and dtype."""
 
+    group: Any = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
 
@@ -50,12 +51,14 @@ class LongNetLM(LongNetStacks):
     Args:
         config: A `LongNetConfig`. Or, instead of it, the fields of that class by name; `num_tokens`
             is required.
+        group: With `attention_kind="ring"`, the ranks that share a sequence, as in
+            `ContextParallel`; None for all ranks. Each call then gets one rank's shard.
         device: Of the parameters.
         dtype: Of the parameters; a floating-point dtype.
 
     Raises:
         TypeError: As `LongNetConfig`; or if both a config and fields of it are given.
-        ValueError: As `LongNetConfig`.
+        ValueError: As `LongNetConfig`; or if a group is given to another kind of attention.
 
     Example:
         >>> model = LongNetLM(num_tokens=256, d_model=32, nhead=4, num_decoder_layers=2,
@@ -66,26 +69,30 @@ class LongNetLM(LongNetStacks):
         True
     """
 
+    takes_shards = True
+
     @from_options(LongNetArguments, elsewhere=ELSEWHERE, config=LongNetConfig)
     def __init__(
         self,
         config: LongNetConfig,
         *,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(config, device=device, dtype=dtype)
+        super().__init__(config, group=group, device=device, dtype=dtype)
 
     @classmethod
     def from_config(
         cls,
         config: LongNetConfig,
         *,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LongNetLM:
-        """The same as `LongNetLM(config, device=device, dtype=dtype)`."""
-        return cls(config, device=device, dtype=dtype)
+        """The same as `LongNetLM(config, group=group, device=device, dtype=dtype)`."""
+        return cls(config, group=group, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -117,7 +124,8 @@ class LongNetLM(LongNetStacks):
                 its memory is bounded.
             lengths: With a cache, B integers: the first `lengths[b]` tokens of sequence b are
                 appended, and the others are padding. None: all tokens.
-            context_parallel: If `tokens` are one rank's shard of the sequences. The logits, and
+            context_parallel: If `tokens` are one rank's shard of the sequences; a model for
+                `"ring"` has its own. The logits, and
                 `positions`, are those of the local tokens; positions count from the start of the
                 whole sequence, and `cu_seqlens` is that of the whole. All ranks of the group make
                 the same calls. Dropout is drawn by each rank for its own tokens.
@@ -194,10 +202,11 @@ class LongNetLM(LongNetStacks):
                 `labels` is None and `context_parallel` is given.
         """
         if labels is None:
-            if context_parallel is not None:
+            if self.over_ranks(context_parallel) is not None:
                 raise ValueError(
-                    "labels is None, and context_parallel is given; the next token of a shard's "
-                    "last one is on another rank, so give labels from dilated_ring.shift_sequence."
+                    "labels is None, and sequences are spread over ranks; the next token of a "
+                    "shard's last one is on another rank, so give labels from "
+                    "dilated_ring.shift_sequence."
                 )
             labels = next_tokens(tokens, cu_seqlens, ignore_index)
         hidden = self.hidden_states(
@@ -240,14 +249,13 @@ class LongNetLM(LongNetStacks):
                     f"cu_seqlens must hold values, so give it on the CPU."
                 )
         self.check_known("tokens", tokens)
-        if context_parallel is not None:
-            self.config.check_over_ranks()
-            if self.training and self.config.drop_path_rate:
-                raise ValueError(
-                    f"drop_path_rate of the model is {self.config.drop_path_rate}, and "
-                    f"context_parallel is given; each rank would skip blocks of its own for one "
-                    f"sequence, so train with drop_path_rate=0."
-                )
+        context_parallel = self.over_ranks(context_parallel)
+        if context_parallel is not None and self.training and self.config.drop_path_rate:
+            raise ValueError(
+                f"drop_path_rate of the model is {self.config.drop_path_rate}, and "
+                f"context_parallel is given; each rank would skip blocks of its own for one "
+                f"sequence, so train with drop_path_rate=0."
+            )
         shard = shard_of_call(tokens, context_parallel)
         if cu_seqlens is not None:
             documents = Documents.of(cu_seqlens.to(tokens.device), shard.positions)

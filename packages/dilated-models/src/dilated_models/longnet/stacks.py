@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from dilated_core.checks import check_float_dtype, check_tensor
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from dilated_models.config import LongNetConfig
 from dilated_models.layers.blocks import SelfAttentionBlock
-from dilated_models.layers.context_parallel import ContextParallel, Shard
+from dilated_models.layers.context_parallel import ContextParallel, Ranks, Shard
 from dilated_models.layers.cross_attention import Memory
 from dilated_models.layers.documents import Documents
 from dilated_models.layers.position_codes import AlibiPositions, PositionCode
@@ -32,21 +32,42 @@ class LongNetStacks(nn.Module):
 
     Args:
         config: Of the model.
+        group: The ranks that share a sequence, for attention over ranks; None for all ranks.
         device: Of the parameters.
         dtype: Of the parameters; a floating-point dtype.
+
+    Raises:
+        ValueError: If a group is given to another kind of attention, or the model takes no shards.
     """
+
+    takes_shards = False
+    """Whether a call may have one rank's shard of the sequences."""
 
     def __init__(
         self,
         config: LongNetConfig,
         *,
+        group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dtype is not None:
             check_float_dtype(dtype)
-        self.config = config
+        if config.attention_kind == "ring":
+            if not self.takes_shards:
+                raise ValueError(
+                    f"attention_kind is 'ring'; {type(self).__name__} takes no shards of "
+                    f"sequences, so leave it 'dilated'."
+                )
+            ContextParallel(group=group)  # checks the group
+        elif group is not None:
+            raise ValueError(
+                f"group is given and attention_kind is {config.attention_kind!r}; only 'ring' "
+                f"attention has one, so set attention_kind='ring', or pass "
+                f"context_parallel=ContextParallel(group=...) to each call."
+            )
+        self.config, self.ranks = config, Ranks(group)
         num_tokens, d_model = config.num_tokens, config.d_model
         has_encoder = config.num_encoder_layers > 0
 
@@ -118,6 +139,22 @@ class LongNetStacks(nn.Module):
         super()._apply(fn, recurse)
         self.tie_weights()
         return self
+
+    def over_ranks(self, context_parallel: ContextParallel | None) -> ContextParallel | None:
+        """How a call is spread over ranks: as it is told, or as the config of `"ring"` tells.
+
+        None: the call has whole sequences, as with `"ring"` on one rank.
+
+        Raises:
+            ValueError: If the attention cannot be spread.
+        """
+        if context_parallel is not None:
+            self.config.check_over_ranks()
+        elif self.config.attention_kind == "ring":
+            options: dict[str, Any] = dict(self.config.attention_options)
+            spread = ContextParallel(group=self.ranks.group, **options)
+            return spread if spread.num_ranks > 1 else None
+        return context_parallel
 
     def embed(self, tokens: Tensor) -> Tensor:
         """`(…)` tokens -> `(…, d_model)`, after dropout; floating ones are embeddings already."""

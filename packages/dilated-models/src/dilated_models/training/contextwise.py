@@ -180,7 +180,7 @@ def contextwise(
     check_weights(model)
     longest = stretches.contexts[-1]
     config = model.config
-    is_dilated = config.attention_kind == "dilated"  # other kinds have no borders of segments
+    is_dilated = config.has_branches  # other kinds have no borders of segments
     distances = distances_from_border(config.pattern, longest) if is_dilated else None
     sets = [stretches.windows(context) for context in stretches.contexts]
     lengths = [stretches.byte_lengths] * len(sets)

@@ -23,6 +23,8 @@ from dilated_models.training.ranks import Ranks
 from dilated_models.training.run import Run
 from dilated_models.training.tensorboard import check_tensorboard
 
+_BRANCHES = ("segment_lengths", "dilation_rates")
+
 
 def new_run(
     *,
@@ -77,6 +79,14 @@ def new_run(
             max(1, length * config.seq_len // base.training["seq_len"])
             for length in base.model["segment_lengths"]
         ]
+    kind = fields.get("attention_kind", "dilated")
+    if kind == "ring":
+        raise ValueError(
+            "attention_kind is 'ring'; a run spreads the rows of any model over its processes "
+            "itself, so leave it 'dilated'."
+        )
+    if kind != "dilated":  # no branches, unless they are given and refused
+        fields = {name: x for name, x in fields.items() if name in model or name not in _BRANCHES}
     vocabulary = ByteVocabulary() if tokenizer == "bytes" else TokenizerVocabulary(Path(tokenizer))
     longnet = LongNetConfig.from_dict(fields | {"num_tokens": vocabulary.num_tokens})
     check_free(folder)

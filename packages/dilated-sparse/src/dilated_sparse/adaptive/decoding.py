@@ -53,6 +53,14 @@ class AdaptiveCache:
         self._recent: list[torch.Tensor] = []
         self._kept: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, with the room for more, and of the sums."""
+        tensors = [self._keys, self._values, self._kept, *self._recent]
+        if self._terms is not None:
+            tensors += [self._terms.mean, self._terms.log_share, *(self._terms.gate or ())]
+        return sum(x.nbytes for x in tensors if x is not None)
+
     def extend(
         self,
         q: torch.Tensor,

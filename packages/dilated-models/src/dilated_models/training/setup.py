@@ -82,8 +82,8 @@ def new_run(
     kind = fields.get("attention_kind", "dilated")
     if kind == "ring":
         raise ValueError(
-            "attention_kind is 'ring'; a run spreads the rows of any model over its processes "
-            "itself, so leave it 'dilated'."
+            "attention_kind is 'ring'; a run spreads the rows of a dilated model over processes by "
+            "--cp, so leave attention_kind out and give that."
         )
     if kind != "dilated":  # no branches, unless they are given and refused
         fields = {name: x for name, x in fields.items() if name in model or name not in _BRANCHES}

@@ -39,6 +39,17 @@ def test_rows_of_the_collator_are_documents_as_if_alone(
     torch.testing.assert_close(loss.double(), loss_alone(llama, documents), rtol=1e-6, atol=0)
 
 
+@torch.no_grad()
+def test_rows_of_the_collator_are_documents_in_an_encoder_too(
+    build_model: Build, documents: list[dict[str, list[int]]]
+) -> None:
+    bert = build_model("bert")
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents)
+    batch.pop("labels")
+    alone = [bert(torch.tensor([document["input_ids"]])).logits for document in documents]
+    torch.testing.assert_close(bert(**batch).logits, torch.cat(alone, 1), rtol=1e-9, atol=1e-10)
+
+
 def test_a_step_of_the_trainer_on_packed_rows_is_that_of_documents_alone(
     build_model: Build, documents: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:

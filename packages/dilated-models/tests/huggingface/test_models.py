@@ -125,15 +125,21 @@ def test_documents_and_padding_are_as_if_alone(tokens: torch.Tensor) -> None:
         model(tokens[:, :6], position_ids=torch.tensor([[0, 1, 2, 3, 4, 9]]))
 
 
-def test_generate_equals_whole_forwards_in_a_left_padded_batch(tokens: torch.Tensor) -> None:
-    model = make()
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 20), ({"num_encoder_layers": 1, "num_kv_heads": 2, "positions": "alibi"}, 6)],
+)
+def test_generate_equals_whole_forwards_in_a_left_padded_batch(
+    tokens: torch.Tensor, options: dict[str, Any], count: int
+) -> None:
+    model = make(**options)
     mask = torch.ones_like(tokens)
     mask[1, :16] = 0
-    arguments: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    arguments: dict[str, Any] = {"max_new_tokens": count, "do_sample": False}
     out = model.generate(tokens, attention_mask=mask, **arguments)
     for b, start in enumerate([0, 16]):
         text = tokens[b : b + 1, start:]
-        for _ in range(20):
+        for _ in range(count):
             text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
         assert out[b, start:].tolist() == text[0].tolist()
     beams = {**arguments, "num_beams": 3}

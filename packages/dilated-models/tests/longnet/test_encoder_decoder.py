@@ -264,3 +264,14 @@ def test_bad_arguments_are_refused():
         generate_from(made(num_tokens=0), src, [[0]], max_new_tokens=1)
     with pytest.raises(TypeError, match="it must be a LongNetLM"):
         generate(model, [0], max_new_tokens=1)
+
+
+@pytest.mark.slow  # the compiler takes ten CPU-seconds
+def test_one_graph_is_compiled():
+    model, src, tgt = made(), text(2, 30), text(2, 20, seed=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, wanted = compiled(src, tgt), model(src, tgt)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    weights = list(model.parameters())
+    gradients = [torch.autograd.grad(out.square().sum(), weights) for out in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)

@@ -4,6 +4,7 @@
 trains models, scores texts and generates; `load_model`, `evaluate` and `generate` do the same from
 Python. `GenerationCache` lets a model continue texts of any length in bounded memory.
 
+`LongNet` reads two sequences, a source and a target, and `generate_from` draws targets.
 `LongNetEncoder` maps embeddings to contextual ones, and `LongNetSlideEncoder` the tiles of a slide
 to one embedding. `dilated_models.checkpoints` loads published weights.
 

@@ -166,6 +166,12 @@ def test_dropout_of_attention_acts_in_training_only():
     assert torch.equal(layer(tgt, memory), layer(tgt, memory))
 
 
+def test_paths_are_dropped_in_training_only():
+    layer, tgt, memory = made(drop_path=0.999999), drawn(2, 20), drawn(2, 9, seed=2)
+    assert torch.equal(layer(tgt, memory), tgt)  # all three parts
+    assert not torch.equal(layer.eval()(tgt, memory), tgt)
+
+
 def test_bad_arguments_are_refused():
     layer, tgt, memory = made(), drawn(2, 20), drawn(2, 9, seed=2)
     with pytest.raises(ValueError, match="attention to the memory is dense or causal"):

@@ -20,7 +20,7 @@ from dilated_models.layers.position_codes import PositionCode
 from dilated_models.longnet.encoder_decoder_config import (
     TWO_SEQUENCES,
     EncoderDecoderConfig,
-    check_memory,
+    check_memory_states,
     check_padding,
 )
 from dilated_models.longnet.generation_cache import GenerationCache
@@ -165,7 +165,7 @@ class LongNet(LongNetStacks):
         Other arguments, result and errors are those of `forward`.
         """
         self._check("tgt", tgt, tgt_key_padding_mask)
-        check_memory(self.config, memory, memory_key_padding_mask, len(tgt))
+        check_memory_states(self.config, memory, memory_key_padding_mask, len(tgt))
         self._check_alignment(
             tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal
         )

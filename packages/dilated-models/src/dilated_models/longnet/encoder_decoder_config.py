@@ -57,7 +57,7 @@ class EncoderDecoderConfig(LongNetConfig):
             )
 
 
-def check_memory(
+def check_memory_states(
     config: LongNetConfig, memory: Tensor, hidden: Tensor | None, batch_size: int | None
 ) -> int:
     """Check the states of an encoder and their mask; returns the number of sequences.

@@ -21,7 +21,7 @@ from dilated_models.layers.position_codes import (
     PositionCode,
 )
 from dilated_models.layers.selection_history import SelectionHistory
-from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig, check_memory
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig, check_memory_states
 
 if TYPE_CHECKING:
     from dilated_models.longnet.encoder_decoder import LongNet
@@ -55,8 +55,8 @@ class GenerationCache:
         encoder_blocks: What each block of the encoder keeps.
 
     Raises:
-        TypeError: If `model` is no LongNetLM, or a size is no integer.
-        ValueError: If a size is out of range.
+        TypeError: If `model` is no LongNetLM or LongNet, or a size is no integer.
+        ValueError: If a size is out of range, a LongNet gets no memory, or a LongNetLM gets one.
 
     Example:
         >>> from dilated_models import LongNetLM
@@ -91,7 +91,9 @@ class GenerationCache:
                 else "memory is given; a LongNetLM makes its own from the text, so leave it out."
             )
         if memory is not None:
-            batch_size = check_memory(model.config, memory, memory_key_padding_mask, batch_size)
+            batch_size = check_memory_states(
+                model.config, memory, memory_key_padding_mask, batch_size
+            )
         elif memory_key_padding_mask is not None:
             raise ValueError("memory_key_padding_mask is given without memory; leave it out.")
         batch_size = 1 if batch_size is None else batch_size

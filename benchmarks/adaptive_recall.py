@@ -7,7 +7,9 @@ writes results/adaptive_recall.json. Queries and keys of each layer are recorded
 standard library, before and after their rotation. The gate of each layer learns from the training
 files (`distillation="all"`), and every method is scored on the same validation files: the share of
 each query's dense causal softmax that lies in the kept blocks, a mean over rows of blocks that
-cannot keep all. All methods keep a tenth of the blocks of each row, and the row's own. One thread.
+cannot keep all. All methods keep a tenth of the blocks of each row, and the row's own. SubBlock is
+the log of Σ exp(mean query · mean key · scale) over sub-blocks; the estimate is the same with the
+softmax of each mean query normalised. One thread.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from dilated_sparse.adaptive.learning import block_mass
 from harness import write_result
 
 SEQ_LEN, BLOCK_SIZE, SUB_BLOCK_SIZE, RATIO = 1024, 16, 4, 0.1
-TRAINING, VALIDATION, STEPS = 24, 6, 160
+TRAINING, VALIDATION, STEPS, BATCH, LEARNING_RATE = 96, 6, 120, 2, 1e-2
+FINER = 2  # positions of a sub-block, for the selection that reads the queries of the block
 RESULT = Path(__file__).parent / "results" / "adaptive_recall.json"
 
 Recorded = dict[str, torch.Tensor]
@@ -64,15 +67,23 @@ def sample(data: ByteStream, number: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(data.read(a, a + SEQ_LEN)) for a in starts]).long()
 
 
-def options(lookahead: bool) -> dict[str, Any]:
+def options(lookahead: bool, sub_block_size: int) -> dict[str, Any]:
     return {
         "sparsity_ratio": RATIO,
         "block_size": BLOCK_SIZE,
-        "sub_block_size": SUB_BLOCK_SIZE,
+        "sub_block_size": sub_block_size,
         "lookahead": lookahead,
         "local_blocks": 0,  # the methods beside it keep no block but the row's own, either
         "sink_blocks": 0,
     }
+
+
+def sub_block_scores(part: Recorded) -> torch.Tensor:
+    """SubBlock's score of each pair of blocks, `(B, H, N, N)`."""
+    q, k = (part[x].unflatten(1, (-1, SUB_BLOCK_SIZE)).mean(2).transpose(1, 2) for x in ("q", "k"))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    sizes = (-1, BLOCK_SIZE // SUB_BLOCK_SIZE)
+    return scores.unflatten(3, sizes).unflatten(2, sizes).logsumexp((3, 5))
 
 
 def recalls(
@@ -87,6 +98,7 @@ def recalls(
     generator = torch.Generator().manual_seed(seed)
     scores = {
         "oracle": mass,
+        "SubBlock, queries of the block": sub_block_scores(part),
         "mean pool, queries of the block": means[0] @ means[1].transpose(-1, -2),
         "mean pool, queries before": means[0].roll(1, 2) @ means[1].transpose(-1, -2),
         "random": torch.rand(mass.shape, generator=generator),
@@ -103,20 +115,26 @@ def recalls(
     return {name: float((mass * mask).sum(-1)[:, :, limited].mean()) for name, mask in kept.items()}
 
 
-def module(part: Recorded, lookahead: bool) -> AdaptiveSparseAttention:
+def module(
+    part: Recorded, lookahead: bool, sub_block_size: int = SUB_BLOCK_SIZE
+) -> AdaptiveSparseAttention:
     heads, head_dim = part["q"].shape[2:]
     return AdaptiveSparseAttention(
-        num_heads=heads, head_dim=head_dim, distillation="all", **options(lookahead)
+        num_heads=heads,
+        head_dim=head_dim,
+        distillation="all",
+        **options(lookahead, sub_block_size),
     )
 
 
 def learn(gate: AdaptiveSparseAttention, parts: list[Recorded], steps: int) -> list[float]:
     """Train a gate on recorded queries and keys; returns its losses."""
-    optimizer = torch.optim.Adam(gate.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     losses: list[float] = []
     for step in range(steps):
-        part = parts[step % len(parts)]
+        chosen = [parts[(step * BATCH + n) % len(parts)] for n in range(BATCH)]
+        part = {name: torch.cat([x[name] for x in chosen]) for name in chosen[0]}
         before = part["q0"], part["k0"]
         loss = gate.distillation_loss(part["q"], part["k"], is_causal=True, unrotated=before)
         optimizer.zero_grad()
@@ -153,7 +171,12 @@ def main() -> None:
             queries = "queries of the block" if lookahead else "queries before"
             gates[f"estimate, {queries}"] = module(parts[0], lookahead)
             gates[f"trained gate, {queries}"] = gate = module(parts[0], lookahead)
-            losses[queries] = learn(gate, parts, 6 if arguments.quick else arguments.steps)
+            steps = 6 if arguments.quick else arguments.steps
+            losses[queries] = learn(gate, parts, steps)
+            if lookahead:
+                finer = module(parts[0], lookahead, FINER)
+                gates[f"trained gate, {queries}, sub-blocks of {FINER}"] = finer
+                losses[f"{queries}, sub-blocks of {FINER}"] = learn(finer, parts, steps)
         kept = [recalls(gates, x[layer], seed) for seed, x in enumerate(test)]
         recall = {name: statistics.mean(x[name] for x in kept) for name in kept[0]}
         rows.append(
@@ -167,6 +190,8 @@ def main() -> None:
                 "block_size": BLOCK_SIZE,
                 "sub_block_size": SUB_BLOCK_SIZE,
                 "steps": arguments.steps,
+                "batch_size": BATCH,
+                "learning_rate": LEARNING_RATE,
                 "sequences": [TRAINING, VALIDATION],
             }
         )

@@ -230,8 +230,11 @@ def test_every_parameter_learns_from_the_first_step(options: dict, is_causal: bo
         assert parameter.grad is not None, name
         # A bias of k moves all scores of a query alike, which a softmax does not show.
         assert parameter.grad.abs().sum() > 0 or name == "k_proj.bias", name
-    for weight in mha.attention.gate.parameters():
+    gate = mha.attention.gate
+    for weight in (gate.query_weight, gate.key_weight):
         assert (weight.grad.flatten(2).abs().sum(-1) > 0).all()  # both forms of each head
+    for weight in (gate.distance_bias, gate.distance_weight, gate.sharpness):
+        assert (weight.grad.flatten(1) if weight.dim() > 1 else weight.grad).abs().sum(-1).all()
 
 
 def test_with_all_blocks_it_is_dense_attention() -> None:

@@ -16,58 +16,76 @@ def mean(x: torch.Tensor) -> torch.Tensor:
     return x.double().mean(0)
 
 
+def of_unit_size(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean() + 1e-6).sqrt()
+
+
 def features(x: torch.Tensor) -> torch.Tensor:
     """Mean, maximum and minimum over positions and heads of `(s, G, D)`."""
+    if not len(x):
+        return x.new_zeros(3 * x.shape[2])
     x = x.double().flatten(0, 1)
-    pooled = torch.cat([x.mean(0), x.amax(0), x.amin(0)])
-    return pooled / (pooled.square().mean() + 1e-6).sqrt()
+    return of_unit_size(torch.cat([x.mean(0), x.amax(0), x.amin(0)]))
 
 
-def defined_score(
-    q: torch.Tensor, k: torch.Tensor, weights: list[torch.Tensor], i: int, j: int, own: bool
-) -> float:
-    """One score of q `(S, G, D)` and k `(S, 1, D)`, blocks of 8 in sub-blocks of 4, scale 0.5."""
-    of_block = [(i * 8, 4), (i * 8 + 4, 4)]
-    before = [(i * 8 - 8, 4), (i * 8 - 4, 4), (i * 8, 1)]
-    total = 0.0
-    for a, number in of_block if own else [x for x in before if x[0] >= 0]:
-        rows = q[a : a + number]
-        if not len(rows):
-            continue
-        share = 1.0 if not own else len(rows) / 4
+def defined_scores(
+    q: torch.Tensor, k: torch.Tensor, gate: BlockGate, head: int, i: int, *, own: bool, causal: bool
+) -> list[float]:
+    """Row i of q `(S, G, D)` and k `(S, 1, D)`, blocks of 8 in sub-blocks of 4, scale 0.5."""
+    start = i * 8
+    of_block = [(start, start + 4), (start + 4, start + 8)]
+    before = [(start - 8, start)] if i else []
+    terms = of_block if own else [*before, (start, start + 1)]
+    seen = range(0, start if causal else len(k), 4)
+    shares = dict.fromkeys(seen, 0.0)
+    for a, stop in terms:
+        rows = q[a:stop]
+        for h in range(q.shape[1] if len(rows) else 0):
+            masses = {
+                b: len(k[b : b + 4]) / 4 * math.exp(mean(rows[:, h]) @ mean(k[b : b + 4, 0]) * 0.5)
+                for b in seen
+            }
+            for b, mass in masses.items():
+                shares[b] += len(rows) / (stop - a) * mass / sum(masses.values())
+    read = q[start : start + 8] if own else q[max(0, start - 8) : start]
+    f = torch.cat([features(read), of_unit_size(q[start].double().mean(0))])
+    (A1, A2), (B1, B2) = gate.query_weight[:, head], gate.key_weight[:, head]
+    scores = []
+    for j in range(i if causal else -(-len(k) // 8)):
+        total = 0.0
         for b in (j * 8, j * 8 + 4):
-            keys = k[b : b + 4]
-            if not len(keys):
+            if not len(k[b : b + 4]):
                 continue
-            f, g = features(rows), features(keys)
-            (A1, A2), (B1, B2) = weights
+            g = features(k[b : b + 4])
             gain = ((f @ A1) @ (g @ B1) - (f @ A2) @ (g @ B2)) / math.sqrt(A1.shape[1])
-            for h in range(q.shape[1]):
-                score = mean(rows[:, h]) @ mean(keys[:, 0]) * 0.5 + gain
-                total += share * len(keys) / 4 * math.exp(score)
-    return math.log(total)
+            distance = max(0, (start - b) // 4, (b - start - 4) // 4)
+            step = 0 if distance == 0 else 1 + int(2 * math.log2(distance))
+            gain += gate.distance_bias[head, step] + g @ gate.distance_weight[head, :, step]
+            total += shares[b] * math.exp(gain)
+        scores.append(math.log(total) * (1 + float(gate.sharpness[head])))
+    return scores
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("S", [24, 21])
-def test_scores_are_their_definition(S: int, own: bool) -> None:
+@pytest.mark.parametrize(("own", "causal"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("S", [40, 37])
+def test_scores_are_their_definition(S: int, own: bool, causal: bool) -> None:
     torch.manual_seed(S)
     q, k = torch.randn(1, S, 4, 6).double(), torch.randn(1, S, 2, 6).double()
-    gate, shape = BlockGate(2, 6, 3, dtype=torch.float64), Shape(2, 8, 4)
+    gate, shape = BlockGate(2, 6, 3, dtype=torch.float64).requires_grad_(False), Shape(2, 8, 4)
     for weight in gate.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     queries = query_terms(q, q, shape, None, gate, reads_own_block=own)
-    scores = block_scores(queries, key_terms(k, k, shape, None, gate), 0.5, 2)
+    keys = key_terms(k, k, shape, None, gate)
+    scores = block_scores(queries, keys, 0.5, first_row=0, is_causal=causal)
+    part = block_scores(queries.rows(2, 4), keys, 0.5, first_row=2, is_causal=causal)
     for head in range(2):
-        weights = [gate.query_weight[:, head].detach(), gate.key_weight[:, head].detach()]
-        for i in range(3):
-            expected = [
-                defined_score(
-                    q[0, :, 2 * head : 2 * head + 2], k[0, :, head, None], weights, i, j, own
-                )
-                for j in range(3)
-            ]
-            torch.testing.assert_close(scores[0, head, i], torch.tensor(expected).double())
+        rows = q[0, :, 2 * head : 2 * head + 2], k[0, :, head, None]
+        for i in range(5):
+            wanted = defined_scores(*rows, gate, head, i, own=own, causal=causal)
+            wanted = torch.tensor(wanted, dtype=torch.float64)
+            torch.testing.assert_close(scores[0, head, i, : len(wanted)], wanted)
+            if 2 <= i < 4:
+                torch.testing.assert_close(part[0, head, i - 2, : len(wanted)], wanted)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -76,9 +94,10 @@ def test_before_training_the_gate_changes_no_bit(is_causal: bool) -> None:
     shape = Shape(2, 16, 16)
     gate = BlockGate(2, 8, 5)
     own = {"reads_own_block": not is_causal}
+    rows = {"first_row": 0, "is_causal": is_causal}
     learned = query_terms(q, q, shape, None, gate, **own), key_terms(k, k, shape, None, gate)
     plain = query_terms(q, q, shape, None, None, **own), key_terms(k, k, shape, None, None)
-    assert torch.equal(block_scores(*learned, 0.3, 1), block_scores(*plain, 0.3, 1))
+    assert torch.equal(block_scores(*learned, 0.3, **rows), block_scores(*plain, 0.3, **rows))
 
 
 budgets = st.one_of(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
-from dilated_sparse.adaptive.pooling import unflatten
 from dilated_sparse.adaptive.scores import KeyTerms, QueryTerms, block_scores, strips
 from dilated_sparse.pattern.selection import BlockSelection
 
@@ -71,20 +71,23 @@ def choose_blocks(
             the estimate nor in `mass`, since its pooled keys would hold keys of the future.
     """
     N = queries.mean.shape[2]
-    per_block = keys.mean.shape[2] // N
     has_keys = None
     if bool((keys.log_share == -torch.inf).any()):
-        has_keys = unflatten(keys.log_share > -torch.inf, 1, (N, per_block)).any(2)
+        has_keys = (keys.log_share > -torch.inf).any(1)
     parts: list[torch.Tensor] = []
-    for start, stop in strips(queries, keys.mean.shape[2]):
-        # In causal attention no row sees the blocks from the last row of the strip on.
-        number = max(1, stop - 1) if is_causal else N
+    for start, stop in strips(queries, keys):
+        # In causal attention no row sees the blocks behind the last row of the strip, and that row
+        # sees its own block without a score.
+        last = stop if is_causal else N
         scores = block_scores(
-            *(queries.rows(start, stop), keys.leading(number * per_block), scale, per_block),
-            first_row=start if is_causal else None,
+            *(queries.rows(start, stop), keys.leading(max(1, last - int(is_causal))), scale),
+            first_row=start,
+            is_causal=is_causal,
         )
-        scores = torch.nn.functional.pad(scores, (0, N - number))
-        parts.append(kept_blocks(scores, budget, Rows(start, N, is_causal, has_keys)))
+        scores = pad(scores, (0, last - scores.shape[-1]))
+        seen = None if has_keys is None else has_keys[:, :last]
+        kept = kept_blocks(scores, budget, Rows(start, last, is_causal, seen))
+        parts.append(pad(kept, (0, N - last)))
     return BlockSelection.from_mask(torch.cat(parts, 2))
 
 
@@ -112,9 +115,11 @@ def kept_blocks(scores: torch.Tensor, budget: Budget, rows: Rows) -> torch.Tenso
     # The lowest rank that is kept does not depend on the order in which equals are sorted.
     best = ranks.topk(int(number.max()), dim=-1).values
     lowest = best.gather(-1, number - 1)
-    above, equal = ranks > lowest, ranks == lowest
-    is_among_first = equal.cumsum(-1) <= number - above.sum(-1, keepdim=True)
-    return (above | (equal & is_among_first)) & (ranks > -torch.inf)
+    kept = ranks >= lowest
+    if bool((kept.sum(-1, keepdim=True) > number).any()):
+        above, equal = ranks > lowest, ranks == lowest
+        kept = above | (equal & (equal.cumsum(-1) <= number - above.sum(-1, keepdim=True)))
+    return kept & (ranks > -torch.inf)
 
 
 def _within_mass(

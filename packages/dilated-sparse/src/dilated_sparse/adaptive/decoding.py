@@ -97,7 +97,7 @@ class AdaptiveCache:
         whole = recent[2].shape[1] // L * L
         if whole:
             added = key_terms(recent[2][:, :whole], recent[3][:, :whole], shape, None, gate)
-            self._terms = added if self._terms is None else _joined(self._terms, added)
+            self._terms = added if self._terms is None else self._terms.join(added)
         kept_queries = min(recent[0].shape[1], (self.length - 1) % L + 1 + L)
         queries = [x[:, x.shape[1] - kept_queries :] for x in recent[:2]]
         self._recent = [*queries, *(x[:, whole:] for x in recent[2:])]
@@ -146,8 +146,8 @@ class AdaptiveCache:
         terms: QueryTerms = query_terms(
             *(q[:, rows], unrotated[:, rows], shape, None, gate), reads_own_block=config.lookahead
         ).rows(wanted, wanted + 1)
-        keys = self._terms.leading(block * shape.per_block)
-        scores = block_scores(terms, keys, scale, shape.per_block)
+        keys = self._terms.leading(block)
+        scores = block_scores(terms, keys, scale, first_row=block, is_causal=True)
         scores = torch.nn.functional.pad(scores, (0, 1))
         kept = kept_blocks(scores, config.budget, Rows(block, block + 1, True, None))
         return kept[:, :, 0, :block]
@@ -189,17 +189,3 @@ def _appended(held: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tenso
         held = room
     held[:, length:stop] = new
     return held
-
-
-def _joined(first: KeyTerms, second: KeyTerms) -> KeyTerms:
-    gate = None
-    if first.gate is not None and second.gate is not None:
-        gate = (
-            torch.cat([first.gate[0], second.gate[0]], 2),
-            torch.cat([first.gate[1], second.gate[1]], 2),
-        )
-    return KeyTerms(
-        torch.cat([first.mean, second.mean], 2),
-        torch.cat([first.log_share, second.log_share], 1),
-        gate,
-    )

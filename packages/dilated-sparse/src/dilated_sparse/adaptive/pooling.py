@@ -29,7 +29,11 @@ def mean_of_sub_blocks(
 
 
 def features_of_sub_blocks(
-    x: torch.Tensor, size: int, num_kv_heads: int, hidden: torch.Tensor | None
+    x: torch.Tensor,
+    size: int,
+    num_kv_heads: int,
+    hidden: torch.Tensor | None,
+    means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`(B, K, A, 3·D)`: mean, maximum and minimum over the positions and the G heads.
 
@@ -37,14 +41,16 @@ def features_of_sub_blocks(
 
     Args:
         x, size, num_kv_heads, hidden: As for `mean_of_sub_blocks`.
+        means: `mean_of_sub_blocks` of the same, averaged over the G heads, where it is known.
     """
     dims = (2, 4)
     low, counts = _in_sub_blocks(x, size, num_kv_heads, hidden, fill=-torch.inf)
     high = _in_sub_blocks(x, size, num_kv_heads, hidden, fill=torch.inf)[0]
-    total = _in_sub_blocks(x, size, num_kv_heads, hidden, fill=0.0)[0].sum(dims)
-    number = counts.clamp_min(1)[:, :, None, None] * low.shape[4]
-    pooled = torch.cat([total / number, low.amax(dims), high.amin(dims)], -1)
-    return pooled.masked_fill((counts == 0)[:, :, None, None], 0).transpose(1, 2)
+    if means is None:
+        means = mean_of_sub_blocks(x, size, num_kv_heads, hidden)[0].mean(3)
+    extremes = (y.transpose(1, 2) for y in (low.amax(dims), high.amin(dims)))
+    pooled = torch.cat([means, *extremes], -1)
+    return pooled if hidden is None else pooled.masked_fill((counts == 0)[:, None, :, None], 0)
 
 
 def _in_sub_blocks(

@@ -3,10 +3,14 @@
 Shapes: B batch, S positions, H heads, K heads of k and v, G = H/K, N blocks, P sub-blocks of a
 block, A = N·P sub-blocks, T terms of queries, D head_dim, d gate_dim.
 
-The mass of block (i, j) is estimated as the log of Σ exp(mean Q_a · mean K_b · scale) over the
-sub-blocks a of its queries and b of its keys (SubBlock, SGLang #34148), and over the heads of q
-that share a head of k. In causal attention a query block must not read its own later queries, so
-its terms are the sub-blocks of the block before it, and its first query.
+A query of sub-block a gives to the keys of sub-block b about the share exp(mean Q_a · mean K_b ·
+scale) of its softmax, divided by the sum of these over all b that it sees. The mass of block (i, j)
+is estimated as the mean of the shares over the sub-blocks of its queries, added up over those
+of its keys, and averaged over the heads of q that share a head of k. That is SubBlock (SGLang
+#34148) with each query's softmax normalised: without that, queries with large scores count more
+than the others. In causal attention a query block must not read its own later queries, so its
+terms are the sub-blocks of the block before it, and its first query. What the gate has learned is
+added to the log of the share of each sub-block of keys.
 """
 
 from __future__ import annotations
@@ -18,15 +22,15 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from dilated_sparse.adaptive.gate import BlockGate, Projected, correction
+from dilated_sparse.adaptive.gate import BlockGate, GateKeys, GateQueries, correction
 from dilated_sparse.adaptive.pooling import (
     features_of_sub_blocks,
     mean_of_sub_blocks,
     unflatten,
 )
 
-# Numbers of one strip of scores: in float32 1 MiB, which stay in a processor's cache.
-_STRIP = 2**18
+# Numbers of one strip of scores: in float32 2 MiB.
+_STRIP = 2**19
 
 
 class QueryTerms(NamedTuple):
@@ -35,18 +39,16 @@ class QueryTerms(NamedTuple):
     Attributes:
         mean: `(B, K, N, T, G, D)`.
         log_share: `(B, N, T)`, log of the share of each term's positions that count.
-        gate: Two of `(B, K, N, T, d)`, projected by the gate; None without a gate.
+        gate: Of N rows, projected by the gate; None without a gate.
     """
 
     mean: torch.Tensor
     log_share: torch.Tensor
-    gate: Projected | None
+    gate: GateQueries | None
 
     def rows(self, start: int, stop: int) -> QueryTerms:
         """The terms of some rows of blocks."""
-        gate = None
-        if self.gate is not None:
-            gate = self.gate[0][:, :, start:stop], self.gate[1][:, :, start:stop]
+        gate = None if self.gate is None else self.gate.rows(start, stop)
         return QueryTerms(self.mean[:, :, start:stop], self.log_share[:, start:stop], gate)
 
 
@@ -54,22 +56,33 @@ class KeyTerms(NamedTuple):
     """What scores read of the keys.
 
     Attributes:
-        mean: `(B, K, A, D)`.
-        log_share: `(B, A)`.
-        gate: Two of `(B, K, A, d)`; None without a gate.
+        mean: `(B, K, P, N, D)`: sub-blocks at one place of their block are neighbours in memory, so
+            that sums over those of a block run over long rows.
+        log_share: `(B, P, N)`, log of the share of each sub-block's positions that count.
+        sharpness: `(K, 1, 1)`, of the gate; None without a gate.
+        gate: Of the sub-blocks, projected by the gate; None without a gate.
     """
 
     mean: torch.Tensor
     log_share: torch.Tensor
-    gate: Projected | None
+    sharpness: torch.Tensor | None
+    gate: GateKeys | None
 
-    def leading(self, num_sub_blocks: int) -> KeyTerms:
-        """The terms of the first sub-blocks."""
-        gate = None
-        if self.gate is not None:
-            gate = self.gate[0][:, :, :num_sub_blocks], self.gate[1][:, :, :num_sub_blocks]
-        first = (self.mean[:, :, :num_sub_blocks], self.log_share[:, :num_sub_blocks])
-        return KeyTerms(*first, gate)
+    def leading(self, num_blocks: int) -> KeyTerms:
+        """The terms of the first blocks."""
+        gate = None if self.gate is None else self.gate.leading(num_blocks)
+        first = (self.mean[:, :, :, :num_blocks], self.log_share[..., :num_blocks])
+        return KeyTerms(*first, self.sharpness, gate)
+
+    def join(self, other: KeyTerms) -> KeyTerms:
+        """The terms of `self`, and of `other` behind them."""
+        gate = None if self.gate is None or other.gate is None else self.gate.join(other.gate)
+        return KeyTerms(
+            torch.cat([self.mean, other.mean], 3),
+            torch.cat([self.log_share, other.log_share], 2),
+            self.sharpness,
+            gate,
+        )
 
 
 class Shape(NamedTuple):
@@ -97,14 +110,19 @@ def key_terms(
     hidden: torch.Tensor | None,
     gate: BlockGate | None,
 ) -> KeyTerms:
-    """The terms of keys `(B, S, K, D)`, of ⌈S / block_size⌉·P sub-blocks."""
+    """The terms of keys `(B, S, K, D)`, of N = ⌈S / block_size⌉ blocks."""
+    is_rotated = unrotated is not k
     k, unrotated, hidden = _in_whole_blocks(k, unrotated, shape, hidden)
-    size, K = shape.sub_block_size, shape.num_kv_heads
+    size, K, P = shape.sub_block_size, shape.num_kv_heads, shape.per_block
     mean, log_share = mean_of_sub_blocks(k, size, K, hidden)
-    projected = None
-    if gate is not None:
-        projected = gate.project_keys(features_of_sub_blocks(unrotated, size, K, hidden))
-    return KeyTerms(mean.squeeze(3), log_share, projected)
+    mean = mean.squeeze(3)
+    by_place = unflatten(mean, 2, (-1, P)).transpose(2, 3).contiguous()
+    shares = unflatten(log_share, 1, (-1, P)).transpose(1, 2)
+    if gate is None:
+        return KeyTerms(by_place, shares, None, None)
+    pooled = features_of_sub_blocks(unrotated, size, K, hidden, None if is_rotated else mean)
+    sharpness = gate.sharpness.view(-1, 1, 1)
+    return KeyTerms(by_place, shares, sharpness, gate.project_keys(pooled, P))
 
 
 def query_terms(
@@ -127,92 +145,98 @@ def query_terms(
         reads_own_block: The terms are the P sub-blocks of the block itself. Else they are those of
             the block before it, and its own first query, which is as much as a sub-block.
     """
+    is_rotated = unrotated is not q
     q, unrotated, hidden = _in_whole_blocks(q, unrotated, shape, hidden)
     size, K, P = shape.sub_block_size, shape.num_kv_heads, shape.per_block
+    if not reads_own_block and P % 2 == 0:
+        # The queries of the block before only stand for those of the own one: they lose nothing by
+        # coarser means, which halve the cost.
+        size, P = 2 * size, P // 2
+    first = slice(None, None, shape.block_size)
+    first_hidden = None if hidden is None else hidden[:, first]
     mean, log_share = mean_of_sub_blocks(q, size, K, hidden)
     mean, log_share = unflatten(mean, 2, (-1, P)), unflatten(log_share, 1, (-1, P))
-    features = features_of_sub_blocks(unrotated, size, K, hidden) if gate is not None else None
-    if features is not None:
-        features = unflatten(features, 2, (-1, P))
+    known = None if is_rotated or hidden is not None else mean.mean((3, 4))
     if not reads_own_block:
-        first = slice(None, None, shape.block_size)
-        first_hidden = None if hidden is None else hidden[:, first]
         one, one_share = mean_of_sub_blocks(q[:, first], 1, K, first_hidden)
         mean = torch.cat([_from_block_before(mean, 2), one.unsqueeze(3)], 3)
         before = _from_block_before(log_share, 1, fill=-math.inf)
         log_share = torch.cat([before, one_share.unsqueeze(2)], 2)
-        if features is not None:
-            one = features_of_sub_blocks(unrotated[:, first], 1, K, first_hidden)
-            features = torch.cat([_from_block_before(features, 2), one.unsqueeze(3)], 3)
-    projected = None
-    if gate is not None and features is not None:
-        projected = gate.project_queries(features)
-    return QueryTerms(mean, log_share, projected)
+    if gate is None:
+        return QueryTerms(mean, log_share, None)
+    pooled = features_of_sub_blocks(unrotated, shape.block_size, K, hidden, known)
+    if not reads_own_block:
+        pooled = _from_block_before(pooled, 2)
+    one = mean_of_sub_blocks(unrotated[:, first], 1, K, first_hidden)[0].mean(3)
+    return QueryTerms(mean, log_share, gate.project_queries(pooled, one))
 
 
 def block_scores(
     queries: QueryTerms,
     keys: KeyTerms,
     scale: float,
-    per_block: int,
     *,
-    first_row: int | None = None,
+    first_row: int,
+    is_causal: bool,
 ) -> torch.Tensor:
     """The estimated log mass `(B, K, rows, blocks)`, up to a constant of each row.
 
-    Blocks far below the largest of their row, by more than about 87, all get one low value. A row
-    without any term, or a block without any key, gets that value everywhere.
+    Masses far below the largest of their row, by a factor of about exp(87), all count as one low
+    value, as do those of a block without any key, and of all blocks of a row without any term.
 
     Args:
         queries: Of the rows.
         keys: Of the blocks.
         scale: Factor of the scores of attention.
-        per_block: P.
-        first_row: In causal attention the first of the rows. Row i then depends on the blocks j < i
-            alone, and its other entries have no meaning. None: all blocks are seen.
+        first_row: The first of the rows.
+        is_causal: Whether row i sees the blocks j < i alone. Its other entries have no meaning.
     """
-    B, K, rows, T, G, _ = queries.mean.shape
-    scores = (queries.mean.flatten(2, 4) * scale) @ keys.mean.transpose(-1, -2)
-    scores = scores.view(B, K, rows, T, G, -1)
-    shares = queries.log_share[:, None, :, :, None, None]
-    gain = None
+    shares = _shares(queries, keys, scale, first_row if is_causal else None)
     if queries.gate is not None and keys.gate is not None:
-        gain = correction(queries.gate, keys.gate).to(scores.dtype).unsqueeze(4)
-        scores = scores + gain if gain.requires_grad else scores.add_(gain)
-    # Without gradients all of this is in place: it is what selecting costs beside the products.
-    learns = scores.requires_grad
-    scores = scores + shares if learns else scores.add_(shares)
-    if bool((keys.log_share != 0).any()):
-        scores = scores + keys.log_share[:, None, None, None, None]
-    # (B, K, rows, T·G, blocks, P)
-    scores = unflatten(scores.flatten(3, 4), -1, (-1, per_block))
-    finite = torch.finfo(scores.dtype)
-    largest = scores.detach().amax(3).amax(-1)  # twice as fast as both at once
-    is_future = None
-    if first_row is not None:
-        i = torch.arange(first_row, first_row + rows, device=scores.device).unsqueeze(1)
-        is_future = torch.arange(largest.shape[-1], device=scores.device) >= i
-        largest = largest.masked_fill(is_future, -torch.inf)
-    largest = largest.amax(-1, keepdim=True).clamp_min(finite.min)
-    shift = largest[..., None, :, None]
-    below = scores - shift if learns else scores.sub_(shift)
-    if is_future is not None:
-        # Blocks of the future may exceed the largest of the past, and must not overflow.
-        is_future = is_future[:, None, :, None]
-        below = below.masked_fill(is_future, 0) if learns else below.masked_fill_(is_future, 0)
-    shares_of_blocks = (below.exp() if learns else below.exp_()).sum(3).sum(-1)
-    return shares_of_blocks.clamp_min(finite.tiny).log() + largest
+        shares = shares + correction(queries.gate, keys.gate, first_row).to(shares.dtype)
+    largest = shares.detach().amax(3, keepdim=True)
+    scores = (shares - largest).exp().sum(3).log() + largest.squeeze(3)
+    if keys.sharpness is not None:
+        scores = scores * (1 + keys.sharpness.to(scores.dtype))
+    return scores
 
 
-def strips(queries: QueryTerms, num_keys: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of the rows of blocks of each strip, so that its scores are few.
+@torch.no_grad()
+def _shares(
+    queries: QueryTerms, keys: KeyTerms, scale: float, first_row: int | None
+) -> torch.Tensor:
+    """The log of the share of each sub-block of keys, a mean over the terms: `(B, K, n, P, N)`.
 
     Args:
-        queries: Of all rows.
-        num_keys: A, sub-blocks of keys.
+        first_row: None: rows see all blocks.
+        queries, keys, scale: As for `block_scores`.
     """
+    B, K, n, T, G, D = queries.mean.shape
+    P, N = keys.mean.shape[2:4]
+    rows = queries.mean.reshape(B, K, n * T * G, D) * scale
+    scores = rows @ keys.mean.reshape(B, K, P * N, D).transpose(-1, -2)
+    by_block = scores.view(B, K, n, T * G, P, N)  # in place from here on
+    if bool((keys.log_share != 0).any()):
+        by_block.add_(keys.log_share[:, None, None, None])
+    if first_row is not None:
+        # Only the last columns have blocks that some row does not see.
+        late = by_block[..., first_row:]
+        i = torch.arange(n, device=scores.device).unsqueeze(1)
+        is_future = torch.arange(late.shape[-1], device=scores.device) >= i
+        late.masked_fill_(is_future[:, None, None], -torch.inf)
+    finite = torch.finfo(scores.dtype)
+    largest = scores.amax(-1, keepdim=True).clamp_min_(finite.min)
+    scores.sub_(largest).exp_()
+    total = scores.sum(-1).clamp_min_(finite.tiny).view(B, K, n, T, G)
+    weights = queries.log_share.exp()[:, None, :, :, None] / total
+    shares = weights.view(B, K, n, 1, T * G) @ scores.view(B, K, n, T * G, P * N)
+    return shares.view(B, K, n, P, N).clamp_min_(finite.tiny).log_()
+
+
+def strips(queries: QueryTerms, keys: KeyTerms) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the rows of blocks of each strip, so that its scores are few."""
     B, K, N, T, G, _ = queries.mean.shape
-    step = max(1, _STRIP // max(1, B * K * T * G * num_keys))
+    step = max(1, _STRIP // max(1, B * K * T * G * keys.log_share[0].numel()))
     for start in range(0, N, step):
         yield start, min(N, start + step)
 

@@ -117,15 +117,17 @@ class Sequence:
     def log_gains(self, selection: BlockSelection) -> torch.Tensor:
         """`(B, K, N, M)`: what the learned correction adds to the estimate of each kept block."""
         queries, keys = self.terms()
-        plain = queries._replace(gate=None), keys._replace(gate=None)
+        plain = queries._replace(gate=None), keys._replace(gate=None, sharpness=None)
         indices = selection.block_indices.long().clamp_min(0)
         gains: list[torch.Tensor] = []
-        P = self.shape.per_block
-        for start, stop in strips(queries, keys.mean.shape[2]):
-            first = start if self.is_causal else None
+        for start, stop in strips(queries, keys):
             with torch.autocast(self.q.device.type, enabled=False):
                 learned, estimate = (
-                    block_scores(q.rows(start, stop), k, self.scale, P, first_row=first)
+                    block_scores(
+                        *(q.rows(start, stop), k, self.scale),
+                        first_row=start,
+                        is_causal=self.is_causal,
+                    )
                     for q, k in ((queries, keys), plain)
                 )
             gains.append((learned - estimate).gather(-1, indices[:, :, start:stop]))
@@ -161,7 +163,7 @@ class Sequence:
                 mass = mass.masked_fill(indices == i[rows, None], 0)
             terms = queries.rows(rows.start, rows.stop)
             part = checkpoint(
-                partial(_loss_of_rows, self.scale, self.shape.per_block, self.is_causal),
+                partial(_loss_of_rows, self.scale, self.is_causal),
                 *(terms, keys, mass, rows, columns),
                 use_reentrant=False,
             )
@@ -171,7 +173,6 @@ class Sequence:
 
 def _loss_of_rows(
     scale: float,
-    per_block: int,
     is_causal: bool,
     queries: QueryTerms,
     keys: KeyTerms,
@@ -180,8 +181,7 @@ def _loss_of_rows(
     columns: Columns | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(mass.device.type, enabled=False):
-        first = rows.start if is_causal else None
-        scores = block_scores(queries, keys, scale, per_block, first_row=first)
+        scores = block_scores(queries, keys, scale, first_row=rows.start, is_causal=is_causal)
         if columns is None:
             return distillation_loss(scores, mass)
         scores = scores.gather(-1, columns.indices[:, :, rows].clamp_min(0))

@@ -89,10 +89,12 @@ def test_any_selection_mask_and_gradient_of_the_lse(S: int, is_causal: bool) -> 
     )
 
 
-@pytest.mark.parametrize("gate_gradient", [None, "bias"])
-@pytest.mark.parametrize("budget", [{"topk": 3}, {"mass": 0.5}, {"sparsity_ratio": 0.4}])
+@pytest.mark.parametrize(
+    ("budget", "gate_gradient"),
+    [({"topk": 3}, None), ({"mass": 0.5}, None), ({"sparsity_ratio": 0.4}, "bias")],
+)
 def test_no_output_depends_on_a_later_position(budget: dict, gate_gradient) -> None:
-    S = 30
+    S = 22
     q, k, v = (x.detach() for x in tensors(S, B=1))
     attention = trained(
         block_size=4, sub_block_size=2, sink_blocks=0, local_blocks=0,
@@ -114,7 +116,7 @@ def test_no_output_depends_on_a_later_position(budget: dict, gate_gradient) -> N
 
 
 def test_lookahead_reads_later_queries_of_the_own_block_and_no_later_key() -> None:
-    S = 30
+    S = 22
     q, k, v = (x.detach() for x in tensors(S, B=1))
     attention = trained(
         block_size=4, sub_block_size=2, topk=3, local_blocks=0, sink_blocks=0, lookahead=True
@@ -132,9 +134,11 @@ def test_lookahead_reads_later_queries_of_the_own_block_and_no_later_key() -> No
     assert reads_ahead
 
 
-@pytest.mark.parametrize("gate_gradient", [None, "bias"])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("budget", [{"topk": 3}, {"mass": 0.5}, {"sparsity_ratio": 0.4}])
+@pytest.mark.parametrize(
+    ("budget", "gate_gradient"),
+    [({"topk": 3}, "bias"), ({"mass": 0.5}, None), ({"sparsity_ratio": 0.4}, None)],
+)
 def test_padding_and_documents_give_what_the_sequence_gives_alone(
     budget: dict, is_causal: bool, gate_gradient
 ) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dilated_models.config import LongNetConfig
+    from dilated_models.training.deepspeed import DeepSpeedConfig
     from dilated_models.training.loop import TrainingState
     from dilated_models.training.ranks import Ranks
     from dilated_models.training.run import Report, Run
@@ -147,6 +148,10 @@ def train(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Spread weights and optimiser over the processes.")
     ] = False,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take the options in a configuration of DeepSpeed."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="Longest wait for another process.")
     ] = 600.0,
@@ -160,6 +165,8 @@ def train(
     """
     began = time.monotonic()
     from dilated_core.checks import check_integer, check_number
+
+    from dilated_models.training.deepspeed import merged_with, read_deepspeed
 
     paths = all_text(text, more_text)
     model = _given(
@@ -204,6 +211,7 @@ def train(
     )
     if resume:
         fixed = model | training | _given(preset=preset, tokenizer=tokenizer, text=paths)
+        fixed |= _given(deepspeed=deepspeed)
         if dtype != "auto":
             fixed["dtype"] = dtype
         if fixed:
@@ -212,7 +220,10 @@ def train(
     check_integer("cp", cp, at_least=1)
     check_number("timeout", timeout, above=0)
 
-    parallel = Parallel(device=device, cp=cp, fsdp=fsdp, timeout_s=timeout, is_compiled=compiled)
+    file = None if deepspeed is None else read_deepspeed(deepspeed)
+    parallel = Parallel(
+        device=device, cp=cp, fsdp=fsdp, file=file, timeout_s=timeout, is_compiled=compiled
+    )
 
     def make(ranks: Ranks) -> tuple[Run, bool]:
         """The run, and whether it is new."""
@@ -223,6 +234,10 @@ def train(
         if begun is not None or resume:
             folder = begun if begun is not None else out or _newest_run()
             return resumed_run(folder, device=ranks.device, training=movable), False
+        numbers = training | movable
+        if file is not None:
+            numbers = merged_with(file.training_over(ranks.size // cp), numbers, dtype)
+        numbers.setdefault("dtype", choose_dtype(dtype, ranks.device))
         run = new_run(
             folder=out or _RUNS / time.strftime("%Y%m%d-%H%M%S"),
             preset=preset or "tiny",
@@ -230,7 +245,7 @@ def train(
             tokenizer=tokenizer or "bytes",
             device=ranks.device,
             model=model,
-            training=training | movable | {"dtype": choose_dtype(dtype, ranks.device)},
+            training=numbers,
         )
         return run, True
 
@@ -243,8 +258,13 @@ class Parallel(NamedTuple):
     device: str
     cp: int
     fsdp: bool
+    file: DeepSpeedConfig | None
     timeout_s: float
     is_compiled: bool
+
+    def spreads_weights(self, size: int) -> bool:
+        """Whether FSDP2 is used on this many processes."""
+        return self.fsdp or (self.file is not None and self.file.stage > 0 and size > 1)
 
 
 def _train(make: Callable[[Ranks], tuple[Run, bool]], parallel: Parallel, began: float) -> None:
@@ -290,7 +310,7 @@ def _run(
     from dilated_models.training.stopping import Stopped
     from dilated_models.training.tokens import open_text
 
-    cp, fsdp = parallel.cp, parallel.fsdp
+    cp, fsdp = parallel.cp, parallel.spreads_weights(ranks.size)
     grid = [*(["--cp", str(cp)] if cp > 1 else []), *(["--fsdp"] if fsdp else [])]
     again = train_command("--resume", "--out", run.folder, *grid, processes=ranks.size)
     go_on = f"continue with: {again}"
@@ -305,7 +325,7 @@ def _run(
                 restore_checkpoint(state, run.folder, run_id=run.run_id, ranks=ranks)
                 is_whole = True
             text = open_text(run, console.print, ranks)
-            _introduce(console, run, state)
+            _introduce(console, run, state, parallel.file)
             return _execute(console, run, state, text, ranks)
     except Stopped as stopped:
         console.print(f"{stopped}; everything is saved; {go_on}")
@@ -354,7 +374,9 @@ def _newest_run() -> Path:
     return _RUNS / newest.relative_to(_RUNS).parts[0]
 
 
-def _introduce(console: Console, run: Run, state: TrainingState) -> None:
+def _introduce(
+    console: Console, run: Run, state: TrainingState, file: DeepSpeedConfig | None
+) -> None:
     from dilated_models.training.borders import border_note
 
     step, over = state.step, state.over
@@ -374,6 +396,8 @@ def _introduce(console: Console, run: Run, state: TrainingState) -> None:
         + (f", continuing after step {step}" if step else "")
         + f"; writing to {quoted(run.folder)}",
     ]
+    if file is not None and file.without_effect:
+        lines.append(f"note: without effect here: {', '.join(file.without_effect)}")
     note = border_note(model.pattern, training.seq_len) if model.has_branches else None
     if note is not None and not model.local_window:
         lines.append(f"note: {note}")

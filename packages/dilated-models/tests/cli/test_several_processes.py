@@ -1,0 +1,273 @@
+"""`torchrun -m dilated_models.train`: what happens to a run when a process is lost, or fails.
+
+Processes come from a fork server, with the variables that torchrun sets. One test starts torchrun.
+"""
+
+import contextlib
+import io
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from dilated_core.testing.processes import run_processes
+from dilated_models.cli.app import run as run_command
+from dilated_models.cli.progress import TrainingProgress
+from dilated_models.training import checkpoints, run
+from dilated_models.training.metrics import read_metrics
+
+resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+
+OPTIONS = [
+    *("--steps", "8", "--batch-size", "6", "--accumulation", "2", "--seq-len", "30"),
+    *("--d-model", "16", "--heads", "4", "--layers", "1", "--feed-forward", "16"),
+    *("--segment-lengths", "8,32", "--dilation-rates", "1,2", "--dropout", "0.1"),
+    *("--validate-every", "4", "--validation-tokens", "64", "--final-validation-tokens", "64"),
+    *("--checkpoint-every", "2", "--warmup-steps", "2", "--device", "cpu"),
+]
+
+
+def train(arguments: list[str], port: int, fault: tuple[str, int, int] | None) -> tuple[int, str]:
+    """`dilated train` on this rank; code and output. The fault is a kind, a rank and an event."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    run._SAMPLE_TOKENS = 2
+    numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if fault is not None and fault[1] == rank:
+        prepare(fault[0], fault[2])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = run_command(["train", *arguments])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if fault is None or fault[1] != rank:
+        Path(os.environ["RELEASED"]).touch()
+    # `run_processes` ends with a barrier: of this rank alone, for others may be dead.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return code, output.getvalue()
+
+
+def prepare(kind: str, last: int) -> None:
+    """Let something happen at the event with this number: a step, a file, a phase of the run."""
+    events = 0
+
+    def after(function: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal events
+            result = function(*arguments, **options)
+            events += 1
+            if events == last:
+                happen(kind)
+            return result
+
+        return wrapped
+
+    TrainingProgress.stepped = after(TrainingProgress.stepped)
+    if kind == "kill anywhere":
+        TrainingProgress.busy = after(TrainingProgress.busy)
+        for name in ("_tensors", "_digests", "_finish"):
+            setattr(checkpoints, name, after(getattr(checkpoints, name)))
+
+
+def happen(kind: str) -> None:
+    if kind.startswith("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        signal.raise_signal(signal.SIGTERM)
+    elif kind == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    elif kind == "hang":
+        while not Path(os.environ["RELEASED"]).exists():
+            time.sleep(0.05)
+
+
+class Launcher:
+    """Starts runs on several processes, each in a folder of its own."""
+
+    def __init__(self, text: Path, folder: Path, size: int, monkeypatch: pytest.MonkeyPatch):
+        self.text, self.folder, self.size = text, folder, size
+        monkeypatch.setenv("RELEASED", str(folder / "released"))
+
+    def __call__(
+        self, out: Path, *more: str, fault: tuple[str, int, int] | None = None
+    ) -> list[tuple[int, str]]:
+        """Start, or continue what was begun; code and output of each rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        if (out / "config.json").exists():
+            arguments = ["--resume", "--out", str(out), *more]
+        else:
+            arguments = ["--text", str(self.text), "--out", str(out), *OPTIONS, *more]
+        return run_processes(train, self.size, arguments, port, fault, timeout_s=400)
+
+    def or_killed(self, out: Path, *more: str, fault: Any) -> list[tuple[int, str]] | None:
+        """As a call; None if a rank was killed."""
+        try:
+            return self(out, *more, fault=fault)
+        except RuntimeError as error:
+            if "exit code -9" not in str(error):
+                raise
+            return None
+
+    def to_the_end(self, out: Path, *more: str) -> str:
+        results = self(out, *more)
+        assert [code for code, _ in results] == [0] * self.size, results
+        assert all(text == "" for _, text in results[1:])  # rank 0 speaks for all
+        return results[0][1]
+
+
+@pytest.fixture
+def launcher(text, tmp_path, monkeypatch) -> Launcher:
+    return Launcher(text, tmp_path, 2, monkeypatch)
+
+
+def same(out: Path, wanted: Path) -> None:
+    """The same weights, all bits, and the same metrics."""
+    records = [
+        [
+            (r["kind"], r["step"], r.get("loss"), r["bits_per_byte"])
+            for r in read_metrics(folder)
+            if r["kind"] != "final"
+        ]
+        for folder in (out, wanted)
+    ]
+    assert records[0] == records[1]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, wanted)]
+    headers = [int.from_bytes(content[:8], "little") + 8 for content in weights]
+    assert weights[0][headers[0] :] == weights[1][headers[1] :]  # the header has the run's identity
+
+
+@pytest.mark.parametrize(
+    "grid", [["--fsdp"], pytest.param(["--cp", "2"], marks=pytest.mark.exhaustive)]
+)
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(launcher, tmp_path, grid):
+    output = launcher.to_the_end(whole := tmp_path / "whole", *grid)
+    assert f"{'FSDP over 2 x 1' if '--fsdp' in grid else 'DDP over 1 x 2'} processes" in output
+    with pytest.raises(RuntimeError, match=r"rank 1, exit code -9"):
+        launcher(out := tmp_path / "out", *grid, fault=("kill", 1, 5))
+    assert {path.name for path in out.glob("checkpoint*")} == {"checkpoint-000000004"}
+    assert "continuing after step 4" in launcher.to_the_end(out, *grid)
+    same(out, whole)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("grid", [["--fsdp"], ["--cp", "3"], []])
+def test_twenty_kills_change_no_bit(launcher, tmp_path, grid):
+    """SIGKILL for a random rank at a random moment: in steps, while saving, while validating."""
+    launcher.size = 3
+    more = [*grid, "--steps", "24"]
+    launcher.to_the_end(whole := tmp_path / "whole", *more)
+    draw, out, kills = random.Random(str(grid)), tmp_path / "out", 0
+    while kills < 20:
+        fault = ("kill anywhere", draw.randrange(3), draw.randint(1, 14))
+        results = launcher.or_killed(out, *more, fault=fault)
+        if results is None:
+            kills += 1
+        else:  # the run ended before that moment: once more from the beginning
+            assert [code for code, _ in results] == [0] * 3, results
+            same(out, whole)
+            out = tmp_path / f"out{kills}"
+    launcher.to_the_end(out, *more)
+    same(out, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_for_one_rank_saves_and_ends_all(launcher, tmp_path):
+    launcher.to_the_end(whole := tmp_path / "whole")
+    results = launcher(out := tmp_path / "out", fault=("stop", 1, 3))
+    assert [code for code, _ in results] == [143, 143]
+    assert "stopped by SIGTERM after step 3; everything is saved" in results[0][1]
+    assert "torchrun --nproc-per-node 2 -m dilated_models.train --resume --out" in results[0][1]
+    assert (out / "checkpoint-000000003").is_dir()
+    launcher.to_the_end(out)
+    same(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_keeps_the_last_checkpoint(launcher, tmp_path, rank):
+    launcher.to_the_end(whole := tmp_path / "whole")
+    results = launcher(out := tmp_path / "out", fault=("full disk", rank, 3))
+    assert all(code in (1, 2) for code, _ in results), results
+    assert "File too large" in "".join(text for _, text in results)
+    assert "the last checkpoint is whole" in "".join(text for _, text in results)
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-000000002"}
+    launcher.to_the_end(out)
+    same(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "grid"), [(1, []), (0, ["--fsdp"]), (2, ["--cp", "3"])])
+def test_a_rank_that_hangs_is_named(launcher, tmp_path, rank, grid):
+    launcher.size = 3
+    results = launcher(tmp_path / "out", *grid, "--timeout", "15", fault=("hang", rank, 3))
+    for other, (code, text) in enumerate(results):
+        assert code == 1, results
+        if other != rank:
+            assert re.search(rf"rank {rank} (does not answer|failed)", text), results
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_ranks(launcher, tmp_path):
+    results = launcher(tmp_path / "out", "--lr", "1e30", "--warmup-steps", "0")
+    assert [code for code, _ in results] == [1, 1], results
+    assert re.search(r"not finite in step \d+, on the rows \d+ to \d+", results[0][1])
+    assert results[1][1] == ""
+
+
+@pytest.mark.slow
+def test_errors_of_users_are_one_line_of_one_rank(launcher, tmp_path):
+    for more, message in [
+        (["--cp", "3"], "--cp is 3 and there are 2 processes; --cp must divide their number"),
+        (["--batch-size", "3", "--accumulation", "1"], "must be a multiple of that"),
+        (["--device", "cuda:7"], "which this machine does not have"),
+        (["--heads", "5"], "--heads is 5"),
+    ]:
+        results = launcher(tmp_path / "out", *more)
+        assert [code for code, _ in results] == [2, 2], results
+        assert message in results[0][1]
+        if "cuda:7" not in more:
+            assert results[1][1] == ""
+        assert not (tmp_path / "out").exists()
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun in /proc")
+def test_torchrun_starts_a_killed_run_again(launcher, text, tmp_path):
+    """Without --out and --resume: the run of an earlier start is found and continued."""
+    launcher.to_the_end(whole := tmp_path / "whole", "--steps", "12")
+    command = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2 -m"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", *command.split(), "dilated_models.train"),
+            *("--text", str(text), *OPTIONS, "--steps", "12"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not [*tmp_path.glob("runs/*/checkpoint-00000000[2-9]")]:
+        time.sleep(0.01)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert re.search(r"continuing after step \d+", output), output
+    (out,) = (tmp_path / "runs").iterdir()
+    same(out, whole)

@@ -36,8 +36,13 @@ OPTIONS = [
 ]
 
 
-def train(arguments: list[str], port: int, fault: tuple[str, int, int] | None) -> tuple[int, str]:
-    """`dilated train` on this rank; code and output. The fault is a kind, a rank and an event."""
+def train(
+    arguments: list[str], port: int, fault: tuple[str, int, int] | None, released: str
+) -> tuple[int, str]:
+    """`dilated train` on this rank; code and output. The fault is a kind, a rank and an event.
+
+    A rank that hangs goes on when another one has made the file `released`.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     run._SAMPLE_TOKENS = 2
@@ -45,19 +50,19 @@ def train(arguments: list[str], port: int, fault: tuple[str, int, int] | None) -
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if fault is not None and fault[1] == rank:
-        prepare(fault[0], fault[2])
+        prepare(fault[0], fault[2], Path(released))
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = run_command(["train", *arguments])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if fault is None or fault[1] != rank:
-        Path(os.environ["RELEASED"]).touch()
+        Path(released).touch()
     # `run_processes` ends with a barrier: of this rank alone, for others may be dead.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return code, output.getvalue()
 
 
-def prepare(kind: str, last: int) -> None:
+def prepare(kind: str, last: int, released: Path) -> None:
     """Let something happen at the event with this number: a step, a file, a phase of the run."""
     events = 0
 
@@ -67,7 +72,7 @@ def prepare(kind: str, last: int) -> None:
             result = function(*arguments, **options)
             events += 1
             if events == last:
-                happen(kind)
+                happen(kind, released)
             return result
 
         return wrapped
@@ -79,7 +84,7 @@ def prepare(kind: str, last: int) -> None:
             setattr(checkpoints, name, after(getattr(checkpoints, name)))
 
 
-def happen(kind: str) -> None:
+def happen(kind: str, released: Path) -> None:
     if kind.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
@@ -87,16 +92,15 @@ def happen(kind: str) -> None:
     elif kind == "full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     elif kind == "hang":
-        while not Path(os.environ["RELEASED"]).exists():
+        while not released.exists():
             time.sleep(0.05)
 
 
 class Launcher:
     """Starts runs on several processes, each in a folder of its own."""
 
-    def __init__(self, text: Path, folder: Path, size: int, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, text: Path, folder: Path, size: int) -> None:
         self.text, self.folder, self.size = text, folder, size
-        monkeypatch.setenv("RELEASED", str(folder / "released"))
 
     def __call__(
         self, out: Path, *more: str, fault: tuple[str, int, int] | None = None
@@ -109,7 +113,8 @@ class Launcher:
             arguments = ["--resume", "--out", str(out), *more]
         else:
             arguments = ["--text", str(self.text), "--out", str(out), *OPTIONS, *more]
-        return run_processes(train, self.size, arguments, port, fault, timeout_s=400)
+        released = self.folder / f"released {port}"
+        return run_processes(train, self.size, arguments, port, fault, str(released), timeout_s=400)
 
     def or_killed(self, out: Path, *more: str, fault: Any) -> list[tuple[int, str]] | None:
         """As a call; None if a rank was killed."""
@@ -128,8 +133,8 @@ class Launcher:
 
 
 @pytest.fixture
-def launcher(text, tmp_path, monkeypatch) -> Launcher:
-    return Launcher(text, tmp_path, 2, monkeypatch)
+def launcher(text, tmp_path) -> Launcher:
+    return Launcher(text, tmp_path, 2)
 
 
 def same(out: Path, wanted: Path) -> None:

@@ -177,9 +177,10 @@ class _Reader:
         return read
 
     def _betas(self, name: str, value: Any) -> None:
-        if not isinstance(value, list) or len(cast("list[Any]", value)) != 2:
-            self.refuse(name, repr(value), "two numbers")
-        for field, beta in zip(("beta1", "beta2"), cast("list[Any]", value), strict=True):
+        betas = cast("list[Any]", value) if isinstance(value, list) else []
+        if len(betas) != 2:
+            self.refuse(name, str(betas), "two numbers")
+        for field, beta in zip(("beta1", "beta2"), betas, strict=True):
             self.training[field] = check_number(name, beta, at_least=0, below=1)
 
     def _stage(self, name: str, value: Any) -> None:

@@ -172,17 +172,18 @@ def test_other_attention_and_other_models_are_refused(
     cached(dense, tokens[:, :10], cache)
     with pytest.raises(ValueError, match="the model's attention is not 'dilated'"):
         cached(dense, tokens[:, 10:], cache)
-    config = transformers.GPTNeoXConfig(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=48,
-    )
-    config.segment_lengths, config.dilation_rates = [8], [1]
-    neox = transformers.GPTNeoXForCausalLM._from_config(config, attn_implementation="dilated")
-    with pytest.raises(ValueError, match="does not hand the arguments of its attention"):
-        cached(neox.eval(), tokens, DilatedCache(config))
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+    pattern = {"segment_lengths": [8], "dilation_rates": [1]}
+    for kind, match in [
+        ("GPTNeoX", "does not hand the arguments of its attention"),
+        ("DiffLlama", "attends more than once for each update"),
+    ]:
+        config = getattr(transformers, f"{kind}Config")(num_attention_heads=4, **sizes, **pattern)
+        build = getattr(transformers, f"{kind}ForCausalLM")._from_config
+        with pytest.raises(ValueError, match=match):
+            cached(
+                build(config, attn_implementation="dilated").eval(), tokens, DilatedCache(config)
+            )
     sliding = transformers.Qwen2Config(num_hidden_layers=2, use_sliding_window=True)
     sliding.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match=r"Qwen2Config has layers of \['sliding_attention'\]"):

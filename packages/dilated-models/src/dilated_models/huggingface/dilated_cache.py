@@ -104,6 +104,11 @@ class DilatedCacheLayer(CacheLayerMixin):
             ValueError: If positions do not continue the text, the pattern has changed, or a
                 gradient is required.
         """
+        if not self._is_waiting:
+            raise ValueError(
+                "this model attends more than once for each update of its cache, so a DilatedCache "
+                "cannot serve it; use a DynamicCache, which keeps all tokens."
+            )
         B, n, H, D = q.shape
         if visible is not None and visible.shape != (B, self.columns + n):
             raise ValueError(

@@ -37,8 +37,8 @@ PUBLISHED = """\
 `gigapath_slide_enc12l768d`, the same random weights, in turn. On a CPU the published code stops:
 its attention needs CUDA and flash-attn. Here it was given PyTorch's flash attention of the CPU
 instead, which ours runs on, too. Embeddings differ by {difference:.0e} at most. Medians of CPU
-time; *train* is with activation checkpointing in ours, and without in the published code, as each
-comes. The table of positions, a million rows in the published code, has 65,536 here.
+time, and peak memory. The table of positions, a million rows in the published code, has 65,536
+here.
 
 | tokens | | ours | published | published / ours | memory: ours | published |
 | --- | --- | --- | --- | --- | --- | --- |"""

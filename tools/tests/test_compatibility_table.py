@@ -74,10 +74,7 @@ def test_a_row_too_many(tmp_path, row, message):
     "change",
     [
         ('id = "ANA-03d"', 'id = "ANA-03d", check = ""', 'status = "later"', 'status = "soon"'),
-        (
-            'target = "dilated-models", note = "As the planner',
-            'target = "models", note = "As the planner',
-        ),
+        ('status = "later", target = "dilated-ring" }', 'status = "later", target = "ring" }'),
         (', target = "dilated_core.recommended_dtype" }', " }"),
     ],
 )

@@ -80,6 +80,7 @@ GOOD = {
     "dilated_models/huggingface/__init__.py": "import dilated_models.longnet",
     "dilated_models/layers/__init__.py": "import dilated_models.config",
     "dilated_models/longnet/__init__.py": "import dilated_models.layers, dilated_models.text",
+    "dilated_models/planning/__init__.py": "import dilated_models.longnet",
     "dilated_models/slide/__init__.py": "import dilated_models.encoder",
     "dilated_models/pathology/__init__.py": "import dilated_models.checkpoints",
     "dilated_models/slide_encoder.py": "import dilated_models.checkpoints",

@@ -31,6 +31,7 @@ def test_the_public_names() -> None:
         "generate_batch",
         "generate_from",
         "load_model",
+        "plan",
     ]
     assert set(dilated_models.__all__) <= set(dir(dilated_models))
     for name in dilated_models.__all__:

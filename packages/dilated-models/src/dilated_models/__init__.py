@@ -10,7 +10,8 @@ to one embedding. `dilated_models.checkpoints` loads published weights.
 
 Inside: `config`; above it `text` (bytes and tokens), `layers` (the parts of a block) and `encoder`
 (a stack of layers); above them `longnet` (the language model and its files) and `slide` (the slide
-encoder), then `checkpoints`, then `training`, then `cli`. Each stands on those below it.
+encoder), then `checkpoints`, then `planning` (what a model needs on some devices), then `training`,
+then `cli`. Each stands on those below it.
 """
 
 from importlib import import_module as _import_module
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dilated_models.longnet.generation_cache import GenerationCache
     from dilated_models.longnet.language_model import LongNetLM
     from dilated_models.longnet.saving import load_model
+    from dilated_models.planning.plan import plan
     from dilated_models.slide.encoder import LongNetSlideEncoder
     from dilated_models.training.evaluation import evaluate
 
@@ -50,6 +52,7 @@ __all__ = [
     "generate_batch",
     "generate_from",
     "load_model",
+    "plan",
 ]
 
 # Loaded on first use: `dilated --help` does not wait for torch.
@@ -69,6 +72,7 @@ _MODULES = {
     "generate_batch": "dilated_models.longnet.generation",
     "generate_from": "dilated_models.longnet.generation",
     "load_model": "dilated_models.longnet.saving",
+    "plan": "dilated_models.planning.plan",
 }
 
 

@@ -9,20 +9,30 @@ from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.longnet.size import (
     available_bytes,
     check_memory,
+    count_parameters,
     gibibytes,
-    least_parameters,
     model_bytes,
 )
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tie_embeddings": True, "num_kv_heads": 1}, {"num_encoder_layers": 3}], ids=str
+    "change",
+    [
+        {},
+        {"tie_embeddings": True, "num_kv_heads": 1},
+        {"key_conv": 3, "final_layer_norm": False},
+        {"num_encoder_layers": 3, "num_kv_heads": 2},
+    ],
+    ids=str,
 )
-def test_nearly_all_parameters_are_counted(config: LongNetConfig, changes: dict[str, Any]):
-    config = dataclasses.replace(config, d_model=256, dim_feedforward=512, **changes)
-    exact = sum(parameter.numel() for parameter in LongNetLM(config).parameters())
-    assert 0.98 * exact < least_parameters(config) < exact
-    assert model_bytes(config) > 4 * least_parameters(config)
+def test_all_parameters_are_counted(config: LongNetConfig, change: dict[str, Any]):
+    config = dataclasses.replace(config, **change)
+    model = LongNetLM(config)
+    sizes = count_parameters(config)
+    assert sizes.total == sum(parameter.numel() for parameter in model.parameters())
+    in_block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    assert sizes.block + sizes.cross == in_block
+    assert model_bytes(config) > 4 * sizes.total
 
 
 def test_more_than_there_is_is_refused():

@@ -16,6 +16,7 @@ from dilated_models.cli.errors import Boundary
 from dilated_models.cli.evaluate import evaluate
 from dilated_models.cli.generate import generate
 from dilated_models.cli.info import info
+from dilated_models.cli.plan import plan
 from dilated_models.cli.show import show
 from dilated_models.cli.slide import slide
 from dilated_models.cli.slide_finetune import finetune
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, evaluate, generate, info):
+for command in (train, evaluate, generate, plan, info):
     app.command()(command)
 app.add_typer(show)
 slide.command()(finetune)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.language_model import LongNetLM
-from dilated_models.longnet.size import least_parameters
+from dilated_models.longnet.size import count_parameters
 from dilated_models.longnet.stacks import LongNetStacks, check_has_weights
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary, Vocabulary
 
@@ -134,7 +134,7 @@ def load_weights(folder: Path, config: LongNetConfig, make: Callable[[], Model])
     # Read, not mapped: if a mapped file is cut short, the process is killed. And safetensors opens
     # no path that is not UTF-8.
     content = path.read_bytes()
-    num_parameters = least_parameters(config)
+    num_parameters = count_parameters(config).total
     if num_parameters > len(content):  # a parameter takes at least one byte
         raise ValueError(
             f"{str(path)!r} does not hold this model's weights: the model of {CONFIG_FILE} has "

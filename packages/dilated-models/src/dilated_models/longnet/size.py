@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,31 +15,80 @@ from dilated_models.config import LongNetConfig
 _OBJECT_BYTES_PER_LAYER = 38_000
 
 
-def least_parameters(config: LongNetConfig) -> int:
-    """Number of weights in matrices and convolutions: more than 99 % of a model's parameters.
+class Parameters(NamedTuple):
+    """How many parameters a model has, by where they are.
+
+    Attributes:
+        embedding: Of the embedding; with tied weights also of the output layer.
+        output: Of the output layer, if it has its own.
+        norms: Of the LayerNorms behind the blocks.
+        block: Of one block, without cross-attention.
+        cross: Of the cross-attention of one block, with its LayerNorm.
+        block_products, cross_products: Those of both that are weights of matrix products.
+        num_blocks: Number of blocks, of encoder and decoder together.
+        num_cross: How many of them have cross-attention.
+    """
+
+    embedding: int
+    output: int
+    norms: int
+    block: int
+    cross: int
+    block_products: int
+    cross_products: int
+    num_blocks: int
+    num_cross: int
+
+    @property
+    def outside(self) -> int:
+        """Of everything but the blocks."""
+        return self.embedding + self.output + self.norms
+
+    @property
+    def total(self) -> int:
+        """Of the whole model."""
+        return self.outside + self.num_blocks * self.block + self.num_cross * self.cross
+
+    @property
+    def products(self) -> int:
+        """Weights of matrix products of all blocks."""
+        return self.num_blocks * self.block_products + self.num_cross * self.cross_products
+
+
+def count_parameters(config: LongNetConfig) -> Parameters:
+    """The number of parameters of a model.
 
     Computed, because building the model on the meta device imports the compiler: five CPU-seconds.
 
     Example:
-        >>> least_parameters(LongNetConfig(num_tokens=256))
-        85327872
+        >>> count_parameters(LongNetConfig(num_tokens=256)).total
+        85541376
     """
-    vocabulary = config.num_tokens * config.d_model * (1 if config.tie_embeddings else 2)
-    projections = 2 * (config.d_model + config.kv_dim)
-    block = config.d_model * (projections + 2 * config.dim_feedforward + config.key_conv)
-    cross = config.d_model * projections if config.num_encoder_layers else 0
-    blocks = num_blocks(config) * block + config.num_decoder_layers * cross
-    return vocabulary + blocks
-
-
-def num_blocks(config: LongNetConfig) -> int:
-    """Blocks of the encoder and the decoder together."""
-    return config.num_encoder_layers + config.num_decoder_layers
+    width, hidden = config.d_model, config.dim_feedforward
+    projections = 2 * width * (width + config.kv_dim)
+    biases = 2 * (width + config.kv_dim)
+    products = projections + 2 * width * hidden
+    # LayerNorms, of two numbers for each channel, stand before the attention, inside it, before the
+    # feed-forward and inside it; the layers of the feed-forward have biases.
+    others = biases + width + hidden + 2 * (3 * width + hidden) + config.key_conv * width
+    has_encoder = config.num_encoder_layers > 0
+    return Parameters(
+        embedding=config.num_tokens * width,
+        output=0 if config.tie_embeddings else config.num_tokens * width,
+        norms=2 * width * (1 + has_encoder) if config.final_layer_norm else 0,
+        block=products + others,
+        cross=projections + biases + 2 * width if has_encoder else 0,
+        block_products=products,
+        cross_products=projections if has_encoder else 0,
+        num_blocks=config.num_encoder_layers + config.num_decoder_layers,
+        num_cross=config.num_decoder_layers if has_encoder else 0,
+    )
 
 
 def model_bytes(config: LongNetConfig) -> int:
     """Memory of a float32 model: its parameters and its Python objects."""
-    return 4 * least_parameters(config) + _OBJECT_BYTES_PER_LAYER * num_blocks(config)
+    sizes = count_parameters(config)
+    return 4 * sizes.total + _OBJECT_BYTES_PER_LAYER * sizes.num_blocks
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -49,7 +49,8 @@ GRID: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("blocks recomputed", {"activation_checkpointing": True}, {}),
     ("convolution", {"key_conv": 4}, {}),
     ("dropout", {"dropout": 0.1}, {}),
-    ("vocabulary of 8,192", {"num_tokens": 8192}, {}),
+    ("vocabulary of 32,768", {"num_tokens": 32_768}, {}),
+    ("whole logits, 8,192", {"num_tokens": 8192}, {"chunked_loss": False}),
     ("width of 512", {"d_model": 512, "nhead": 8, "dim_feedforward": 2048}, {}),
     ("8 layers of 128", {"d_model": 128, "dim_feedforward": 512, "num_decoder_layers": 8}, {}),
     ("dense", {"segment_lengths": [4096], "dilation_rates": [1]}, {}),
@@ -106,6 +107,8 @@ def _training_step(job: Job, device: torch.device) -> Callable[[], object]:
 
     def loss() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.is_autocast):
+            if job.chunked_loss:
+                return model.loss(tokens, tokens, cu_seqlens=bounds)
             logits = model(tokens, cu_seqlens=bounds)
         return cross_entropy(logits.float(), tokens)
 

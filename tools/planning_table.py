@@ -35,7 +35,7 @@ def billion_plans() -> list[Plan]:
         plan_job(
             Job(
                 model=model, seq_len=SEQ_LEN, dtype="bfloat16", devices=devices, cp=devices,
-                fsdp=True, chunked_loss=True, on_gpu=True,
+                fsdp=True, on_gpu=True,
             ),
             hardware_named(name),
             with_change=False,

@@ -33,10 +33,15 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(job.accumulation):
             with torch.autocast("cpu", torch.bfloat16, enabled=job.dtype == "bfloat16"):
-                logits = self.model(tokens, cu_seqlens=bounds)
-            loss = cross_entropy(logits.float(), tokens)
-            del logits  # as when a function returns
+                if job.chunked_loss:
+                    loss = self.model.loss(tokens, tokens, cu_seqlens=bounds)
+                else:
+                    logits = self.model(tokens, cu_seqlens=bounds)
+            if not job.chunked_loss:
+                loss = cross_entropy(logits.float(), tokens)
+                del logits  # as when a function returns
             loss.backward()
+            del loss
         if optimizer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()

@@ -22,6 +22,7 @@ def small_device(gigabytes: float, **changes) -> Hardware:
 def test_what_binds():
     large = {"seq_len": 32_768, "dtype": "bfloat16", "batch_size": 1}
     assert plan(BASE, **large, hardware="a100-40gb").binding != "memory"
+    large["seq_len"] *= 4
     assert not plan(BASE, **large, hardware="l4").fits
     assert plan(BASE, **large, hardware="l4").binding == "memory"
     assert plan(BASE, seq_len=2048, hardware="laptop").binding == "compute"
@@ -61,8 +62,9 @@ def test_dense_attention_is_the_same_model_with_one_segment():
 @pytest.mark.parametrize(
     ("gigabytes", "fields", "option"),
     [
-        (24, {"seq_len": 65_536, "model": dataclasses.replace(BASE, activation_checkpointing=True)},
-         "--chunked-loss"),
+        (24, {"seq_len": 65_536, "chunked_loss": False,
+              "model": dataclasses.replace(BASE, activation_checkpointing=True)},
+         "--whole-logits"),
         (80, {"seq_len": 262_144, "model": dataclasses.replace(BASE, num_tokens=256)},
          "--checkpoint-activations"),
         (16, {"seq_len": 8192, "batch_size": 8}, "--accumulation"),
@@ -99,7 +101,7 @@ def test_the_cheapest_change(gigabytes, fields, option):
 
 def test_several_changes_then_more_devices():
     device = small_device(24)
-    job = Job(model=BASE, seq_len=131_072, batch_size=1, on_gpu=True)
+    job = Job(model=BASE, seq_len=131_072, on_gpu=True, chunked_loss=False)
     several = cheapest_change(job, device)
     assert several is not None
     assert len(several.what) >= 2
@@ -140,7 +142,7 @@ def test_errors_name_the_value_the_rule_and_the_fix():
 
 def test_a_length_that_xpos_cannot_have_is_noted():
     assert plan(BASE, seq_len=32_768).notes == ()
-    found = plan(BASE, seq_len=2**20, chunked_loss=True)
+    found = plan(BASE, seq_len=2**20)
     assert "plain RoPE" in found.notes[0]
     assert "note: xPos" in str(found)
     assert plan(dataclasses.replace(BASE, positions="rotary"), seq_len=2**20).notes == ()

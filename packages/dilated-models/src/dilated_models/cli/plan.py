@@ -59,8 +59,9 @@ def plan(
     checkpoint_activations: Annotated[
         bool | None, typer.Option(help="Recompute blocks in the backward pass.")
     ] = None,
-    chunked_loss: Annotated[
-        bool, typer.Option("--chunked-loss", help="Make the logits of a chunk of tokens at a time.")
+    whole_logits: Annotated[
+        bool,
+        typer.Option("--whole-logits", help="For a loss of all logits at once, not in chunks."),
     ] = False,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     dtype: Annotated[
@@ -146,7 +147,7 @@ def plan(
         fsdp=fsdp,
         layout=layout,
         exchange=exchange,
-        chunked_loss=chunked_loss,
+        chunked_loss=not whole_logits,
         optimizer=optimizer,
     )
     if html is not None:

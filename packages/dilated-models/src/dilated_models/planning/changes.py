@@ -95,7 +95,7 @@ def _single_changes(job: Job, hardware: Hardware) -> Iterator[_Step]:
         if not job.chunked_loss:
             yield _Step(
                 "loss",
-                "compute the loss in chunks (--chunked-loss)",
+                "compute the loss in chunks (without --whole-logits)",
                 job.replace(chunked_loss=True),
             )
         if not job.model.activation_checkpointing:

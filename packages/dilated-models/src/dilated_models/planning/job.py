@@ -44,7 +44,8 @@ class Job:
         fsdp: Whether parameters, gradients and optimiser are spread over all ranks (FSDP2).
             Otherwise each rank holds all of them (DistributedDataParallel).
         layout, exchange: As in `ContextParallel`.
-        chunked_loss: Whether the loss makes the logits of one chunk of tokens at a time.
+        chunked_loss: Whether the loss makes the logits of one chunk of tokens at a time, as that of
+            `dilated train` does; False for a loss of whole logits.
         optimizer: `"adamw"` or `"sgd"`.
         on_gpu: Whether the devices are GPUs, where autocast runs LayerNorms in float32.
 
@@ -64,7 +65,7 @@ class Job:
     fsdp: bool = False
     layout: Layout = "contiguous"
     exchange: Exchange = "auto"
-    chunked_loss: bool = False
+    chunked_loss: bool = True
     optimizer: Optimizer = "adamw"
     on_gpu: bool = False
 
@@ -92,7 +93,7 @@ class Job:
                     "or 'bfloat16', because gradients leave the range of float16."
                 )
             return
-        for name, value in (("accumulation", 1), ("chunked_loss", False), ("optimizer", "adamw")):
+        for name, value in (("accumulation", 1), ("chunked_loss", True), ("optimizer", "adamw")):
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r} and mode is {self.mode!r}; it is for "

@@ -227,12 +227,12 @@ def plan(
         TypeError, ValueError: If an option is wrong.
 
     Example:
-        >>> config = LongNetConfig(num_tokens=32_000, activation_checkpointing=True)
+        >>> config = LongNetConfig(num_tokens=32_000)
         >>> found = plan(config, seq_len=131_072, dtype="bfloat16", hardware="a100-40gb")
         >>> found.fits, found.binding
         (False, 'memory')
         >>> found.change.what
-        ('compute the loss in chunks (--chunked-loss)',)
+        ('recompute blocks in the backward pass (--checkpoint-activations)',)
     """
     if isinstance(model, str | os.PathLike):
         model = LongNetConfig.from_dict(read_config(Path(model))["model"])

@@ -45,7 +45,7 @@ def _heading(plan: Plan) -> list[str]:
             if model.activation_checkpointing and job.mode == "training"
             else []
         ),
-        *(["loss in chunks"] if job.chunked_loss else []),
+        *([] if job.chunked_loss else ["whole logits"]),
     ]
     return [
         f"model     {plan.parameters / 1e6:,.1f}M parameters, {layers} layers of "

@@ -80,9 +80,7 @@ def fit_memory(
     while True:
         try:
             check_memory(
-                training_bytes(
-                    model, training, cp=cp, shards=shards, on_gpu=device.type != "cpu"
-                ),
+                training_bytes(model, training, cp=cp, shards=shards, on_gpu=device.type != "cpu"),
                 f"training with batch_size {training.batch_size}, seq_len {training.seq_len} and "
                 f"{model.num_decoder_layers} layers",
                 device,

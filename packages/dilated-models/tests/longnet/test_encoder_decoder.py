@@ -17,6 +17,7 @@ from dilated_models import (
 from dilated_models.longnet import generation_cache
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
 OPTIONS = {
     "d_model": 32, "nhead": 4, "num_encoder_layers": 2, "num_decoder_layers": 2,
@@ -123,6 +124,35 @@ def test_padded_rows_are_as_alone(side, padding):
     only = model(src, torch.stack([tgts[0]] * 3), src_mask)
     alone = torch.cat([model(s[None], tgts[0][None]) for s in srcs])
     torch.testing.assert_close(only, alone, rtol=0, atol=1e-11)
+
+
+def test_the_loss_is_that_of_the_logits():
+    model = made(tie_embeddings=True)
+    src, src_mask = padded([text(30)[:n] for n in (30, 2, 17)], "left")
+    rows = [text(25, seed=2)[:n] for n in (12, 25, 1)]
+    tgt, tgt_mask = padded(rows, "left")
+    logits = model(src, tgt, src_mask, tgt_mask)
+    labels = torch.full_like(tgt, -100)
+    labels[:, :-1] = tgt[:, 1:].masked_fill(tgt_mask[:, :-1], -100)
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, -1)
+    masks = {"src_key_padding_mask": src_mask, "tgt_key_padding_mask": tgt_mask}
+    for chosen in (None, labels):
+        each = model.loss(src, tgt, chosen, **masks, reduction="none")
+        torch.testing.assert_close(each, expected, rtol=0, atol=1e-11)
+    weights = list(model.parameters())
+    mean = expected.sum() / (labels != -100).sum()
+    found, wanted = (
+        torch.autograd.grad(loss, weights) for loss in (model.loss(src, tgt, **masks), mean)
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    plain = cross_entropy(model(src, tgt)[:, :-1].flatten(0, 1), tgt[:, 1:].flatten())
+    torch.testing.assert_close(model.loss(src, tgt), plain, rtol=0, atol=1e-11)
+    states = torch.randn(3, 5, 32).double()
+    with pytest.raises(ValueError, match="a loss needs tokens to score"):
+        model.loss(src, states)
+    assert model.loss(src, states, tgt[:, :5]).isfinite()
+    with pytest.raises(ValueError, match="there must be one label for each position"):
+        model.loss(src, tgt, labels[:, 1:])
 
 
 def test_a_target_sees_all_of_its_source_and_nothing_later():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Never, Self
 
 import torch
+from dilated_core import linear_cross_entropy
 from dilated_core.checks import check_bool, check_tensor
 from dilated_core.modules.options import check_forward_names, from_options
 from torch import Tensor
@@ -24,6 +25,8 @@ from dilated_models.longnet.encoder_decoder_config import (
     check_padding,
 )
 from dilated_models.longnet.generation_cache import GenerationCache
+from dilated_models.longnet.language_model import next_tokens
+from dilated_models.longnet.packed_rows import PackedRows
 from dilated_models.longnet.saving import load_weights, read_config, save_model, write_config
 from dilated_models.longnet.stacks import LongNetStacks, check_tokens
 
@@ -137,7 +140,7 @@ class LongNet(LongNetStacks):
     ) -> Tensor:
         """The encoder's states, `(B, N, d_model)`, 0 for padding; arguments as of `forward`."""
         self._check("src", src, src_key_padding_mask)
-        packed = None if src_key_padding_mask is None else _Packed(src_key_padding_mask)
+        packed = None if src_key_padding_mask is None else PackedRows(src_key_padding_mask)
         x = self.embed(src if packed is None else packed.taken_from(src))
         rotation, documents = self._places(x, packed)
         x = self.run(
@@ -164,24 +167,107 @@ class LongNet(LongNetStacks):
 
         Other arguments, result and errors are those of `forward`.
         """
+        states, packed = self._decoded(
+            *(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask),
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )
+        return self._scored(states if packed is None else packed.put_back(states))
+
+    def loss(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        labels: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        *,
+        src_is_causal: bool = False,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        count: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of every next token of `tgt`, without ever holding the logits of all tokens.
+
+        Example::
+
+            model.loss(src, tgt).backward()
+
+        Args:
+            src, tgt, src_key_padding_mask, tgt_key_padding_mask, src_is_causal: As of `forward`.
+            labels: `(B, M)`, int64: the token that comes after each of `tgt`, `ignore_index` where
+                none counts. None: the next one of `tgt` that is no padding; the last has none.
+            ignore_index, reduction, count: As of `dilated_core.linear_cross_entropy`.
+
+        Returns:
+            A scalar; for `reduction="none"` `(B, M)`, 0 for padding.
+
+        Raises:
+            TypeError, ValueError: As `forward` and `dilated_core.linear_cross_entropy`; or if the
+                model has no tokens, or embeddings are given without labels.
+        """
+        if not self.config.num_tokens or (labels is None and tgt.is_floating_point()):
+            raise ValueError(
+                f"num_tokens is {self.config.num_tokens} and labels is None; a loss needs tokens "
+                f"to score, so give labels, to a model with num_tokens."
+            )
+        if labels is not None:
+            check_tokens("labels", labels, "(B, M)", ndim=2)
+            if labels.shape != tgt.shape[:2]:
+                raise ValueError(
+                    f"labels has shape {tuple(labels.shape)} and tgt {tuple(tgt.shape)}; there "
+                    f"must be one label for each position."
+                )
+        self._check("src", src, src_key_padding_mask)
+        self._check("tgt", tgt, tgt_key_padding_mask)
+        memory = self.encode(src, src_key_padding_mask, is_causal=src_is_causal)
+        masks = tgt_key_padding_mask, src_key_padding_mask
+        states, packed = self._decoded(tgt, memory, *masks)
+        if labels is None:
+            bounds = None if packed is None else packed.cu_seqlens
+            tokens = tgt if packed is None else packed.taken_from(tgt)
+            labels = next_tokens(tokens, bounds, ignore_index)
+        elif packed is not None:
+            labels = packed.taken_from(labels)
+        loss = linear_cross_entropy(
+            states,
+            self.output.weight,
+            labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            count=count,
+        )
+        return loss if packed is None or reduction != "none" else packed.put_back(loss)
+
+    def _decoded(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_key_padding_mask: Tensor | None,
+        memory_key_padding_mask: Tensor | None,
+        *,
+        tgt_is_causal: bool = True,
+        memory_is_causal: bool = False,
+    ) -> tuple[Tensor, PackedRows | None]:
+        """The states of the decoder, and how they are packed if `tgt` is padded."""
         self._check("tgt", tgt, tgt_key_padding_mask)
         check_memory_states(self.config, memory, memory_key_padding_mask, len(tgt))
         self._check_alignment(
             tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal
         )
         seen = Memory(memory, memory_is_causal, None, memory_key_padding_mask)
-        packed = None if tgt_key_padding_mask is None else _Packed(tgt_key_padding_mask)
+        packed = None if tgt_key_padding_mask is None else PackedRows(tgt_key_padding_mask)
         if packed is not None:
             hidden = memory_key_padding_mask
             if hidden is None:
                 hidden = torch.zeros(memory.shape[:2], dtype=torch.bool, device=memory.device)
-            rows = _Packed(hidden)
+            rows = PackedRows(hidden)
             seen = Memory(rows.taken_from(memory), memory_is_causal, rows.cu_seqlens)
         x = self.embed(tgt if packed is None else packed.taken_from(tgt))
         rotation, documents = self._places(x, packed)
         is_causal = check_bool("tgt_is_causal", tgt_is_causal)
-        x = self.final_norm(self.run(self.blocks, x, rotation, is_causal, documents, memory=seen))
-        return self._scored(x if packed is None else packed.put_back(x))
+        x = self.run(self.blocks, x, rotation, is_causal, documents, memory=seen)
+        return self.final_norm(x), packed
 
     def step(
         self, tgt: Tensor, cache: GenerationCache, lengths: Tensor | Sequence[int] | None = None
@@ -257,7 +343,7 @@ class LongNet(LongNetStacks):
         return self.output(states) if self.config.num_tokens else states
 
     def _places(
-        self, x: Tensor, packed: _Packed | None
+        self, x: Tensor, packed: PackedRows | None
     ) -> tuple[PositionCode | None, Documents | None]:
         """The positions of the rows of `x`, and the sequences that are packed in it."""
         length = x.shape[0] if packed is not None else x.shape[1]
@@ -304,28 +390,3 @@ class LongNet(LongNetStacks):
                 f"memory {tuple(memory.shape[:2])}; both must have the same length and the same "
                 f"padding, so pass memory_is_causal=False."
             )
-
-
-class _Packed:
-    """Rows of a batch that are no padding, one sequence after another.
-
-    Args:
-        padding: `(B, S)`.
-
-    Attributes:
-        cu_seqlens: `(B + 1,)`, where each sequence begins.
-    """
-
-    def __init__(self, padding: Tensor) -> None:
-        self.shape = padding.shape
-        self.at = (~padding).nonzero(as_tuple=True)
-        counts = (~padding).sum(1)
-        self.cu_seqlens = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-
-    def taken_from(self, x: Tensor) -> Tensor:
-        """`(B, S, …)` -> `(T, …)`."""
-        return x[self.at]
-
-    def put_back(self, x: Tensor) -> Tensor:
-        """`(T, …)` -> `(B, S, …)`, 0 for padding."""
-        return x.new_zeros(*self.shape, *x.shape[1:]).index_put(self.at, x)

@@ -219,11 +219,14 @@ def _table(blocks: BlockLists, num_heads: int) -> torch.Tensor:
     return table if P == 1 else table.repeat_interleave(num_heads // P, 0)
 
 
-def _kernel_options(size: int) -> dict[str, Any] | None:
-    """Tiles that divide a block, where PyTorch's own choice may not."""
-    if size % _TILES == 0:
-        return None
-    tile = size & -size
-    forward = dict.fromkeys(("fwd_BLOCK_M", "fwd_BLOCK_N"), tile)
-    backward = dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), tile)
-    return {**forward, **backward}
+def _kernel_options(size: int) -> dict[str, Any]:
+    """One kernel for all lengths, with tiles that divide a block.
+
+    PyTorch has another kernel for fewer than 128 queries, whose tiles depend on their number.
+    """
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if size % _TILES:
+        tile = size & -size
+        sides = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1")
+        options |= dict.fromkeys((*sides, "bwd_BLOCK_M2", "bwd_BLOCK_N2"), tile)
+    return options

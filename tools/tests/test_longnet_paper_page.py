@@ -137,6 +137,12 @@ def test_strided_branches_are_shown_by_place_and_residue(written):
     assert "| 0 | rates 2 and 4 | 100% (100% to 100%) | 20% (20% to 20%) |" in text
     assert "| 2 | rate 2 | 100% (100% to 100%) | 0% (0% to 0%) |" in text
     assert "2 seeds." in text
+    assert "learnt to copy, and the others have not." in text
+    rows = strided_rows()
+    for row in rows:
+        for entry in row["accuracy"]:
+            entry["right"] //= 4
+    assert "says nothing about what strided branches learn" in written(strided=rows)[0]
     assert "LongNet" in pictures["longnet-paper-strided.svg"]
 
 

@@ -36,7 +36,7 @@ NUMBER = re.compile(
 _CODE = re.compile(
     r"^```.*?^```"  # a block
     r"|`[^`\n]*`"
-    r"|^<!-- python -m tools\.\w+ writes this table -->.*?^<!-- end -->"
+    r"|^<!-- python -m tools\.\w+ writes [^\n]*-->.*?^<!-- end -->"
     r"|\]\([^)]*\)"  # an address
     r"|<!--.*?-->",
     re.MULTILINE | re.DOTALL,

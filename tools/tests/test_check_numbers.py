@@ -58,6 +58,7 @@ def test_a_number_without_a_source_is_found(check, number):
         "```bash\nsleep 5 s  # 5 s\n```",
         "Call `wait(5 s)` or see [the page](https://example.org/takes-5 s).",
         "<!-- python -m tools.some_table writes this table -->\n| 5 s |\n<!-- end -->\n",
+        "<!-- python -m tools.some_table writes this: one_of_two -->\n| 5 s |\n<!-- end -->\n",
     ],
 )
 def test_shapes_code_and_generated_tables_are_left_out(check, text):

@@ -26,6 +26,7 @@ COMMANDS = {
     "short_sequences": ["short_sequences.py"],
     "generation": ["generation.py"],
     "block_sparse": ["block_sparse.py"],
+    "adaptive_speed": ["block_sparse.py", "--adaptive"],
     "hilbert": ["hilbert.py"],
     "ring": ["ring.py"],
     "chunked_loss": ["chunked_loss.py"],
@@ -53,6 +54,7 @@ QUICK = {
 ONE_THREAD = {
     "generation",
     "block_sparse",
+    "adaptive_speed",
     "hilbert",
     "plan_check",
     "border_copies",

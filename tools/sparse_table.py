@@ -18,6 +18,14 @@ content decides where mass lies; patterns do not read the content, adaptive atte
 
 """
 
+ADAPTIVE = """\
+## Choosing blocks by content
+
+`AdaptiveSparseAttention` with {sparsity_ratio:.0%} of the blocks, causal, on the same inputs and in
+the same way: speed-ups over dense attention, and the share of the time that choosing takes.
+
+"""
+
 BORDERS = """\
 ## Copying across borders of segments
 
@@ -71,6 +79,7 @@ def sparse_sections(results: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and lines of each section whose result was recorded."""
     sections: dict[str, Callable[[Rows], list[str]]] = {
         "block_sparse": block_sparse,
+        "adaptive_speed": adaptive_speed,
         "adaptive_recall": adaptive_recall,
         "adaptive_retrieval": adaptive_retrieval,
         "border_copies": border_copies,
@@ -106,17 +115,6 @@ def block_sparse(rows: Rows) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *_crossovers(speed)]
-    for row in (row for row in rows if row["part"] == "adaptive"):
-        forward, backward = (
-            row[part]["dense_cpu_s"] / row[part]["sparse_cpu_s"] for part in ("forward", "backward")
-        )
-        lines += [
-            "",
-            f"`AdaptiveSparseAttention` with {row['sparsity_ratio']:.0%} of the blocks, causal, "
-            f"{row['seq_len']:,} positions: {forward:.1f} times as fast forward as dense "
-            f"attention, {backward:.1f} backward, {row['mass']:.1%} of the mass; choosing takes "
-            f"{row['selector_share_of_forward']:.1%} of forward.",
-        ]
     memory = [row for row in rows if row["part"] == "memory"]
     lines += [
         "",
@@ -129,6 +127,33 @@ def block_sparse(rows: Rows) -> list[str]:
         f"| {row['bytes_above_inputs'] / 2**20:.0f} MiB |"
         for row in memory
     ]
+    return lines
+
+
+def adaptive_speed(rows: Rows) -> list[str]:
+    """Speed of attention that chooses its blocks, and what choosing takes of it."""
+    lines = [
+        ADAPTIVE.format(**rows[0])
+        + "| positions | kept | mass | forward | backward | choosing, of forward "
+        "| choosing, of forward and backward |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        dense, sparse = (
+            [row[part][f"{name}_cpu_s"] for part in ("forward", "backward")]
+            for name in ("dense", "sparse")
+        )
+        choosing = row["selector_share_of_forward"] * sparse[0]
+        cells = [
+            f"{row['seq_len']:,}",
+            f"{row['kept']:.1%}",
+            f"{row['mass']:.1%}",
+            f"{dense[0] / sparse[0]:.1f}",
+            f"{dense[1] / sparse[1]:.1f}",
+            f"{choosing / sparse[0]:.1%}",
+            f"{choosing / sum(sparse):.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -146,7 +146,12 @@ def test_a_checkpoint_continues_on_any_number_of_processes(text, tmp_path, chain
 
 
 @pytest.mark.parametrize(
-    ("cp", "fsdp"), [(1, True), pytest.param(3, False, marks=pytest.mark.exhaustive)]
+    ("cp", "fsdp"),
+    [
+        (1, False),
+        pytest.param(1, True, marks=pytest.mark.exhaustive),
+        pytest.param(3, False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_as_many_processes_continue_bit_for_bit(text, tmp_path, cp, fsdp):
     """With dropout, and three ranks, whose sums round by their order."""

@@ -227,6 +227,21 @@ def test_generation_is_the_argmax_of_full_forwards():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("kind", ["moba", "nsa"])
+def test_attention_that_is_causal_only_needs_a_causal_source(kind):
+    branches = ("segment_lengths", "dilation_rates")
+    options = {name: value for name, value in OPTIONS.items() if name not in branches}
+    torch.manual_seed(0)
+    model = LongNet(**options, num_tokens=61, attention_kind=kind).eval()
+    src, steps = text(1, 40), {"max_new_tokens": 3, "temperature": 0}
+    with pytest.raises(ValueError, match="pass is_causal=True"):
+        model(src, src)
+    found = [t for (t,) in generate_from(model, src, [[0]], src_is_causal=True, **steps)]
+    for i, token in enumerate(found):
+        tgt = torch.tensor([[0, *found[:i]]])
+        assert model(src, tgt, src_is_causal=True)[0, -1].argmax() == token
+
+
 def test_states_are_stepped_too():
     model = made(num_tokens=0).eval()
     src, tgt = torch.randn(2, 20, 32).double(), torch.randn(2, 9, 32).double()

@@ -186,6 +186,7 @@ def generate_from(
     prompts: Sequence[Sequence[int]],
     *,
     src_key_padding_mask: Tensor | None = None,
+    src_is_causal: bool = False,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -203,6 +204,7 @@ def generate_from(
         src: As for `LongNet.forward`, tokens or embeddings; B sources.
         prompts: B beginnings of targets, at least one token each, such as a token for the start.
         src_key_padding_mask: As for `LongNet.forward`; on either side.
+        src_is_causal: As for `LongNet.forward`, and as the model was trained.
         max_new_tokens, temperature, top_k, top_p: As for `generate`.
         seed: Of the draws of the first target; each next one has the next seed.
 
@@ -234,7 +236,7 @@ def generate_from(
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, at_least=1)
     sampling = Sampling.of(temperature, top_k, top_p)
     with evaluating(model), torch.no_grad():
-        memory = model.encode(src, src_key_padding_mask)
+        memory = model.encode(src, src_key_padding_mask, is_causal=src_is_causal)
     if len(texts) != len(memory) or not texts:
         raise ValueError(
             f"prompts holds {len(texts)} prompts and src {len(memory)} sources; there must be one "

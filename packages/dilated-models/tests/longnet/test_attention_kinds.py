@@ -236,6 +236,7 @@ def test_calls_that_cannot_be_honoured_are_refused() -> None:
 
 def test_weights_drawn_anew_are_those_of_a_new_model() -> None:
     for kind in KINDS:
+        torch.manual_seed(1)
         model, torch_state = LongNetLM(config_of(kind)), torch.get_rng_state()
         before = {name: x.clone() for name, x in model.state_dict().items()}
         for parameter in model.parameters():
@@ -244,7 +245,8 @@ def test_weights_drawn_anew_are_those_of_a_new_model() -> None:
         model.reset_parameters()
         for name, x in model.state_dict().items():
             assert not (x == 7).any(), name
-            assert x.std() < 2 * before[name].std() + 1e-6, name
+            if x.numel() > 100:  # of few draws the deviation is a draw itself
+                assert x.std() < 2 * before[name].std() + 1e-6, name
         torch.set_rng_state(torch_state)
         config_of(kind)  # options are checked without a draw
         assert torch.equal(torch.get_rng_state(), torch_state)

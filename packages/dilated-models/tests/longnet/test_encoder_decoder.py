@@ -148,8 +148,10 @@ def test_the_loss_is_that_of_the_logits():
     plain = cross_entropy(model(src, tgt)[:, :-1].flatten(0, 1), tgt[:, 1:].flatten())
     torch.testing.assert_close(model.loss(src, tgt), plain, rtol=0, atol=1e-11)
     states = torch.randn(3, 5, 32).double()
-    with pytest.raises(ValueError, match="a loss needs tokens to score"):
+    with pytest.raises(ValueError, match="tgt holds embeddings; give the labels"):
         model.loss(src, states)
+    with pytest.raises(ValueError, match="a loss needs a model that scores tokens"):
+        made(num_tokens=0).loss(states, states, tgt[:, :5])
     assert model.loss(src, states, tgt[:, :5]).isfinite()
     with pytest.raises(ValueError, match="there must be one label for each position"):
         model.loss(src, tgt, labels[:, 1:])

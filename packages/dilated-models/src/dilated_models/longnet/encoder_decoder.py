@@ -206,11 +206,10 @@ class LongNet(LongNetStacks):
             TypeError, ValueError: As `forward` and `dilated_core.linear_cross_entropy`; or if the
                 model has no tokens, or embeddings are given without labels.
         """
-        if not self.config.num_tokens or (labels is None and tgt.is_floating_point()):
-            raise ValueError(
-                f"num_tokens is {self.config.num_tokens} and labels is None; a loss needs tokens "
-                f"to score, so give labels, to a model with num_tokens."
-            )
+        if not self.config.num_tokens:
+            raise ValueError("num_tokens is 0; a loss needs a model that scores tokens.")
+        if labels is None and tgt.is_floating_point():
+            raise ValueError("labels is None and tgt holds embeddings; give the labels.")
         if labels is not None:
             check_tokens("labels", labels, "(B, M)", ndim=2)
             if labels.shape != tgt.shape[:2]:

@@ -132,6 +132,17 @@ def test_errors_are_within_twice_those_of_whole_logits(chunks_of, dtype):
         assert relative_error(a, c) <= 2 * relative_error(b, c) + torch.finfo(a.dtype).eps, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_on_a_gpu(dtype):
+    data = [x.cuda() for x in problem((1, 3000), dtype=dtype, width=64, classes=40_000)]
+    exact = whole(*(x.double() for x in data[:3]), data[3])
+    plain, ours = whole(*data), chunked(*data)  # three chunks
+    for name, a, b, c in zip(("loss", "hidden", "weight", "bias"), ours, plain, exact, strict=True):
+        assert relative_error(a, c) <= 2 * relative_error(b, c) + torch.finfo(a.dtype).eps, name
+    assert all(torch.equal(a, b) for a, b in zip(chunked(*data), ours, strict=True))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_small_gradients_survive_float16(reduction):
     """One label among 2^27 of the batch: (p − 1)/2^27 alone is 0 in float16."""

@@ -122,8 +122,8 @@ def _training_step(job: Job, device: torch.device) -> Callable[[], object]:
     return step
 
 
-def measure(job: Job, device: torch.device) -> dict[str, float]:
-    """Peak bytes and the median seconds of a step; in a process of its own."""
+def measure(job: Job, device: torch.device, *, steps: int) -> dict[str, float]:
+    """Peak bytes and the median seconds of steps after the first; in a process of its own."""
     # Loads kernels and libraries, whose memory is not the model's.
     small = dataclasses.replace(
         job.model, d_model=32, nhead=2, num_decoder_layers=1, dim_feedforward=32, num_tokens=16
@@ -138,7 +138,7 @@ def measure(job: Job, device: torch.device) -> dict[str, float]:
     step = step_of(job, device)
     clock = time.perf_counter if is_gpu else time.process_time
     times: list[float] = []
-    for _ in range(STEPS + 1):
+    for _ in range(1 + steps):
         if is_gpu:
             torch.cuda.synchronize()
         begin = clock()
@@ -173,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--one", type=int, help="measure this row only, and print it as JSON")
+    parser.add_argument("--steps", type=int, default=STEPS, help="timed in each process")
     parser.add_argument("--rows", type=int, nargs="*", help="of the grid; all if left out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.one is not None:
         _, model, fields = GRID[options.one]
-        print(json.dumps(measure(job_of(model, fields, is_gpu=is_gpu), device)))
+        job = job_of(model, fields, is_gpu=is_gpu)
+        print(json.dumps(measure(job, device, steps=options.steps)))
         return
     clock = time.perf_counter if is_gpu else time.process_time
     dtypes = ("float32", "bfloat16") if is_gpu else ("float32",)
@@ -194,9 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
         plan = plan_of(number, hardware, is_gpu=is_gpu)
         command = ("plan_check.py", "--one", str(number), "--device", options.device)
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
-        without_holes = peak_memory_in_fresh_process(*command)["bytes"]
+        without_holes = peak_memory_in_fresh_process(*command, "--steps", "1")["bytes"]
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
-        measured = peak_memory_in_fresh_process(*command)
+        measured = peak_memory_in_fresh_process(*command, "--steps", str(options.steps))
         rows.append(row_of(number, plan, measured, without_holes))
         row = rows[-1]
         print(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from dilated_models import LongNetConfig, plan
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
 from dilated_models.planning.changes import cheapest_change
 from dilated_models.planning.hardware import AT_MOST, DATA_SHEETS, Hardware, Rates, hardware_named
 from dilated_models.planning.job import Job
@@ -135,6 +136,12 @@ def test_errors_name_the_value_the_rule_and_the_fix():
         plan(BASE, seq_len=6.5)
     with pytest.raises(TypeError, match="model is a int"):
         Job(model=5, seq_len=64)
+    two = EncoderDecoderConfig(num_tokens=8, num_encoder_layers=1)
+    with pytest.raises(TypeError, match="model is an EncoderDecoderConfig; it must be"):
+        plan(two, seq_len=64)
+    with_encoder = dataclasses.replace(BASE, num_encoder_layers=1)
+    with pytest.raises(ValueError, match="generation is planned for models without an encoder"):
+        plan(with_encoder, seq_len=64, mode="prefill")
     windowed = dataclasses.replace(BASE, local_window=8)
     with pytest.raises(ValueError, match="cp is 2 and the model has a local_window of 8"):
         plan(windowed, seq_len=64, cp=2, devices=2)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from dilated_core.checks import check_bool, check_choice, check_integer
 
 from dilated_models.config import LongNetConfig
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
 
 Mode = Literal["training", "forward", "prefill", "decoding"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -72,6 +73,11 @@ class Job:
     def __post_init__(self) -> None:
         if not isinstance(self.model, LongNetConfig):
             raise TypeError(f"model is a {type(self.model).__name__}; it must be a LongNetConfig.")
+        if isinstance(self.model, EncoderDecoderConfig):
+            raise TypeError(
+                "model is an EncoderDecoderConfig; it must be a LongNetConfig, because plans are for "
+                "models of one sequence, so plan for one with num_encoder_layers."
+            )
         for name in ("seq_len", "batch_size", "accumulation", "devices", "cp"):
             check_integer(name, getattr(self, name), at_least=1)
         choices = {

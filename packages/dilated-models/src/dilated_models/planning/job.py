@@ -75,8 +75,8 @@ class Job:
             raise TypeError(f"model is a {type(self.model).__name__}; it must be a LongNetConfig.")
         if isinstance(self.model, EncoderDecoderConfig):
             raise TypeError(
-                "model is an EncoderDecoderConfig; it must be a LongNetConfig, because plans are for "
-                "models of one sequence, so plan for one with num_encoder_layers."
+                "model is an EncoderDecoderConfig; it must be a LongNetConfig, because plans are "
+                "for models of one sequence, so plan for one with num_encoder_layers."
             )
         for name in ("seq_len", "batch_size", "accumulation", "devices", "cp"):
             check_integer(name, getattr(self, name), at_least=1)

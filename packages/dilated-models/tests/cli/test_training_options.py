@@ -39,10 +39,12 @@ def test_the_preset_and_its_options(text: Path, tmp_path: Path):
     assert preset["training"]["first_seq_len"] == share * 32  # --seq-len is 32
     assert preset["model"]["key_conv"] == model["key_conv"] > 0
     off = ["--warm-up-copies", 0, "--first-seq-len", 8, "--key-conv", 0, "--growth", 0.2]
+    off += ["--local-window", 8]
     own = train(text, tmp_path / "own", *off)
     assert own["training"]["warmup_copies"] == own["model"]["key_conv"] == 0
     assert own["training"]["first_seq_len"] == 8
     assert own["training"]["growth"] == 0.2
+    assert own["model"]["local_window"] == 8
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_refusals(text: Path, tmp_path: Path, options: list[object], message: st
     assert not (tmp_path / "run").exists()
 
 
-def test_another_kind_of_attention_and_a_window(text: Path, tmp_path: Path):
+def test_another_kind_of_attention(text: Path, tmp_path: Path):
     """Their options are those of the saved model, and the preset's branches are left out."""
     out = tmp_path / "blocks"
     small = [x for x in SMALL if x not in ("--segment-lengths", "8,32", "--dilation-rates", "1,2")]
@@ -85,8 +87,6 @@ def test_another_kind_of_attention_and_a_window(text: Path, tmp_path: Path):
         "sparsity_ratio": 0.5,
         "block_size": 8,
     }
-    own = train(text, tmp_path / "window", "--local-window", 8)
-    assert own["model"]["local_window"] == 8
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_twenty_kills_change_no_bit(launcher, tmp_path, grid):
     same(out, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_for_one_rank_saves_and_ends_all(launcher, tmp_path):
     launcher.to_the_end(whole := tmp_path / "whole")
     results = launcher(out := tmp_path / "out", fault=("stop", 1, 3))
@@ -199,7 +199,7 @@ def test_a_signal_for_one_rank_saves_and_ends_all(launcher, tmp_path):
     same(out, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_keeps_the_last_checkpoint(launcher, tmp_path, rank):
     launcher.to_the_end(whole := tmp_path / "whole")
@@ -212,7 +212,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(launcher, tmp_path, rank):
     same(out, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("rank", "grid"), [(1, []), (0, ["--fsdp"]), (2, ["--cp", "3"])])
 def test_a_rank_that_hangs_is_named(launcher, tmp_path, rank, grid):
     launcher.size = 3
@@ -223,7 +223,7 @@ def test_a_rank_that_hangs_is_named(launcher, tmp_path, rank, grid):
             assert re.search(rf"rank {rank} (does not answer|failed)", text), results
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loss_that_is_not_finite_ends_all_ranks(launcher, tmp_path):
     results = launcher(tmp_path / "out", "--lr", "1e30", "--warmup-steps", "0")
     assert [code for code, _ in results] == [1, 1], results
@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(launcher, tmp_path):
     assert results[1][1] == ""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_errors_of_users_are_one_line_of_one_rank(launcher, tmp_path):
     for more, message in [
         (["--cp", "3"], "--cp is 3 and there are 2 processes; --cp must divide their number"),
@@ -251,7 +251,7 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun in /proc")
 def test_torchrun_starts_a_killed_run_again(launcher, text, tmp_path):
     """Without --out and --resume: the run of an earlier start is found and continued."""

@@ -59,8 +59,6 @@ GRID: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("short rows", {}, {"seq_len": 256, "batch_size": 16}),
     ("in two parts", {}, {"batch_size": 2, "accumulation": 2}),
     ("forward", {}, {"mode": "forward", "seq_len": 16_384}),
-    ("decoding", {"segment_lengths": [8192], "dilation_rates": [1]},
-     {"mode": "decoding", "batch_size": 8, "seq_len": 64}),
 ]  # fmt: skip
 ON_GPU: dict[str, Any] = {
     "d_model": 1024, "nhead": 16, "dim_feedforward": 4096, "num_decoder_layers": 12,
@@ -90,13 +88,7 @@ def step_of(job: Job, device: torch.device) -> Callable[[], object]:
         return _training_step(job, device)
     model = LongNetLM(job.model, device=device, dtype=getattr(torch, job.dtype)).eval()
     tokens = torch.zeros(job.rows, job.seq_len, dtype=torch.int64, device=device)
-    if job.mode == "forward":
-        return torch.no_grad()(lambda: model(tokens))
-    from dilated_models import GenerationCache
-
-    cache = GenerationCache(model, job.rows)
-    model(tokens, cache=cache)
-    return lambda: model(tokens[:, :1], cache=cache)
+    return torch.no_grad()(lambda: model(tokens))
 
 
 def _training_step(job: Job, device: torch.device) -> Callable[[], object]:

@@ -226,7 +226,7 @@ def test_lists_are_padded_once(by_lists):
     assert (after.misses, after.hits) == (before.misses + 1, before.hits + 5)
 
 
-@pytest.mark.parametrize("is_masked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_masked", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_other_lengths_and_lists_compile_nothing(monkeypatch, is_masked):
     """The path of a GPU up to code generation: one graph, whatever the lengths and the lists."""
     compiled = torch.compile(
@@ -248,7 +248,7 @@ def test_other_lengths_and_lists_compile_nothing(monkeypatch, is_masked):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_kernel_reads_the_lists():
     """PyTorch's kernel for CPU, which returns no lse, and takes rows of N blocks only."""
     flex_attention = importlib.import_module(PYTORCH).flex_attention

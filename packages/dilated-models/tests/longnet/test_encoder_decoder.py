@@ -313,7 +313,7 @@ def test_bad_arguments_are_refused():
         generate(model, [0], max_new_tokens=1)
 
 
-@pytest.mark.slow  # the compiler takes ten CPU-seconds
+@pytest.mark.exhaustive  # the compiler takes ten CPU-seconds
 def test_one_graph_is_compiled():
     model, src, tgt = made(), text(2, 30), text(2, 20, seed=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -59,7 +59,7 @@ def test_training(config, training_of, name):
     check_training(config, training_of, *TRAININGS[name], within=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MORE)
 def test_more_trainings(config, training_of, name):
     check_training(config, training_of, *MORE[name], within=0.2)

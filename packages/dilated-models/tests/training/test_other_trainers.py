@@ -22,6 +22,7 @@ def loss_of(model: LongNetLM) -> float:
         return model.loss(torch.tensor([list(TEXT[:64])])).item()
 
 
+@pytest.mark.exhaustive  # importing Lightning takes as long as the test
 def test_lightning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning's own imports

@@ -147,7 +147,7 @@ def inject(job: Job, fault: str, rng: random.Random) -> dict[str, Any] | None:
     event["seconds_to_end"] = round(time.monotonic() - started, 1)
     if fault == "hang":
         text = job.log.read_bytes()[printed:].decode(errors="replace")
-        event["named"] = f"rank {rank} does not answer" in text
+        event["named"] = f"rank {rank} does not answer" in text or f"rank {rank} failed" in text
     return event
 
 

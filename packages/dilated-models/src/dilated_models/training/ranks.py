@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -199,11 +200,14 @@ class Ranks:
         except BaseException as error:
             if "told_by" in error.__dict__:
                 raise
-            if not _is_of_communication(error):
+            is_of_ring = _is_of_ring(error)
+            if not is_of_ring and not _is_of_communication(error):
                 self._answer(f"{type(error).__name__}: {error}")
                 error.add_note(f"on rank {self.rank}")
                 raise
             cause = self._call_roll()
+            if cause is None and is_of_ring:
+                cause = str(error)
             if cause is None:
                 error.add_note(f"on rank {self.rank}")
                 raise
@@ -286,6 +290,12 @@ def joined(device: str, *, timeout_s: float = TIMEOUT_S) -> Generator[Ranks]:
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def _is_of_ring(error: BaseException) -> bool:
+    """Whether dilated-ring, where it is in use, found that another rank holds this one up."""
+    ring = sys.modules.get("dilated_ring.transport.errors")
+    return ring is not None and isinstance(error, ring.RankFailure)
 
 
 def _portable(error: Exception) -> Exception:

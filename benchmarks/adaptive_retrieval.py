@@ -171,9 +171,9 @@ def main() -> None:
         train(kind, seed, steps)
         for seed in SEEDS
         for kind, steps in (
-            ("adaptive", Steps(450, 300, 60)),
-            ("local_window", Steps(450, 0, 60)),
-            ("local_window", Steps(0, 0, 510)),
+            ("adaptive", Steps(600, 300, 60)),
+            ("local_window", Steps(600, 0, 60)),
+            ("local_window", Steps(0, 0, 660)),
         )
     ]
     path = Path(__file__).parent / "results" / "adaptive_retrieval.json"

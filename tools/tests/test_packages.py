@@ -13,7 +13,8 @@ def test_a_plain_uv_run_has_every_extra_of_the_command_line() -> None:
 
     asked = {r.name: r.extras for r in map(Requirement, project(ROOT)["dependencies"])}
     extras = project(ROOT / "packages" / "dilated-models")["optional-dependencies"]
-    assert asked["dilated-models"] == set(extras)
+    # Large, and only --tensorboard and another trainer need them; they are tested with the package.
+    assert asked["dilated-models"] == set(extras) - {"lightning", "tensorboard"}
 
 
 def test_members_are_found_with_what_they_ask_for(tmp_path: Path, make_package) -> None:

@@ -31,18 +31,18 @@ def features(x: torch.Tensor) -> torch.Tensor:
 def defined_scores(
     q: torch.Tensor, k: torch.Tensor, gate: BlockGate, head: int, i: int, *, own: bool, causal: bool
 ) -> list[float]:
-    """Row i of q `(S, G, D)` and k `(S, 1, D)`, blocks of 8 in sub-blocks of 4, scale 0.5."""
+    """Row i of q `(S, G, D)` and k `(S, 1, D)`, blocks of 8 in sub-blocks of 2, scale 0.5."""
     start = i * 8
-    of_block = [(start, start + 4), (start + 4, start + 8)]
+    of_block = [(b, b + 2) for b in range(start, start + 8, 2)]
     before = [(start - 8, start)] if i else []
     terms = of_block if own else [*before, (start, start + 1)]
-    seen = range(0, start if causal else len(k), 4)
+    seen = range(0, start if causal else len(k), 2)
     shares = dict.fromkeys(seen, 0.0)
     for a, stop in terms:
         rows = q[a:stop]
         for h in range(q.shape[1] if len(rows) else 0):
             masses = {
-                b: len(k[b : b + 4]) / 4 * math.exp(mean(rows[:, h]) @ mean(k[b : b + 4, 0]) * 0.5)
+                b: len(k[b : b + 2]) / 2 * math.exp(mean(rows[:, h]) @ mean(k[b : b + 2, 0]) * 0.5)
                 for b in seen
             }
             for b, mass in masses.items():
@@ -53,12 +53,12 @@ def defined_scores(
     scores = []
     for j in range(i if causal else -(-len(k) // 8)):
         total = 0.0
-        for b in (j * 8, j * 8 + 4):
-            if not len(k[b : b + 4]):
+        for b in range(j * 8, j * 8 + 8, 2):
+            if not len(k[b : b + 2]):
                 continue
-            g = features(k[b : b + 4])
+            g = features(k[b : b + 2])
             gain = ((f @ A1) @ (g @ B1) - (f @ A2) @ (g @ B2)) / math.sqrt(A1.shape[1])
-            distance = max(0, (start - b) // 4, (b - start - 4) // 4)
+            distance = max(0, (start - b) // 2, (b - start - 6) // 2)
             step = 0 if distance == 0 else 1 + int(2 * math.log2(distance))
             gain += gate.distance_bias[head, step] + g @ gate.distance_weight[head, :, step]
             total += shares[b] * math.exp(gain)
@@ -71,7 +71,7 @@ def defined_scores(
 def test_scores_are_their_definition(S: int, own: bool, causal: bool) -> None:
     torch.manual_seed(S)
     q, k = torch.randn(1, S, 4, 6).double(), torch.randn(1, S, 2, 6).double()
-    gate, shape = BlockGate(2, 6, 3, dtype=torch.float64).requires_grad_(False), Shape(2, 8, 4)
+    gate, shape = BlockGate(2, 6, 3, dtype=torch.float64).requires_grad_(False), Shape(2, 8, 2)
     for weight in gate.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     queries = query_terms(q, q, shape, None, gate, reads_own_block=own)
@@ -98,6 +98,20 @@ def test_before_training_the_gate_changes_no_bit(is_causal: bool) -> None:
     learned = query_terms(q, q, shape, None, gate, **own), key_terms(k, k, shape, None, gate)
     plain = query_terms(q, q, shape, None, None, **own), key_terms(k, k, shape, None, None)
     assert torch.equal(block_scores(*learned, 0.3, **rows), block_scores(*plain, 0.3, **rows))
+
+
+def test_huge_corrections_stay_finite() -> None:
+    q, k = torch.randn(1, 90, 2, 8), torch.randn(1, 90, 2, 8)
+    shape, gate = Shape(2, 16, 16), BlockGate(2, 8, 5)
+    with torch.no_grad():
+        gate.query_weight[0] *= 1e4
+    queries = query_terms(q, q, shape, None, gate, reads_own_block=True)
+    scores = block_scores(
+        queries, key_terms(k, k, shape, None, gate), 0.3, first_row=0, is_causal=False
+    )
+    assert scores.isfinite().all()
+    scores.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in gate.parameters())
 
 
 budgets = st.one_of(

@@ -62,7 +62,8 @@ class AttentionOptions(NamedTuple):
     """The options of one attention call, the last argument of every method of a backend.
 
     Attributes:
-        is_causal: Query i sees only the keys j ≤ i. True only where N = M.
+        is_causal: Query i sees only the keys j ≤ i. True only where N = M, unless the backend is an
+            `EarlierKeysBackend`.
         scale: Factor of the scores; finite, of any sign.
         dropout_p: Each probability is dropped with this probability, and the others are divided by
             1 − `dropout_p`. A backend without dropout refuses it in `why_not`.
@@ -252,6 +253,19 @@ class BoundedWorkspaceBackend(Protocol):
             num_queries: M.
             num_keys: N.
         """
+        ...
+
+
+@runtime_checkable
+class EarlierKeysBackend(Protocol):
+    """A backend whose causal calls may have more keys than queries.
+
+    The M queries are at the last M of the N positions: query i sees the keys j ≤ i + N − M.
+    Callers otherwise attend to the earlier keys in a call of their own, and merge the two.
+    """
+
+    def takes_earlier_keys(self, device: torch.device) -> bool:
+        """Whether it does on this device."""
         ...
 
 

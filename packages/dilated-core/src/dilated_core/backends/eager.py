@@ -63,6 +63,10 @@ class EagerBackend:
             + 2 * tile * (num_keys + num_problems * H)
         )
 
+    def takes_earlier_keys(self, device: torch.device) -> bool:
+        """See `EarlierKeysBackend`."""
+        return True
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> AttentionOutput:
@@ -220,12 +224,13 @@ def _scores(
     q_BKGMD: torch.Tensor, k_BKND: torch.Tensor, rows: slice, options: AttentionOptions
 ) -> torch.Tensor:
     """Scaled scores of a tile of queries; when causal, only over keys up to the tile's last row."""
-    keys = rows.stop if options.is_causal else k_BKND.shape[2]
+    earlier = k_BKND.shape[2] - q_BKGMD.shape[3]
+    keys = rows.stop + earlier if options.is_causal else k_BKND.shape[2]
     # Scaled after the product: a scaled q would be rounded before it.
     s = _matmul(q_BKGMD[..., rows, :], k_BKND[..., :keys, :].mT).mul_(options.scale)
     if options.is_causal:
         ahead = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
-        s.masked_fill_(ahead.triu_(rows.start + 1), -torch.inf)
+        s.masked_fill_(ahead.triu_(rows.start + earlier + 1), -torch.inf)
     if (mask := options.key_padding_mask) is not None:
         s.masked_fill_(mask[:, :keys].transpose(1, 2)[:, :, None, None], -torch.inf)
     return s

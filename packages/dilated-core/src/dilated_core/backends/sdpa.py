@@ -69,6 +69,10 @@ class SdpaBackend:
             )
         return reasons
 
+    def takes_earlier_keys(self, device: torch.device) -> bool:
+        """See `EarlierKeysBackend`; the CUDA kernels put the M queries at the first positions."""
+        return device.type == "cpu"
+
     def workspace_bytes(
         self, inputs: AttentionInputs, num_problems: int, num_queries: int, num_keys: int
     ) -> int:
@@ -99,13 +103,13 @@ class SdpaBackend:
         q, scale, _ = _with_positive_scale(q, options.scale)
         q_BHMD, k_BHND, v_BHND = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.device.type == "cpu":
+            is_square, mask = _additive(q, k, options)
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-                q_BHMD, k_BHND, v_BHND, 0.0, is_causal,
-                attn_mask=_additive(hidden, q), scale=scale,
-            )  # fmt: skip
+                q_BHMD, k_BHND, v_BHND, 0.0, is_square, attn_mask=mask, scale=scale
+            )
             if hidden is not None:
                 # For a row without keys the kernel returns lse = 0.
-                lse.masked_fill_(_sees_nothing(hidden, q.shape[2], is_causal), -math.inf)
+                lse.masked_fill_(_sees_nothing(hidden, q, is_causal), -math.inf)
         elif _has_cuda_flash(q):
             out, lse = _aten._scaled_dot_product_flash_attention(
                 q_BHMD, k_BHND, v_BHND, 0.0, is_causal, False, scale=scale
@@ -132,8 +136,9 @@ class SdpaBackend:
     ) -> Gradients:
         """See `AttentionBackend.backward`; PyTorch's kernels compute delta themselves."""
         M, (N, K) = q.shape[1], k.shape[1:3]
-        is_causal = options.is_causal
-        mask = _additive(options.key_padding_mask, q) if q.device.type == "cpu" else None
+        is_causal, mask = options.is_causal, None
+        if q.device.type == "cpu":
+            is_causal, mask = _additive(q, k, options)
         q, scale, sign = _with_positive_scale(q, options.scale)
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in (dout, q, k, v, out, lse))
         if q.device.type == "cpu":
@@ -175,13 +180,24 @@ def _with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, f
     return q * sign, -scale or 1.0, sign
 
 
-def _additive(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """The mask `(B, N, K)` as what the CPU kernel adds to scores: `(B, H, M, N)`, expanded."""
-    if key_padding_mask is None:
-        return None
-    hidden = _per_head(key_padding_mask, q.shape[2])
-    mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-    return mask[:, :, None].expand(-1, -1, q.shape[1], -1)
+def _additive(
+    q: torch.Tensor, k: torch.Tensor, options: AttentionOptions
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether the CPU kernel masks by causality itself, and what it is to add to the scores.
+
+    The latter is None or `(B, H, M, N)`, expanded where it can be. The kernel puts the M queries at
+    the first of the N positions.
+    """
+    M, N = q.shape[1], k.shape[1]
+    mask = None
+    if (hidden := options.key_padding_mask) is not None:
+        hidden = _per_head(hidden, q.shape[2])
+        mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+        mask = mask[:, :, None].expand(-1, -1, M, -1)
+    if not options.is_causal or M == N:
+        return options.is_causal, mask
+    later = q.new_full((M, N), -math.inf).triu_(N - M + 1)
+    return False, later.expand(q.shape[0], q.shape[2], M, N) if mask is None else mask + later
 
 
 def _per_head(key_padding_mask: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -190,10 +206,12 @@ def _per_head(key_padding_mask: torch.Tensor, num_heads: int) -> torch.Tensor:
     return hidden.repeat_interleave(num_heads // hidden.shape[1], dim=1)
 
 
-def _sees_nothing(key_padding_mask: torch.Tensor, num_heads: int, is_causal: bool) -> torch.Tensor:
+def _sees_nothing(key_padding_mask: torch.Tensor, q: torch.Tensor, is_causal: bool) -> torch.Tensor:
     """Which rows see no key: `(B, H, M)`, or `(B, H, 1)` for all rows alike."""
-    hidden = _per_head(key_padding_mask, num_heads)
-    return torch.cummin(hidden, -1)[0] if is_causal else hidden.all(-1, keepdim=True)
+    hidden = _per_head(key_padding_mask, q.shape[2])
+    if not is_causal:
+        return hidden.all(-1, keepdim=True)
+    return torch.cummin(hidden, -1)[0][..., hidden.shape[-1] - q.shape[1] :]
 
 
 def _rounded(number: int, multiple: int) -> int:

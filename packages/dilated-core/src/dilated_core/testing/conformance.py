@@ -18,7 +18,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from dilated_core.backends.contract import AttentionInputs, AttentionOptions
+from dilated_core.backends.contract import (
+    AttentionInputs,
+    AttentionOptions,
+    EarlierKeysBackend,
+)
 from dilated_core.backends.registry import get_backend
 from dilated_core.pattern.branches import DilatedPattern
 from dilated_core.reference import reference_dilated_attention_with_lse
@@ -202,29 +206,46 @@ class BackendConformance(HostileInputs, Parts):
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_strips_with_a_mask_for_each_head(self, is_causal: bool) -> None:
         """Heads that keep other positions have other keys masked; here, all keys of one."""
+        self._compare_a_call(is_causal, num_queries=24, is_masked=True)
+
+    @pytest.mark.parametrize("is_masked", [False, True])
+    @pytest.mark.parametrize("num_queries", [1, 15])
+    def test_causal_calls_with_earlier_keys(self, num_queries: int, is_masked: bool) -> None:
+        """The queries are at the last of the 24 positions, if the backend takes that."""
+        capable: Any = get_backend(self.backend)
+        if not isinstance(capable, EarlierKeysBackend) or not capable.takes_earlier_keys(
+            torch.device(self.device)
+        ):
+            pytest.skip("keys before the queries get a call of their own.")
+        self._compare_a_call(True, num_queries=num_queries, is_masked=is_masked)
+
+    def _compare_a_call(self, is_causal: bool, num_queries: int, is_masked: bool) -> None:
+        """Compare forward and backward of the last queries over 24 keys with dense attention."""
         dtype, bound = self._sharpest()
         backend = get_backend(self.backend)
         case = Case(seq_len=24, head_dim=16, num_kv_heads=2, pattern=DilatedPattern([24], [1]))
         q, k, v, dout = case.tensors(dtype=dtype, device=self.device)
         inputs = AttentionInputs(
-            *(q.device, dtype, 4, 16), num_kv_heads=2, has_key_padding_mask=True
+            *(q.device, dtype, 4, 16), num_kv_heads=2, has_key_padding_mask=is_masked
         )
         if self.may_refuse and (reasons := backend.why_not(inputs)):
             pytest.skip(" ".join(reasons))
         hidden = torch.rand(1, 24, 2, generator=torch.Generator().manual_seed(0)) < 0.3
         hidden[:, :, 1] = True
-        hidden = hidden.to(self.device)
-        options = AttentionOptions(is_causal, 0.3, key_padding_mask=hidden)
+        hidden = (hidden & is_masked).to(self.device)
+        options = AttentionOptions(is_causal, 0.3, key_padding_mask=hidden if is_masked else None)
+        q, dout = q[:, -num_queries:], dout[:, -num_queries:]
         with torch.no_grad():
             out, lse = backend.forward(q, k, v, options)
             row_lse = lse.masked_fill(lse == -torch.inf, torch.inf)
             got = backend.backward(dout, q, k, v, out, row_lse, options)
         Q, K, V = (x.detach().double().requires_grad_() for x in (q, k, v))
         scores = 0.3 * torch.einsum("bqhd,bkhd->bhqk", Q, K.repeat_interleave(2, 2))
-        is_masked = hidden.repeat_interleave(2, 2).permute(0, 2, 1)[:, :, None, :]
+        unseen = hidden.repeat_interleave(2, 2).permute(0, 2, 1)[:, :, None, :]
         if is_causal:
-            is_masked = is_masked | torch.ones(24, 24, device=q.device).triu(1).bool()
-        weights = scores.exp().masked_fill(is_masked, 0.0)
+            later = torch.ones(24, 24, device=q.device).triu(1).bool()
+            unseen = unseen | later[-num_queries:]
+        weights = scores.exp().masked_fill(unseen, 0.0)
         total = weights.sum(-1, keepdim=True)
         weights = weights / total.where(total > 0, 1.0)
         exact_out = torch.einsum("bhqk,bkhd->bqhd", weights, V.repeat_interleave(2, 2))

@@ -102,16 +102,17 @@ def kept_blocks(scores: torch.Tensor, budget: Budget, rows: Rows) -> torch.Tenso
     if rows.has_keys is not None:
         there = there & rows.has_keys[:, None, None]
     forced = (forced & there) | is_own
-    there, forced = (x.expand(scores.shape) for x in (there, forced))
-    ranks = scores.masked_fill(~there, -torch.inf).masked_fill(forced, torch.inf)
     if budget.mass is not None:
-        return _within_mass(ranks, scores.masked_fill(~there, -torch.inf), budget.mass, forced)
+        there, forced = (x.expand(scores.shape) for x in (there, forced))
+        seen = scores.masked_fill(~there, -torch.inf)
+        return _within_mass(seen.masked_fill(forced, torch.inf), seen, budget.mass, forced)
     number = (there | is_own).sum(-1, keepdim=True)
     if budget.topk is not None:
         number = number.clamp_max(budget.topk)
     elif budget.sparsity_ratio is not None:
         number = (number.double() * budget.sparsity_ratio).round().long().clamp_min(1)
-    number = number.maximum(forced.sum(-1, keepdim=True))
+    number = number.maximum(forced.sum(-1, keepdim=True)).expand(*scores.shape[:-1], 1)
+    ranks = scores.masked_fill(~there, -torch.inf).masked_fill_(forced, torch.inf)
     # The lowest rank that is kept does not depend on the order in which equals are sorted.
     best = ranks.topk(int(number.max()), dim=-1).values
     lowest = best.gather(-1, number - 1)

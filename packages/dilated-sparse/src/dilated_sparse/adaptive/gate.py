@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dilated_sparse.adaptive.pooling import unflatten
 
@@ -18,8 +18,8 @@ _STEPS = 28
 class GateQueries(NamedTuple):
     """What the correction reads of rows of blocks: two of `(B, K, N, d)`, one for each form."""
 
-    first: torch.Tensor
-    second: torch.Tensor
+    first: Tensor
+    second: Tensor
 
     def rows(self, start: int, stop: int) -> GateQueries:
         """Those of some rows."""
@@ -34,9 +34,9 @@ class GateKeys(NamedTuple):
         by_distance: `(B, K, P, N, steps)`, what is added at each step of distance.
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
-    by_distance: torch.Tensor
+    first: Tensor
+    second: Tensor
+    by_distance: Tensor
 
     def leading(self, num_blocks: int) -> GateKeys:
         """Those of the first blocks."""
@@ -101,7 +101,7 @@ class BlockGate(nn.Module):
             for weight in (self.distance_bias, self.distance_weight, self.sharpness):
                 nn.init.zeros_(weight)
 
-    def project_queries(self, pooled: torch.Tensor, first: torch.Tensor) -> GateQueries:
+    def project_queries(self, pooled: Tensor, first: Tensor) -> GateQueries:
         """The part of the queries.
 
         Args:
@@ -113,7 +113,7 @@ class BlockGate(nn.Module):
         # One product for each of the two forms: equal weights then give equal bits.
         return GateQueries(*(rows @ weight for weight in self.query_weight))
 
-    def project_keys(self, pooled: torch.Tensor, per_block: int) -> GateKeys:
+    def project_keys(self, pooled: Tensor, per_block: int) -> GateKeys:
         """The part of the keys.
 
         Args:
@@ -129,12 +129,13 @@ class BlockGate(nn.Module):
         return GateKeys(*(unflatten(x, 2, (-1, per_block)).transpose(2, 3) for x in parts))
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
+def _unit(x: Tensor) -> Tensor:
     """1 / root mean square of the last dimension: features of any size learn at one rate."""
-    return x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    length = cast(Tensor, torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+    return length.square().div(x.shape[-1]).add(1e-6).rsqrt()
 
 
-def correction(queries: GateQueries, keys: GateKeys, first_row: int) -> torch.Tensor:
+def correction(queries: GateQueries, keys: GateKeys, first_row: int) -> Tensor:
     """The correction `(B, K, n, P, N)`.
 
     Args:
@@ -152,9 +153,7 @@ def correction(queries: GateQueries, keys: GateKeys, first_row: int) -> torch.Te
     return first.sub_(second) + by_distance.gather(2, steps.expand(first.shape))
 
 
-def _steps_of_distance(
-    rows: int, P: int, N: int, first_row: int, device: torch.device
-) -> torch.Tensor:
+def _steps_of_distance(rows: int, P: int, N: int, first_row: int, device: torch.device) -> Tensor:
     """`(n, P, N)`: which step the distance of a row from a sub-block is at.
 
     The distance is 0 for sub-blocks of the row's own block, and 1 for the ones next to it.

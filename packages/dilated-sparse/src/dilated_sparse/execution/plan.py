@@ -46,7 +46,7 @@ class Task:
         num_keys: Positions of the key blocks of a row together.
         first_column, column_step: If the key blocks of each row follow one another, and those of
             each next row start `column_step` blocks later: the first of the first row; else None.
-        is_causal: Query i of a block sees keys j ≤ i of it; the key block is the query block.
+        is_causal: The last key block is the query block, and query i sees keys j ≤ i of it.
         is_first: No earlier task has these queries and heads.
     """
 
@@ -72,6 +72,8 @@ class Geometry:
         seq_len: S.
         block_size: Positions of a block.
         is_causal: Whether query i sees only the keys j ≤ i.
+        takes_earlier_keys: Whether the backend is an `EarlierKeysBackend`. Others get the blocks on
+            the diagonal in tasks of their own.
         num_heads: H.
         num_kv_heads: H_kv.
         row_bytes: Bytes of one position of one head of k, and of the batch rows together.
@@ -81,6 +83,7 @@ class Geometry:
     seq_len: int
     block_size: int
     is_causal: bool
+    takes_earlier_keys: bool
     num_heads: int
     num_kv_heads: int
     row_bytes: int
@@ -131,12 +134,15 @@ def _tasks_of_heads(
     if geometry.is_causal:
         # The last block of a causal row is the highest it keeps.
         has_diagonal = np.array([row[-1] == i for i, row in enumerate(rows)])
+    is_split = geometry.is_causal and not geometry.takes_earlier_keys
+    if is_split:
         rows = [row[: len(row) - d] for row, d in zip(rows, has_diagonal.tolist(), strict=True)]
-    for is_tail in (False, True):
-        length = last_length if is_tail else geometry.block_size
-        for part in _parts(numbers[has_diagonal & (is_tail_row == is_tail)], 1, kv_heads, geometry):
+        for is_tail in (False, True):
+            length = last_length if is_tail else geometry.block_size
             sizes = _Sizes(length, length, is_causal=True, is_first=True)
-            yield _task(part, part[:, None], heads, kv_heads, sizes, geometry)
+            members = numbers[has_diagonal & (is_tail_row == is_tail)]
+            for part in _parts(members, 1, kv_heads, geometry):
+                yield _task(part, part[:, None], heads, kv_heads, sizes, geometry)
     counts = np.array([len(row) for row in rows])
     reaches_tail = np.array([has_tail and len(row) > 0 and row[-1] == N - 1 for row in rows])
     order = np.lexsort((numbers, has_diagonal, reaches_tail, is_tail_row, counts))
@@ -150,7 +156,13 @@ def _tasks_of_heads(
         num_keys = count * geometry.block_size
         if reaches_tail[members[0]]:
             num_keys += last_length - geometry.block_size
-        sizes = _Sizes(num_queries, num_keys, False, is_first=not has_diagonal[members[0]])
+        sees_own = bool(has_diagonal[members[0]])
+        sizes = _Sizes(
+            num_queries,
+            num_keys,
+            is_causal=sees_own and not is_split,
+            is_first=not (sees_own and is_split),
+        )
         for part in _parts(members, count, kv_heads, geometry):
             columns: Ints = np.stack([rows[int(i)] for i in part])  # pyright: ignore
             yield _task(part, columns, heads, kv_heads, sizes, geometry)

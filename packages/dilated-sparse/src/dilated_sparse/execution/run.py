@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from dilated_core import AttentionBackend, AttentionOptions, AttentionOutput, Gradients, fold_
+from dilated_core.backends.contract import EarlierKeysBackend, has_capability
 from dilated_core.dropout import DropoutRows, dropout_rows
 from dilated_core.merge import accumulation_dtype, empty_partial
 from dilated_core.strips.view import viewable
@@ -158,6 +159,12 @@ def backward(
         for grad in grads[1:]:
             grad.masked_fill_(mask[:, :, None, None], 0)
     return grads[0], grads[1], grads[2]
+
+
+def takes_earlier_keys(backend: AttentionBackend, device: torch.device) -> bool:
+    """Whether a causal call may have the keys before a block of queries, too."""
+    capable: Any = backend
+    return has_capability(backend, EarlierKeysBackend) and capable.takes_earlier_keys(device)
 
 
 def gradients_through_lse(
@@ -316,7 +323,8 @@ def _sequence(
     B, S, K, D = k.shape
     size, mask = call.block_size, part.key_padding_mask
     geometry = Geometry(
-        S, size, call.options.is_causal, q.shape[2], K, B * D * k.element_size(), q.device
+        *(S, size, call.options.is_causal, takes_earlier_keys(call.backend, q.device)),
+        *(q.shape[2], K, B * D * k.element_size(), q.device),
     )
     tasks = plan_tasks(part.pattern, geometry)
     q, k, v = viewable(q), viewable(k), viewable(v)

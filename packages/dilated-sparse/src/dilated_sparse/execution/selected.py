@@ -22,7 +22,7 @@ from dilated_core.merge import accumulation_dtype
 from torch.nn.functional import pad
 
 from dilated_sparse.execution.plan import gathered_bytes
-from dilated_sparse.execution.run import gradients_through_lse
+from dilated_sparse.execution.run import gradients_through_lse, takes_earlier_keys
 from dilated_sparse.pattern.selection import BlockSelection
 
 
@@ -49,12 +49,14 @@ class _Task(NamedTuple):
         rows: int64 `(n,)`, its rows of blocks; None for all of them.
         columns: int64 `(n · count,)`, the blocks of keys of each; None for the row itself.
         num_keys: Positions of the blocks of a row together.
+        is_causal: The last block of keys is the row itself, and query i sees keys j ≤ i of it.
         is_first: No earlier task has these rows.
     """
 
     rows: torch.Tensor | None
     columns: torch.Tensor | None
     num_keys: int
+    is_causal: bool
     is_first: bool
 
 
@@ -227,7 +229,7 @@ class _Keys:
         if dropout is not None:
             dropout = DropoutRows(_rows(dropout.queries, task), self._of_keys(dropout.keys, task))
         return options._replace(
-            is_causal=task.columns is None,
+            is_causal=task.is_causal,
             key_padding_mask=None if self.mask is None else self._of_keys(self.mask, task),
             dropout_rows=dropout,
         )
@@ -254,13 +256,17 @@ class _Keys:
 
 
 def _tasks(call: SelectedCall, q: torch.Tensor, blocks: _Blocks) -> Iterator[_Task]:
-    """The calls: the diagonal of causal attention, then rows that keep equally many blocks."""
+    """The calls: rows that keep equally many blocks.
+
+    A backend that takes no earlier keys gets the diagonal of causal attention in a call before.
+    """
     selection, size, N = call.selection, blocks.block_size, blocks.num_blocks
     is_causal = call.options.is_causal
-    if is_causal:
-        yield _Task(None, None, size, is_first=True)
+    is_split = is_causal and not takes_earlier_keys(call.backend, q.device)
+    if is_split:
+        yield _Task(None, None, size, is_causal=True, is_first=True)
     indices = selection.block_indices.flatten(0, 2)
-    counts = selection.counts.flatten() - int(is_causal)
+    counts = selection.counts.flatten() - int(is_split)
     missing = N * size - blocks.seq_len
     reaches_tail = torch.zeros_like(counts, dtype=torch.bool)
     if missing and not is_causal:
@@ -282,7 +288,11 @@ def _tasks(call: SelectedCall, q: torch.Tensor, blocks: _Blocks) -> Iterator[_Ta
         for rows in torch.split(members, step):
             first = rows - rows % N  # the first block of the same batch row and head
             columns = (indices[rows, :count] + first.unsqueeze(1)).flatten()
-            yield _Task(rows, columns, count * size - is_cut * missing, not is_causal)
+            yield _Task(
+                *(rows, columns, count * size - is_cut * missing),
+                is_causal=is_causal and not is_split,
+                is_first=not is_split,
+            )
 
 
 def _runs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,19 +43,15 @@ class BlockSelection(NamedTuple):
         return BlockPattern.from_mask(self.materialize()[batch_row])
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor, *, max_kept: int | None = None) -> BlockSelection:
+    def from_mask(cls, mask: torch.Tensor) -> BlockSelection:
         """The selection of the True entries of `mask` `(B, K, N, N)`, or of some of its rows.
 
         Args:
             mask: Every row has one True entry at least.
-            max_kept: M, at least the largest count of a row. None: that count, which has to be read
-                from the device.
         """
         counts = mask.sum(-1)
-        M = int(counts.max()) if max_kept is None else max_kept
-        # Each kept block moves to the number of kept blocks before it, the others to a last slot.
-        slots = (mask.cumsum(-1) - 1).where(mask, M)
-        blocks = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-        packed = torch.full((*counts.shape, M + 1), -1, dtype=torch.int32, device=mask.device)
-        packed.scatter_(-1, slots, blocks.expand(mask.shape))
-        return cls(counts, packed[..., :M].contiguous())
+        M = int(counts.max())
+        is_used = torch.arange(M, device=mask.device) < counts.unsqueeze(-1)
+        packed = torch.full(is_used.shape, -1, dtype=torch.int32, device=mask.device)
+        kept = mask.nonzero()[:, -1].to(torch.int32)  # row by row, ascending
+        return cls(counts, packed.masked_scatter_(is_used, kept))

@@ -21,7 +21,7 @@ from longnet_paper.sizes import Size
 from longnet_paper.training import Batch, fit
 
 NUM_TOKENS, SEQ_LEN, SEGMENT = 32, 128, 32
-BATCH_SIZE, STEPS = 16, 300
+BATCH_SIZE, STEPS = 16, 3000
 EDITED_SHARE = 0.1
 NEAR, FAR = (8, 31), (32, 63)  # FAR: beyond every segment of rate 1
 DISTANCES = ((8, 15), (16, 31), FAR)

@@ -54,7 +54,7 @@ class Size:
     @property
     def steps(self) -> int:
         """Optimizer steps of each training."""
-        return 150 * self.scale
+        return 750 * self.scale
 
     @property
     def num_heads(self) -> int:

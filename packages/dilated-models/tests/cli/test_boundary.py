@@ -80,6 +80,16 @@ def test_every_kind_of_error(error, line, code):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="], ["--out", "x", "--text", "a", ""]])
+def test_an_empty_argument_is_not_the_current_folder(capsys, words):
+    assert run(["train", *words]) == 2
+    after = "a" if "a" in words else "--out"
+    error = capsys.readouterr().err
+    assert error.startswith(f"dilated: the argument after '{after}' is empty, as one is of a shell")
+    assert run(["generate", "--checkpoint", "nowhere", "--prompt", "--x="]) == 2
+    assert "'nowhere' has no config.json" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_program_is_one_line_and_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = ended(lambda: [][1])

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from dilated_models.cli.app import app
 from dilated_models.cli.progress import TrainingProgress
 from dilated_models.longnet.saving import load_model
+from dilated_models.training import run
 from dilated_models.training.folder import hold
 from dilated_models.training.metrics import read_metrics
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -222,6 +224,41 @@ def test_two_signals_stop_at_once(text, tmp_path, at_step):
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_a_signal_that_ends_the_reader_of_the_output_too(text, tmp_path, monkeypatch):
+    """As Ctrl-C for `dilated train | tee`, or SIGHUP with the terminal: the state is saved."""
+    real = TrainingProgress.show
+
+    def show(self: TrainingProgress, done: int, *numbers: Any, **more: Any) -> None:
+        def broken(_: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        signal.raise_signal(signal.SIGINT)
+        sys.stdout.write = broken
+        real(self, done, *numbers, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "show", show)
+        call("train", "--text", text, "--out", tmp_path / "run", *SMALL, code=130)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
+def test_what_a_run_left_that_ended_in_its_beginning(text, tmp_path, monkeypatch):
+    """It was killed before config.json: the next run must not keep its checkpoint of step 0."""
+    out, found = tmp_path / "run", []
+    (out / "checkpoint-000000000").mkdir(parents=True)
+    (out / "checkpoint-000000000" / "manifest.json").write_text("{}")
+    (out / "checkpoint.pt").touch()
+    real = run.save_checkpoint
+
+    def save(state: Any, folder: Path, **options: Any) -> None:
+        found.append(list(folder.glob("checkpoint*")))
+        real(state, folder, **options)
+
+    monkeypatch.setattr(run, "save_checkpoint", save)
+    call("train", "--text", text, "--out", out, *SMALL, "--steps", 1)
+    assert found == [[], [out / "checkpoint.pt"]]
+
+
 def test_what_a_resumed_run_refuses(text, tmp_path):
     out, other = tmp_path / "run", tmp_path / "other"
     for folder in (out, other):
@@ -258,6 +295,8 @@ def test_what_a_resumed_run_refuses(text, tmp_path):
     [
         (["--seq-len", "100000000000"], "--seq-len 100000000000 and 1 layers"),
         (["--seq-len", "1e11"], "Invalid value for '--seq-len': "),
+        (["--steps", str(2**70)], f"--steps is {2**70}; it must be at most"),
+        (["--timeout", "1e300"], "--timeout is 1e+300; it must be at least 1 and at most 10000000"),
         (["--seed", str(2**70)], f"--seed is {2**70}; it must be"),
         (["--layers", "100000000"], "and 100000000 layers needs about"),
         (["--out", "/proc/nowhere/run"], "No such file or directory: '/proc/nowhere"),

@@ -48,6 +48,26 @@ def test_missing_and_empty_text(tmp_path: Path):
         text_files([tmp_path])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+def test_a_pipe_or_device_is_refused_also_beside_other_text(text: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(ValueError, match=rf"'{path}' is a pipe, a device or a socket; a text"):
+            text_files([text, path])
+
+
+def test_models_inside_a_folder_of_text_are_no_text(text: Path):
+    before = text_files([text])
+    run = text / "runs" / "one"
+    (run / "tokens").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "metrics.jsonl", "tokens/x"):
+        (run / name).write_text("a")
+    assert text_files([text]) == before
+    assert len(text_files([run])[0]) == 4  # one that is named is read
+    (run / "model.safetensors").unlink()
+    assert len(text_files([text])[0]) == len(before[0]) + 3
+
+
 def test_the_split_is_a_function_of_names(text: Path):
     pieces, skipped = text_files([text])
     split = split_files(pieces, skipped, validation_share=0.2)

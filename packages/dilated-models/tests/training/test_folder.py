@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from dilated_models.training.folder import LOCK_FILE, hold
+from dilated_models.training.folder import LOCK_FILE, check_free, hold
 
 
 def test_a_folder_is_made_and_kept_once_a_run_is_begun(tmp_path):
@@ -19,6 +19,13 @@ def test_a_folder_is_made_and_kept_once_a_run_is_begun(tmp_path):
     with hold(folder, is_new=False):
         pass
     assert os.listdir(folder) == ["config.json"]
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(FileExistsError, match="link' is a symbolic link to nothing; --out"):
+            check_free(folder)
 
 
 def test_a_run_that_was_not_begun_leaves_nothing(tmp_path):

@@ -167,9 +167,14 @@ def test_restore_refuses(start, stream, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint\.pt; --resume must have one"):
         state.restore(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt' cannot be resumed from"):
-        state.restore(tmp_path)
+    state.save(tmp_path)
+    whole = path.read_bytes()
+    for content in (b"not a checkpoint", b"", *(whole[: len(whole) * i // 6] for i in range(1, 6))):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"pt' cannot be resumed from: it is damaged, or .*\w\)"
+        ):
+            state.restore(tmp_path)
     torch.save([1], path)
     with pytest.raises(ValueError, match=r"checkpoint\.pt' cannot be resumed from"):
         state.restore(tmp_path)

@@ -68,3 +68,26 @@ def test_a_resumed_run_is_the_same_run_on_the_same_text(tmp_path, text):
         resumed_run(run.folder, device=CPU, training={})
     (text / "file1.py").write_bytes(content)
     resumed_run(run.folder, device=CPU, training={})
+
+
+def test_a_folder_of_text_is_no_folder_for_a_run(text):
+    with pytest.raises(ValueError, match="is both --text and --out; the run would write its files"):
+        made(text, text)
+    made(text / "runs", text)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("text", {"paths": 5, "fingerprint": ""}, r"text\.paths is 5; it must be a list of paths"),
+        ("text", {"paths": ["a", 5], "fingerprint": ""}, r"text\.paths is \['a', 5\]; it must be"),
+        ("text", None, "'NoneType' object"),
+        ("training", None, "'NoneType' object is not a mapping"),
+    ],
+)
+def test_an_edited_config_is_named(tmp_path, text, part, value, message):
+    run = made(tmp_path / "run", text)
+    run.folder.mkdir()
+    write_config(run.folder, run.to_config() | {part: value})
+    with pytest.raises(ValueError, match=rf"config\.json' cannot be resumed from: .*{message}"):
+        resumed_run(run.folder, device=CPU, training={})

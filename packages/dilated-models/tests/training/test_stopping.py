@@ -1,13 +1,16 @@
 """Signals end a command at once; in training the first one is recorded, the second does so."""
 
+import os
 import signal
 import threading
 
 import pytest
 from dilated_models.training.stopping import StoppedAtOnce, StopSignals, stopping_at_once
 
+NUMBERS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else [])]
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_is_answered_and_the_second_raises(capfd, number):
     before = signal.getsignal(number)
 
@@ -58,3 +61,15 @@ def test_without_training_the_first_signal_stops(monkeypatch):
         with pytest.raises(StoppedAtOnce, match="SIGINT"):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGHUP")
+def test_nohup_lets_a_command_outlive_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_at_once(), StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -10,8 +10,8 @@ def main() -> None:
     """Run the command line; the `dilated` script calls this.
 
     Exit codes: 0 done; 1 the run failed, or nobody reads its output; 2 an option, a file, the disk
-    or the memory does not do; 130 after Ctrl-C and 143 after SIGTERM. After an error one line on
-    stderr gives the reason.
+    or the memory does not do; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. After an
+    error one line on stderr gives the reason.
     """
     # OpenMP's threads spin while they wait for one another. If another process is busy, a spinning
     # thread keeps the core that its partner needs, and steps take several times as long. OpenMP

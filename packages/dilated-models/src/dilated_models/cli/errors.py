@@ -52,14 +52,16 @@ class Boundary(TyperGroup):
         """Run a command line, print the error if there is one, and exit with the code."""
         arguments = list(sys.argv[1:] if args is None else args)
         extra["standalone_mode"] = False
+        code: object = 0
         try:
-            code: object = super().main(arguments, **extra)
+            _check_none_is_empty(arguments)
+            code = super().main(arguments, **extra)
             sys.stdout.flush()
         except KeyboardInterrupt as stopped:
             raise SystemExit(_stopped(stopped).exit_code) from None
         except BrokenPipeError:
             _discard(sys.stdout)
-            raise SystemExit(FAILED) from None
+            raise SystemExit(code or FAILED) from None
         except Exception as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help, of many lines
                 typer.echo(str(error), err=True)
@@ -85,6 +87,18 @@ class Boundary(TyperGroup):
         for word in arguments:
             command = getattr(command, "commands", {}).get(word, command)
         return {p.name: p.opts[0] for p in command.params if p.name and p.opts[0].startswith("--")}
+
+
+def _check_none_is_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty argument but that of --prompt: as a path it would be the current folder."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        name, sign, value = word.partition("=")
+        is_empty = not word or (name.startswith("--") and bool(sign) and not value)
+        if is_empty and "--prompt" not in (before, name):
+            raise ValueError(
+                f"the argument after {(name or before)!r} is empty, as one is of a shell "
+                f"variable that is not set; give a value, or leave the argument out."
+            )
 
 
 def fail(message: object, *, code: int = USAGE_ERROR) -> typer.Exit:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import rich.progress
 from rich.console import Console
@@ -19,9 +20,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.1  # weight of the newest step in the shown loss and rate
 
 
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the error; rich would end the process, and a run could not save its state."""
+        raise
+
+
 def plain_console(*, stderr: bool = False, is_quiet: bool = False) -> Console:
     """A console that prints text as it is: a path may hold `[b]` or `:smile:`, which rich reads."""
-    return Console(
+    return _PlainConsole(
         stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=is_quiet
     )
 
@@ -114,6 +121,9 @@ class TrainingProgress(Progress):
         scorable: Length of the validation text, in tokens.
         peak_memory_bytes: Returns the most memory used so far.
         available_bytes: Returns how much memory is left, or None where nobody knows.
+        is_stopping: Returns whether a signal has arrived. Ctrl-C ends `tee` behind a pipe, too, and
+            a hang-up comes from a terminal that is gone. So from then on a line that nobody takes
+            is no error: the run must save its state first.
     """
 
     def __init__(
@@ -126,8 +136,10 @@ class TrainingProgress(Progress):
         scorable: int,
         peak_memory_bytes: Callable[[], int],
         available_bytes: Callable[[], int | None],
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(console, "step", has_finished_bar=True, total=steps, done=done)
+        self._is_stopping = is_stopping
         self._steps = steps
         self._done = done
         self._times = times
@@ -137,8 +149,25 @@ class TrainingProgress(Progress):
         self._bits_per_byte: float | None = None
         self._seconds_per_token: float | None = None
 
+    def __exit__(self, *raised: Any) -> None:
+        with self._lines():
+            super().__exit__(*raised)
+
+    @contextmanager
+    def _lines(self) -> Generator[None]:
+        """The block prints; that fails without an error when the run is stopping."""
+        try:
+            yield
+        except OSError:
+            if not self._is_stopping():
+                raise
+
     def stepped(self, record: StepRecord) -> None:
         """Show one more step; after the second one, print what the run takes."""
+        with self._lines():
+            self._show_step(record)
+
+    def _show_step(self, record: StepRecord) -> None:
         self._bits_per_byte = _blend(self._bits_per_byte, record.bits_per_byte)
         self._seconds_per_token = _blend(
             self._seconds_per_token, record.seconds / record.num_tokens
@@ -175,11 +204,14 @@ class TrainingProgress(Progress):
 
     def announce(self, text: str) -> None:
         """Print what a user should read, without control characters."""
-        self.console.print(printable(text))
+        with self._lines():
+            self.console.print(printable(text))
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Print the loss on the validation text."""
-        self.console.print(f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte")
+        line = f"step {step}: validation {evaluation.bits_per_byte:.3f} bits per byte"
+        with self._lines():
+            self.console.print(line)
 
 
 class ScoringProgress(Progress):

@@ -217,7 +217,7 @@ def train(
             names = ", ".join(option_of(name) for name in sorted(fixed))
             raise ValueError(f"--resume continues a run with its own options; leave out {names}.")
     check_integer("cp", cp, at_least=1)
-    check_number("timeout", timeout, above=0)
+    check_number("timeout", timeout, at_least=1, at_most=10_000_000)  # C counts milliseconds
 
     file = None if deepspeed is None else read_deepspeed(deepspeed)
     parallel = Parallel(
@@ -329,7 +329,8 @@ def _run(
             introduce(console, run, state, parallel.file)
             return _execute(console, run, state, text, ranks)
     except Stopped as stopped:
-        console.print(f"{stopped}; everything is saved; {go_on}")
+        with contextlib.suppress(OSError):  # the signal may have ended what shows this, too
+            console.print(f"{stopped}; everything is saved; {go_on}")
         raise typer.Exit(stopped.exit_code) from None
     except (Exception, KeyboardInterrupt) as error:
         if is_whole and has_checkpoint(run.folder):
@@ -345,6 +346,9 @@ def _execute(
     from dilated_models.training.run import execute
     from dilated_models.training.stopping import StopSignals
 
+    # Ctrl-C reaches torchrun and perhaps its processes, to which torchrun passes it on.
+    seconds_apart = 0.0 if ranks.size == 1 else 2.0
+    signals = StopSignals(is_silent=not ranks.is_first, seconds_apart=seconds_apart)
     progress = TrainingProgress(
         console,
         steps=run.training.steps,
@@ -353,10 +357,8 @@ def _execute(
         scorable=len(text.validation),
         peak_memory_bytes=lambda: peak_memory_bytes(run.device),
         available_bytes=lambda: available_bytes(run.device),
+        is_stopping=lambda: signals.received is not None,
     )
-    # Ctrl-C reaches torchrun and perhaps its processes, to which torchrun passes it on.
-    seconds_apart = 0.0 if ranks.size == 1 else 2.0
-    signals = StopSignals(is_silent=not ranks.is_first, seconds_apart=seconds_apart)
     with signals, progress:
         return execute(run, text, state, progress, signals, ranks)
 

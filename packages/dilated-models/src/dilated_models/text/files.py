@@ -12,6 +12,8 @@ from typing import NamedTuple
 # With fewer files a split by file would be too coarse, so every file is cut in two instead.
 _FEWEST_FILES_TO_SPLIT = 20
 _SNIFFED_BYTES = 8192
+# A folder that holds both is a saved model, perhaps of the run that reads this text.
+_FILES_OF_MODELS = {"config.json", "model.safetensors"}
 
 
 class Piece(NamedTuple):
@@ -92,8 +94,10 @@ def standard_library_files() -> tuple[list[Piece], int]:
 def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
     """Every file named, and every text file in every folder named, in the order of their names.
 
-    A named file is taken as it is. In a folder, hidden files and folders are skipped. Files with a
-    zero byte among their first 8192 are taken for binary: they are skipped and counted.
+    A named file is taken as it is. In a folder, hidden files and folders are skipped, and so are
+    folders inside it that hold a model: a run may lie in the folder of its text, and its own files
+    must not become text when it is resumed. Files with a zero byte among their first 8192 are taken
+    for binary: they are skipped and counted.
 
     Args:
         paths: Files and folders.
@@ -103,7 +107,7 @@ def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If nothing is left.
+        ValueError: If a path is a pipe or a device, or nothing is left.
     """
     found: dict[Path, Piece] = {}
     skipped = 0
@@ -116,10 +120,15 @@ def text_files(paths: Sequence[Path]) -> tuple[list[Piece], int]:
                     skipped += 1
                 else:
                     found.setdefault(piece.path.resolve(), piece)
-        elif path.exists():
+        elif path.is_file():
             size = path.stat().st_size
             if size:
                 found.setdefault(path.resolve(), Piece(path, path.name, 0, size))
+        elif path.exists():
+            raise ValueError(
+                f"{str(path)!r} is a pipe, a device or a socket; a text must be a file or a folder "
+                f"of files, because it is read many times, so write it to a file first."
+            )
         else:
             raise FileNotFoundError(f"there is no file or folder {str(path)!r}; correct the path.")
     if not found:
@@ -168,8 +177,14 @@ def _fraction(name: str) -> float:
 
 
 def _walk(root: Path, *, pruned: set[str]) -> Iterator[Piece]:
-    """Regular files under `root`; folders that are symbolic links are not entered."""
+    """Regular files under `root`, but for models in folders of it.
+
+    Folders that are symbolic links are not entered.
+    """
     for folder, subfolders, names in os.walk(root, onerror=_raise):
+        if _FILES_OF_MODELS.issubset(names) and Path(folder) != root:
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(set(subfolders) - pruned)
         for name in sorted(names):
             path = Path(folder, name)

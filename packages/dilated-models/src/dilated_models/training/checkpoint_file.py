@@ -32,14 +32,16 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def read_checkpoint(path: Path, run_id: str) -> dict[str, Any]:
     """The content of a checkpoint, once its checksum and its run are found right."""
+    with path.open("rb"):  # an OSError of opening it is none of its content
+        pass
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
         version, written = content["format_version"], content.pop("checksum", None)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file makes the unpickler raise nearly any type
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{str(path)!r} cannot be resumed from: {reason}") from error
+        raise ValueError(
+            f"{str(path)!r} cannot be resumed from: it is damaged, or no checkpoint of a run "
+            f"({type(error).__name__}); put back a copy, or start again in another folder."
+        ) from error
     if version != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{str(path)!r} cannot be resumed from: its format is {version!r}; it must be "

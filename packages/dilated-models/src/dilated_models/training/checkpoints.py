@@ -87,11 +87,22 @@ def save_checkpoint(state: TrainingState, folder: Path, *, run_id: str, ranks: R
         if not ranks.of_first(kept.exists()):  # it may: a run that stops where it was resumed
             _save_sharded(state, kept, run_id, ranks)
     if ranks.is_first:
-        for old in _sharded(folder):
-            if old != kept:
-                shutil.rmtree(old, ignore_errors=True)
-        if kept is not None:
-            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        _remove_but(kept, folder)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what a run left that ended before its folder was a run's: no run continues from it."""
+    _remove_but(None, folder)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _remove_but(kept: Path | None, folder: Path) -> None:
+    """Remove all checkpoints but one; None: but the file."""
+    for old in _sharded(folder):
+        if old != kept:
+            shutil.rmtree(old, ignore_errors=True)
+    if kept is not None:
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def restore_checkpoint(state: TrainingState, folder: Path, *, run_id: str, ranks: Ranks) -> None:

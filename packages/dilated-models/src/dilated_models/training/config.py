@@ -14,7 +14,7 @@ from dilated_models.config import PAPER_SIZES
 from dilated_models.training.out_of_memory import POLICIES
 
 _INTEGERS: dict[str, dict[str, int]] = {
-    "steps": {"at_least": 1},
+    "steps": {"at_least": 1, "at_most": 2**62},  # `len` counts no more
     "batch_size": {"at_least": 1},
     "accumulation": {"at_least": 1},
     "seq_len": {"at_least": 1},

@@ -59,7 +59,7 @@ def check_free(folder: Path) -> None:
     """Check that a new run may begin in a folder.
 
     Raises:
-        FileExistsError: If the folder holds a run, or is a file.
+        FileExistsError: If the folder holds a run, or is a file or a link to nothing.
     """
     if (folder / CONFIG_FILE).exists():
         raise FileExistsError(
@@ -67,6 +67,11 @@ def check_free(folder: Path) -> None:
             f"or continue the run with --resume."
         )
     for parent in (folder, *folder.parents):
+        if parent.is_symlink() and not parent.exists():
+            raise FileExistsError(
+                f"{str(parent)!r} is a symbolic link to nothing; --out must be a folder, so choose "
+                f"another, or make the folder that the link names."
+            )
         if parent.exists():
             if not parent.is_dir():
                 raise FileExistsError(

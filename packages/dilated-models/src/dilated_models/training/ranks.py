@@ -265,19 +265,31 @@ def joined(device: str, *, timeout_s: float = TIMEOUT_S) -> Generator[Ranks]:
         timeout_s: Seconds that a process waits for another one.
 
     Raises:
-        ValueError: If this machine lacks the device.
+        RankLost: If the processes do not meet.
+        ValueError: If this machine lacks the device, or a variable has a wrong value.
     """
     if not all(name in os.environ for name in _VARIABLES):
         yield Ranks(choose_device(device))
         return
     where = device_of_process(
         device,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_rank=_variable("LOCAL_RANK", 0),
+        local_size=_variable("LOCAL_WORLD_SIZE", 1),
     )
+    size = _variable("WORLD_SIZE", 1, at_least=1)
+    _variable("RANK", 0, below=size)
+    _variable("MASTER_PORT", 0, below=1 << 16)
     timeout = timedelta(seconds=timeout_s)
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        first = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RankLost(
+            f"rank {os.environ['RANK']} stops: it met no other process at {first} within "
+            f"{timeout_s:g} s; start all processes, and give all the address of rank 0 and a port "
+            f"there that is free."
+        ) from error
+    start = _variable("TORCHELASTIC_RESTART_COUNT", 0)
     # torchrun keeps its store over a restart, and with it the addresses of processes that ended.
     fresh = PrefixStore(f"start {start}", store)
     backend = "gloo"
@@ -290,6 +302,17 @@ def joined(device: str, *, timeout_s: float = TIMEOUT_S) -> Generator[Ranks]:
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def _variable(name: str, default: int, *, at_least: int = 0, below: int = 1 << 31) -> int:
+    """An integer from the environment, as torchrun sets it."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not at_least <= int(text) < below:
+        raise ValueError(
+            f"the environment has {name}={text!r}; it must be an integer from {at_least} to "
+            f"{below - 1}, as torchrun sets it, so start with torchrun, or unset {name}."
+        )
+    return int(text)
 
 
 def _is_of_ring(error: BaseException) -> bool:

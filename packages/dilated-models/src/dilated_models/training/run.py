@@ -26,7 +26,7 @@ from dilated_models.longnet.saving import (
 from dilated_models.longnet.size import peak_memory_bytes
 from dilated_models.text.files import Split
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary
-from dilated_models.training.checkpoints import save_checkpoint
+from dilated_models.training.checkpoints import remove_checkpoints, save_checkpoint
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.cost import fit_memory
 from dilated_models.training.evaluation import Evaluation, scored_ranges
@@ -327,7 +327,8 @@ def _begin(run: Run, state: TrainingState, ranks: Ranks) -> None:
         weights = state.whole_weights()
 
         def write() -> None:
-            (run.folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that failed in here
+            (run.folder / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended in here
+            remove_checkpoints(run.folder)
             save_weights(run.folder, run.model, weights, run_id=run.run_id)
             if isinstance(run.vocabulary, TokenizerVocabulary):
                 with write_atomically(run.folder / TOKENIZER_FILE) as part:

@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from dilated_core.checks import check_choice
@@ -90,6 +90,11 @@ def new_run(
     vocabulary = ByteVocabulary() if tokenizer == "bytes" else TokenizerVocabulary(Path(tokenizer))
     longnet = LongNetConfig.from_dict(fields | {"num_tokens": vocabulary.num_tokens})
     check_free(folder)
+    if any(path.is_dir() and path.resolve() == folder.resolve() for path in text or ()):
+        raise ValueError(
+            f"{str(folder)!r} is both --text and --out; the run would write its files into its own "
+            f"text, so choose another folder for --out, which may lie inside the text."
+        )
     split = _split(text, config)
     return Run(
         folder=folder,
@@ -118,16 +123,17 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
     """
     content = read_config(folder)
     try:
-        config = TrainingConfig.from_dict(content["training"] | dict(training))
+        config = TrainingConfig.from_dict({**content["training"], **training})
         model = LongNetConfig.from_dict(content["model"])
         paths, fingerprint = content["text"]["paths"], content["text"]["fingerprint"]
+        text = None if paths is None else [Path(path) for path in _strings(paths)]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(folder / CONFIG_FILE)!r} cannot be resumed from: {error}"
+            f"{str(folder / CONFIG_FILE)!r} cannot be resumed from: {error}; put back what dilated "
+            f"train wrote there, or start a new run."
         ) from error
     if config.tensorboard:
         check_tensorboard()
-    text = None if paths is None else [Path(path) for path in paths]
     split = _split(text, config)
     if split.fingerprint() != fingerprint:
         raise ValueError(
@@ -173,6 +179,12 @@ def _without_long_validation(config: TrainingConfig, *, given: Set[str]) -> Trai
         fewest = -(-config.steps * scored // most)
         fields["validate_every"] = max(config.validate_every, fewest)
     return dataclasses.replace(config, **fields)
+
+
+def _strings(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(x, str) for x in cast("Any", values)):
+        raise TypeError(f"text.paths is {values!r}; it must be a list of paths")
+    return cast("list[str]", values)
 
 
 def _split(text: Sequence[Path] | None, config: TrainingConfig) -> Split:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a command, and a training loop after it has saved its state."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command, and a training loop after it has saved its state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -20,7 +21,7 @@ class Stopped(Exception):  # noqa: N818 - no error: the run did what the signal 
     """Raised by a run that has received a signal and has saved its state.
 
     Attributes:
-        exit_code: 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+        exit_code: 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
         step: Steps done.
     """
 
@@ -60,7 +61,7 @@ class _StopAtOnce:
 
 @contextmanager
 def stopping_at_once() -> Generator[None]:
-    """In the block, Ctrl-C and SIGTERM raise `StoppedAtOnce`."""
+    """In the block, Ctrl-C, SIGTERM and SIGHUP raise `StoppedAtOnce`."""
     previous = _handle(_StopAtOnce())
     try:
         yield
@@ -69,7 +70,7 @@ def stopping_at_once() -> Generator[None]:
 
 
 class StopSignals:
-    """In its `with` block, the first Ctrl-C or SIGTERM is recorded; the second stops at once.
+    """In its `with` block, the first Ctrl-C, SIGTERM or SIGHUP is recorded; a second one stops.
 
     Outside the main thread, where Python allows no signal handlers, no signal is recorded.
 
@@ -117,10 +118,16 @@ class StopSignals:
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Handle both signals, in the main thread only; return the handlers before."""
+    """Handle the signals, in the main thread only; return the handlers before.
+
+    SIGHUP stays ignored where it is: `nohup` lets a command outlive its terminal.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def _give_back(previous: dict[int, Any]) -> None:

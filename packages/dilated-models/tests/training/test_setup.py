@@ -1,6 +1,7 @@
 """From options to a checked run: short runs, memory, and the text of a resumed run."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,36 @@ def test_an_edited_config_is_named(tmp_path, text, part, value, message):
     write_config(run.folder, run.to_config() | {part: value})
     with pytest.raises(ValueError, match=rf"config\.json' cannot be resumed from: .*{message}"):
         resumed_run(run.folder, device=CPU, training={})
+
+
+def test_other_steps_change_no_window_and_no_row(tmp_path, text):
+    """Only the curve of the learning rate follows the new number, however often it changes."""
+    numbers = {"steps": 40, "seq_len": 64, "warmup_copies": 0.25, "growth": 0.5, "first_seq_len": 8}
+    run = made(tmp_path / "run", text, **numbers)
+    run.folder.mkdir()
+    for steps in (40, 200, 12, 15):
+        write_config(run.folder, run.to_config())
+        run = resumed_run(run.folder, device=CPU, training={"steps": steps})
+        assert run.training.steps == steps
+        assert run.training.copied_steps == 10
+        windows = [run.training.window_at(step) for step in range(24)]
+        assert windows == [8] * 7 + [16] * 7 + [32] * 6 + [64] * 4
+    with pytest.raises(ValueError, match="planned_steps is 0; it must be at least 1"):
+        dataclasses.replace(run.training, planned_steps=0)
+
+
+def test_an_edited_number_is_noticed(tmp_path, text):
+    run = made(tmp_path / "run", text)
+    run.folder.mkdir()
+    write_config(run.folder, run.to_config())
+    path, resumed = (
+        run.folder / "config.json",
+        lambda: resumed_run(run.folder, device=CPU, training={}),
+    )
+    whole = path.read_text("utf-8")
+    path.write_text(json.dumps(json.loads(whole), sort_keys=True), "utf-8")
+    assert not resumed().is_edited
+    path.write_text(whole.replace('"seed": 0', '"seed": 1'), "utf-8")
+    assert resumed().is_edited
+    write_config(run.folder, resumed().to_config())
+    assert not resumed().is_edited

@@ -20,6 +20,7 @@ def introduce(
     console: Console, run: Run, state: TrainingState, file: DeepSpeedConfig | None
 ) -> None:
     """Print what is about to be trained, on what, and where the files go."""
+    from dilated_models.longnet.saving import CONFIG_FILE
     from dilated_models.training.borders import border_note
 
     step, over = state.step, state.over
@@ -36,9 +37,15 @@ def introduce(
         f"text: {source}: {megabytes[0]:.2f} MB to train, {megabytes[1]:.2f} MB to validate"
         + (f"; {split.skipped} binary files skipped" if split.skipped else ""),
         f"{training.steps} steps of {training.batch_size} rows of {training.seq_len} tokens"
-        + (f", continuing after step {step}" if step else "")
+        + (f", continuing after step {step}" if 0 < step < training.steps else "")
+        + (", all done before: give more --steps to train on" if step == training.steps else "")
         + f"; writing to {quoted(run.folder)}",
     ]
+    if run.is_edited:
+        lines.append(
+            f"note: {quoted(run.folder / CONFIG_FILE)} was edited by hand, so from here on this is "
+            f"not the run that began; it goes on with the numbers that are there now"
+        )
     if file is not None and file.without_effect:
         lines.append(f"note: without effect here: {', '.join(file.without_effect)}")
     note = border_note(model.pattern, training.seq_len) if model.has_branches else None

@@ -30,8 +30,9 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `config.json`: the format version, then `content`."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
+    """Write `config.json`: the format version, then `content`, then its checksum."""
+    whole = {"format_version": FORMAT_VERSION, **content}
+    text = json.dumps(whole | {"checksum": _config_checksum(whole)}, indent=2) + "\n"
     with write_atomically(folder / CONFIG_FILE) as part:
         part.write_text(text, "utf-8")
 
@@ -65,6 +66,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(tokenizer, str):
         raise ValueError(f"{str(path)!r} was not written by dilated train.")
     return content
+
+
+def is_edited(content: Mapping[str, Any]) -> bool:
+    """Whether what `read_config` found is another content than `write_config` wrote."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return content.get("checksum", written := _config_checksum(rest)) != written
+
+
+def _config_checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)  # another order of names is no other content
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_model(folder: Path, model: LongNetStacks, *, run_id: str = "") -> None:

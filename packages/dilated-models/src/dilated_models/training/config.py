@@ -47,6 +47,9 @@ class TrainingConfig:
 
     Args:
         steps: Number of optimiser steps.
+        planned_steps: Steps of which `growth` and `warmup_copies` are shares; None: `steps`. A
+            resumed run with other `steps` keeps the number that it began with: else windows would
+            shrink again, and rows would come twice or never.
         batch_size: Rows per step. A row is cut into windows where a document begins.
         accumulation: Number of parts in which a batch is computed, to save memory; divides
             `batch_size`.
@@ -87,6 +90,7 @@ class TrainingConfig:
     """
 
     steps: int
+    planned_steps: int | None = None
     batch_size: int
     accumulation: int = 1
     seq_len: int
@@ -127,6 +131,9 @@ class TrainingConfig:
                 f'schedule_power is {self.schedule_power:g} and schedule "cosine", which has no '
                 f'power; leave schedule_power out, or use the schedule "polynomial".'
             )
+        if self.planned_steps is not None:
+            bounds = _INTEGERS["steps"]
+            self._set("planned_steps", check_integer("planned_steps", self.planned_steps, **bounds))
         if self.first_seq_len is not None:
             first = check_integer("first_seq_len", self.first_seq_len, at_least=1)
             self._set("first_seq_len", first)
@@ -162,7 +169,7 @@ class TrainingConfig:
 
     def window_at(self, step: int) -> int:
         """Longest window of a step, from 0, in tokens; a pure function of the step."""
-        first, grown = self.first_seq_len, self.growth * self.steps
+        first, grown = self.first_seq_len, self.growth * (self.planned_steps or self.steps)
         if first is None or step >= grown:
             return self.seq_len
         doublings = math.ceil(math.log2(self.seq_len / first))
@@ -171,7 +178,7 @@ class TrainingConfig:
     @property
     def copied_steps(self) -> int:
         """Number of steps, from the first, that train on edited copies."""
-        return round(self.warmup_copies * self.steps)
+        return min(self.steps, round(self.warmup_copies * (self.planned_steps or self.steps)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

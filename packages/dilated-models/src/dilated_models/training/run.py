@@ -57,6 +57,7 @@ class Run:
         text: The `--text` paths of the split; None for the standard library.
         vocabulary: Converts the text to tokens.
         device: Device to train on.
+        is_edited: Whether `config.json`, from which a run is resumed, was edited by hand.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Run:
     text: Sequence[str] | None
     vocabulary: Vocabulary
     device: torch.device
+    is_edited: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """Content of `config.json`."""

@@ -13,7 +13,7 @@ import torch
 from dilated_core.checks import check_choice
 
 from dilated_models.config import LongNetConfig
-from dilated_models.longnet.saving import CONFIG_FILE, load_vocabulary, read_config
+from dilated_models.longnet.saving import CONFIG_FILE, is_edited, load_vocabulary, read_config
 from dilated_models.text.files import Split, split_files, standard_library_files, text_files
 from dilated_models.text.vocabulary import ByteVocabulary, TokenizerVocabulary
 from dilated_models.training.config import PRESETS, TrainingConfig
@@ -123,7 +123,10 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
     """
     content = read_config(folder)
     try:
-        config = TrainingConfig.from_dict({**content["training"], **training})
+        numbers = {**content["training"], **training}
+        if numbers["steps"] != (before := content["training"]["steps"]):
+            numbers["planned_steps"] = numbers.get("planned_steps") or before
+        config = TrainingConfig.from_dict(numbers)
         model = LongNetConfig.from_dict(content["model"])
         paths, fingerprint = content["text"]["paths"], content["text"]["fingerprint"]
         text = None if paths is None else [Path(path) for path in _strings(paths)]
@@ -150,6 +153,7 @@ def resumed_run(folder: Path, *, device: torch.device, training: Mapping[str, An
         text=paths,
         vocabulary=load_vocabulary(folder),
         device=device,
+        is_edited=is_edited(content),
     )
 
 

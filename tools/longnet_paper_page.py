@@ -54,7 +54,7 @@ sequence than for many, and dense attention grows with the length.
 STRIDED = """\
 ## Do strided branches learn to copy?
 
-Models of two layers of {d_model} learn to copy random tokens from one distance back, {steps} steps
+Models of two layers of {d_model} learn to copy random tokens from one distance back, {steps:,} steps
 of {tokens_per_step:,} tokens, distances from {near} to {farthest}. LongNet has segments of
 {segments} with rates {rates}. Distances from {far} on lie outside all segments of rate 1: only
 branches with rates 2 and 4 reach them. *Far copies only* trains on these distances alone; in
@@ -189,6 +189,7 @@ def strided(rows: Rows) -> tuple[list[str], str]:
         statistics.median(accuracy(row, distances=d) for row in groups["LongNet"])
         for d in (distances[0], far)
     )
+    chance = 1 / longnet["model"]["num_tokens"]
     lines.append(
         f"LongNet copies {near:.0%} of the tokens at distances of {distances[0][0]} to "
         f"{distances[0][1]} and {beyond:.0%} at {far[0]} to {far[1]}. "
@@ -200,10 +201,24 @@ def strided(rows: Rows) -> tuple[list[str], str]:
             + (
                 ", and so have the others.\n"
                 if beyond >= LEARNT
+                else f", and the others little: chance is {chance:.0%}.\n"
+                if beyond > 2 * chance
                 else ", and the others have not.\n"
             )
         )
     )
+    seen, unseen = (
+        statistics.median(
+            statistics.mean(accuracy(row, distances=far, residue=r) for r in residues)
+            for row in groups["LongNet"]
+        )
+        for residues in ((0, 2), (1, 3))
+    )
+    if near >= LEARNT:
+        lines.append(
+            f"At these far distances LongNet copies {seen:.0%} where a branch sees the token that "
+            f"follows the match, and {unseen:.0%} where none does and two layers work together.\n"
+        )
     names = [f"{distance[0]} to {distance[1]}" for distance in distances]
     shares = {
         name: [[accuracy(row, distances=d) for row in group] for d in distances]

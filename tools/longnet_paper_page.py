@@ -58,9 +58,9 @@ Models of two layers of {d_model} learn to copy random tokens from one distance 
 {steps:,} steps of {tokens_per_step:,} tokens, distances from {near} to {farthest}. LongNet has
 segments of {segments} with rates {rates}. Distances from {far} on lie outside all segments of
 rate 1: only branches with rates 2 and 4 reach them. *Far copies only* trains on these distances
-alone; in *shifted layers* every second layer has its segments half a segment of rate 1 earlier; *local
-window* adds the last {segment} positions to the branches. The share of right tokens, by distance
-and by place in the segment of rate 1; chance is 1 / {num_tokens}.
+alone; in *shifted layers* every second layer has its segments half a segment of rate 1 earlier;
+*local window* adds the last {segment} positions to the branches. The share of right tokens, by
+distance and by place in the segment of rate 1; chance is 1 / {num_tokens}.
 
 ![Copy accuracy by distance](images/longnet-paper-strided.svg)
 """

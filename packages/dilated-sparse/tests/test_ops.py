@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from dilated_sparse import BlockSparseAttention, block_sparse_attention, dilated_sparse
+from dilated_core import DilatedPattern
+from dilated_sparse import (
+    AdaptiveSparseAttention,
+    BlockSparseAttention,
+    NSASizes,
+    block_sparse_attention,
+    dilated_sparse,
+    moba_attention,
+    native_sparse_attention,
+    windowed_dilated_attention,
+)
 from dilated_sparse.operators import choice_for
 from dilated_sparse.ops import BLOCK_SPARSE
 from dilated_sparse.pattern.rule import PatternRule
@@ -112,9 +122,59 @@ def test_autocast_casts_as_pytorch_does() -> None:
     assert torch.equal(out, block_sparse_attention(*half, PATTERN, 4))
 
 
-def test_a_second_derivative_is_refused() -> None:
+KINDS = {
+    "pattern": lambda *x: block_sparse_attention(*x, PATTERN, 4, is_causal=True),
+    "window": lambda *x: windowed_dilated_attention(*x, DilatedPattern([8], [2]), 4),
+    "moba": lambda *x: moba_attention(*x, 4, 3),
+}
+
+
+@pytest.mark.parametrize("attend", KINDS.values(), ids=KINDS)
+def test_what_has_no_derivative_is_refused(attend) -> None:
     leaves = tensors()
-    out = block_sparse_attention(*leaves, PATTERN, 4)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError):
+    # The second term reaches q by itself, so its own second derivative would hide the missing one.
+    total = attend(*leaves).square().sum() + leaves[0].pow(3).sum()
+    (grad,) = torch.autograd.grad(total, leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives in reverse mode only"):
         torch.autograd.grad(grad.sum(), leaves[:1])
+    q, k, v = _detached(leaves)
+    with pytest.raises(RuntimeError, match="first derivatives in reverse mode only"):
+        torch.func.jvp(lambda x: attend(x, k, v), (q,), (q,))
+
+
+@pytest.mark.parametrize("attend", KINDS.values(), ids=KINDS)
+def test_transforms_of_torch_func(attend) -> None:
+    torch.manual_seed(1)
+    batch = torch.randn(3, 2, 1, 18, 2, 8).unbind()
+
+    def loss(*x: torch.Tensor) -> torch.Tensor:
+        return attend(*x).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*batch)
+    for i in range(2):
+        leaves = [x[i].clone().requires_grad_() for x in batch]
+        grads = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close(tuple(x[i] for x in mapped), grads)
+    # One backward for many gradients at once.
+    out = attend(*leaves)
+    douts = torch.randn(3, *out.shape)
+    many = torch.autograd.grad(out, leaves, douts, is_grads_batched=True, retain_graph=True)
+    one = torch.autograd.grad(out, leaves, douts[2])
+    torch.testing.assert_close([x[2] for x in many], list(one))
+
+
+def test_a_choice_under_autocast_is_that_of_half_precision() -> None:
+    torch.manual_seed(0)
+    tensors = torch.randn(3, 1, 400, 2, 16).unbind()
+    sizes = NSASizes(8, 4, 8, num_selected_blocks=4, window_size=16)
+
+    def nsa(*x: torch.Tensor) -> torch.Tensor:
+        pooled = [y.unfold(1, 8, 4)[..., 0] for y in x[1:]]
+        gates = torch.linspace(0, 1, 2400).view(1, 400, 2, 3)
+        return native_sparse_attention(x[0], pooled, x[1:], x[1:], gates, sizes=sizes)
+
+    adaptive = AdaptiveSparseAttention(num_heads=2, head_dim=16, block_size=8, topk=8).eval()
+    for attend in (nsa, lambda *x: moba_attention(*x, 8, 4), lambda *x: adaptive(*x, True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attend(*tensors)
+        assert torch.equal(out, attend(*(x.bfloat16() for x in tensors)))

@@ -330,6 +330,17 @@ def answers_names(elsewhere: Mapping[str, str]) -> Callable[[type[Config]], type
     return decorate
 
 
+def set_checked(config: object, **values: object) -> None:
+    """Replace values of a frozen config by what the checks return, such as numpy's numbers by ints.
+
+    Args:
+        config: A frozen dataclass, in its `__post_init__`.
+        **values: By the names of its fields.
+    """
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
 def _advice(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
     """What to write instead of an unknown name."""
     if name in elsewhere:

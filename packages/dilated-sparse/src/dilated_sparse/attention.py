@@ -16,7 +16,7 @@ from dilated_core.inputs import (
 )
 
 from dilated_sparse.ops import attend
-from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.blocks import BlockPattern, check_pattern
 from dilated_sparse.pattern.rule import PatternRule
 
 # `check_inputs` checks tensors beside a pattern of core; this one has no part in the call.
@@ -158,10 +158,7 @@ def attend_checked(
     if isinstance(pattern, BlockPattern):
         pattern.check_heads(q.shape[-2])
     elif not isinstance(pattern, PatternRule):
-        raise TypeError(
-            f"pattern is a {type(pattern).__name__}; it must be a BlockPattern, such as "
-            f"dilated_sparse.local_window(num_blocks, window=1)."
-        )
+        check_pattern(pattern)
     size = check_integer("block_size", block_size, at_least=1)
     check_backend_name(backend)
     dropout_p = check_dropout(dropout_p)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 import torch
 from dilated_core import AttentionInputs, AttentionOutput, Gradients
 from dilated_core.backends.registry import choose_backend, record_choice
-from dilated_core.dispatch import is_plain
+from dilated_core.dispatch import is_plain, is_transformed
 from dilated_core.merge import accumulation_dtype
-from torch.autograd.function import once_differentiable
+from dilated_core.transforms import is_batched
 
 
 class AttentionOperator:
@@ -35,7 +36,7 @@ class AttentionOperator:
         forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         backward: Callable[..., Gradients],
     ) -> None:
-        num_options = len(schema.split(","))
+        self._forward, self._backward = forward, backward
         self.forward = torch.library.custom_op(
             f"{name}_forward",
             forward,
@@ -55,29 +56,9 @@ class AttentionOperator:
         self.backward.register_fake(_fake_backward)
 
         def differentiate(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-            return _differentiate(ctx, grads, self.backward, num_options)
+            return _differentiate(ctx, grads, self.backward)
 
         self.forward.register_autograd(differentiate, setup_context=_setup_context)
-
-        class Plain(torch.autograd.Function):
-            """The same without the dispatcher."""
-
-            @staticmethod
-            def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-                return forward(*arguments)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-                _setup_context(ctx, inputs, output)
-
-            @staticmethod
-            @once_differentiable
-            def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-                ctx: Any, *grads: torch.Tensor | None
-            ) -> tuple[Any, ...]:
-                return _differentiate(ctx, grads, backward, num_options)
-
-        self._plain = Plain
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
@@ -85,10 +66,101 @@ class AttentionOperator:
         """Out and lse, differentiable once.
 
         Skips the dispatcher where no compiler, mode or subclass must see the operator: its first
-        call imports the compiler, which takes seconds.
+        call imports the compiler, which takes seconds. Transforms of torch.func need an autograd
+        function too: PyTorch gives a custom operator a tangent of 0 in forward mode.
+
+        Raises:
+            RuntimeError: In forward mode, and at a second derivative.
         """
-        attend = self._plain.apply if is_plain(q, k, v) else self.forward
-        return AttentionOutput(*attend(q, k, v, *options))
+        is_eager = is_plain(q, k, v)
+        if is_eager or (not torch.compiler.is_compiling() and is_transformed(q, k, v)):
+            return AttentionOutput(*cast(Any, _Attention).apply(self, q, k, v, *options))
+        return AttentionOutput(*self.forward(q, k, v, *options))
+
+    def run_forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward, through the dispatcher if a mode or a transform must see it."""
+        return (self._forward if is_plain(*arguments[:3]) else self.forward)(*arguments)
+
+    def run_backward(self, *arguments: Any) -> Gradients:
+        """Backward, likewise."""
+        dout, dlse, q, k, v = arguments[:5]
+        skips = is_plain(dout, q, k, v) and not is_batched(dout, dlse)
+        return (self._backward if skips else self.backward)(*arguments)
+
+
+class _Attention(torch.autograd.Function):
+    """Out and lse of an `AttentionOperator`, q, k, v and options."""
+
+    @staticmethod
+    def forward(operator: AttentionOperator, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return operator.run_forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.operator = inputs[0]
+        _setup_context(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        operator: AttentionOperator = ctx.operator
+        run = operator.run_backward
+        if torch.is_grad_enabled():  # create_graph=True, or a transform
+            run = partial(cast(Any, _Gradients).apply, operator)
+        return None, *_differentiate(ctx, grads, run)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_NO_DERIVATIVE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return mapped(cast(Any, _Attention).apply, info, in_dims, *arguments)
+
+
+class _Gradients(torch.autograd.Function):
+    """dq, dk and dv of an `AttentionOperator`, from the arguments of its backward."""
+
+    @staticmethod
+    def forward(operator: AttentionOperator, *arguments: Any) -> Gradients:
+        return operator.run_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is saved: there is no derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(_NO_DERIVATIVE)
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return mapped(cast(Any, _Gradients).apply, info, in_dims, *arguments)
+
+
+_NO_DERIVATIVE = (
+    "sparse attention has first derivatives in reverse mode only, so neither forward mode (jvp, "
+    "jacfwd, hessian) nor a derivative of its gradient; dilated_core.dilated_attention has both."
+)
+
+
+def mapped(call: Callable[..., Any], info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    """The rule of `torch.vmap` for a function or operator: a call for each mapped entry."""
+    results = [
+        call(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def _fake_forward(
@@ -121,10 +193,9 @@ def _differentiate(
     ctx: Any,
     grads: tuple[torch.Tensor | None, ...],
     backward: Callable[..., Gradients],
-    num_options: int,
 ) -> tuple[Any, ...]:
     dout, dlse = grads
-    nothing = (None,) * num_options
+    nothing = (None,) * len(ctx.is_tensor)
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     q, k, v, out, lse, *tensors = ctx.saved_tensors

@@ -96,7 +96,7 @@ def test_random_blocks_stand_for_all_they_were_drawn_from() -> None:
     values = torch.rand(1, 1, 12, 12)
     total = torch.zeros(1, 1, 12)
     for _ in range(2000):
-        columns = kept_and_random(kept, there, 2)
+        columns = kept_and_random(kept, there, 2, torch.rand(kept.shape))
         part = values.gather(-1, columns.indices.clamp_min(0)) * columns.log_weights.exp()
         total += part.masked_fill(columns.indices < 0, 0).sum(-1) / 2000
     torch.testing.assert_close(total, values.sum(-1), rtol=0.1, atol=0)

@@ -1,12 +1,17 @@
 """Modules and factories: the function inside, options honoured, factory names of core."""
 
+import numpy as np
 import pytest
 import torch
 from dilated_core import create_dilated_attention, create_multihead_dilated_attention
 from dilated_sparse import (
+    AdaptiveSparseAttention,
     BlockSparseAttention,
     BlockSparseMultiheadAttention,
+    MoBAAttention,
+    NativeSparseAttention,
     SparsePatternConfig,
+    WindowedDilatedAttention,
     block_sparse_attention,
     create_block_sparse_attention,
     pattern_of_type,
@@ -129,6 +134,23 @@ def test_wrong_options_are_refused(error, message: str, options: dict) -> None:
         create_block_sparse_attention(32, 4, **options)
 
 
+def test_numbers_may_be_those_of_numpy() -> None:
+    q = k = v = torch.randn(1, 50, 2, 8)
+    x = torch.randn(1, 50, 16)
+    size, ratio = np.int64(16), np.float32(0.5)
+    for attention in (
+        BlockSparseAttention(sparsity_ratio=ratio, block_size=size, dropout=np.float64(0.1)),
+        AdaptiveSparseAttention(num_heads=2, head_dim=np.int64(8), block_size=size, mass=ratio),
+        MoBAAttention(block_size=size, topk=np.int64(2)),
+        WindowedDilatedAttention([16], [1], window=size),
+    ):
+        assert attention(q, k, v, is_causal=True).shape == q.shape
+        plain = {int, float, str, bool, tuple, type(None)}
+        assert {type(value) for value in vars(attention.config).values()} <= plain
+    nsa = NativeSparseAttention(16, 2, selection_block_size=size, compression_block_size=size)
+    assert nsa(x, x, x, is_causal=True).shape == x.shape
+
+
 def test_a_config_gives_the_pattern_of_any_length() -> None:
     config = SparsePatternConfig(pattern_type="local_window", sparsity_ratio=0.2, block_size=10)
     assert config.pattern_for(101).num_blocks == 11
@@ -136,3 +158,7 @@ def test_a_config_gives_the_pattern_of_any_length() -> None:
         "local_window", 11, sparsity_ratio=0.2, is_causal=True
     )
     assert config.pattern_for(101) is config.pattern_for(110)
+    with pytest.raises(ValueError, match="seq_len is -5"):
+        config.pattern_for(-5)
+    with pytest.raises(TypeError, match=r"seq_len is 1.5"):
+        config.pattern_for(1.5)

@@ -5,7 +5,15 @@ import pickle
 
 import pytest
 import torch
-from dilated_sparse import BlockPattern, global_local, local_window, random_blocks
+from dilated_sparse import (
+    BlockPattern,
+    block_sparse_attention,
+    from_dilated,
+    global_local,
+    is_exact_for,
+    local_window,
+    random_blocks,
+)
 
 THREE = BlockPattern.from_rows([[0], [1, 0], [0, 2]])
 
@@ -72,6 +80,8 @@ def test_it_is_a_value() -> None:
     assert own.row(0).tolist() == [0]
     with pytest.raises(AttributeError, match="immutable"):
         THREE.num_blocks = 4
+    with pytest.raises(AttributeError, match="immutable"):
+        del THREE._row_offsets
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,7 @@ def test_it_is_a_value() -> None:
         (lambda: BlockPattern(torch.tensor([0, 2, 3]), torch.tensor([1, 1, 1])), "ascend"),
         (lambda: BlockPattern(torch.tensor([0]), torch.tensor([0])), "one block at least"),
         (lambda: BlockPattern.from_mask(torch.ones(2, 3, dtype=torch.bool)), r"shape \(2, 3\)"),
+        (lambda: BlockPattern.from_mask(torch.ones(0, 0, dtype=torch.bool)), "one block at least"),
         (lambda: BlockPattern.per_head([]), "one pattern at least"),
         (lambda: THREE | local_window(4, window=1), "3 and 4 blocks"),
         (lambda: THREE & BlockPattern.from_rows([[1], [2], [1]]), "row 0 of head 0 keeps no block"),
@@ -99,6 +110,31 @@ def test_it_is_a_value() -> None:
 def test_wrong_lists_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockPattern.from_rows([[0.7]]), r"a row is \[0.7\]; it must list the numbers"),
+        (lambda: BlockPattern.from_rows([[True]]), r"a row is \[True\]"),
+        (lambda: BlockPattern.from_rows([[[0]]]), r"a row is \[\[0\]\]"),
+        (lambda: BlockPattern.per_head([THREE, [0]]), "pattern is a list; it must be a Block"),
+        (lambda: from_dilated("longnet", 8, 4, 2), "pattern is a str; it must be a Dilated"),
+        (lambda: is_exact_for(THREE, 8, 4), "pattern is a BlockPattern; it must be a Dilated"),
+    ],
+)
+def test_other_types_are_refused(make, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_pattern_of_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        patterns = local_window(3, window=1), THREE | THREE
+    for pattern in patterns:
+        x = torch.randn(1, 12, 2, 4, requires_grad=True)
+        block_sparse_attention(x, x, x, pattern, 4).sum().backward()
+        assert x.grad.abs().sum() > 0
 
 
 def test_other_dtypes_are_refused() -> None:

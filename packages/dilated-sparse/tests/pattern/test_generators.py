@@ -1,6 +1,7 @@
 """Each kind of pattern against its definition, entry by entry, and against its budget."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -70,6 +71,52 @@ def test_the_fraction_is_met_and_the_diagonal_kept(
     assert pattern == pattern_of_type(kind, N, sparsity_ratio=ratio, is_causal=is_causal)
     if ratio == 1:
         assert kept.sum() == (N * (N + 1) // 2 if is_causal else N * N)
+
+
+def ranks(kind: str, i: int, j: int, sinks: int, num_blocks: int) -> tuple:
+    """What a kind of pattern keeps first: the lowest of these; the definition."""
+    d = abs(i - j)
+    near = (d, j > i)
+    if kind == "dilated_sparse":
+        return (d and d // (d & -d), *near)
+    if kind == "global_local":
+        return (0 if i == j else 1 if j < sinks else 2, *near)
+    if kind == "hierarchical":
+        levels = [n for n in range((num_blocks - 1).bit_length() + 1) if j % 2**n == 0]
+        return (min((abs((i >> n) - (j >> n)), n) for n in levels), *near)
+    return near
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", PATTERN_TYPES)
+def test_rows_keep_the_blocks_that_rank_first(kind, is_causal: bool) -> None:
+    for N, ratio in ((1, 0.5), (6, 0.4), (23, 0.07), (23, 0.3), (40, 0.2), (40, 0.8)):
+        pattern = pattern_of_type(kind, N, sparsity_ratio=ratio, is_causal=is_causal)
+        for i in range(N):
+            kept = pattern.row(i).tolist()
+            if kind == "global_local" and not is_causal and len(kept) == N:
+                continue  # the full row of a sink
+            there = range(i + 1 if is_causal else N)
+            budget = ratio * len(there)
+            causal_sinks = 0 if budget < 2 else max(1, round(budget / 8))
+            sinks = causal_sinks if is_causal else int(dense(pattern).all(1).sum())
+            best = sorted(there, key=lambda j: ranks(kind, i, j, sinks, N))
+            assert kept == sorted(best[: len(kept)])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", PATTERN_TYPES)
+def test_a_million_blocks_take_time_and_memory_for_the_kept_ones(kind, is_causal: bool) -> None:
+    """Ranking all blocks of each row would be 10¹² numbers, hours."""
+    N = 10**6
+    tracemalloc.start()
+    pattern = pattern_of_type(kind, N, sparsity_ratio=4e-6, is_causal=is_causal)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pattern.num_blocks == N
+    assert N <= pattern.num_kept <= 5 * N
+    assert peak < 1000 * N
 
 
 def test_strided_diagonals_have_a_radius_that_grows_with_the_rate() -> None:

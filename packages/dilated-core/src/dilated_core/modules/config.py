@@ -16,6 +16,7 @@ from dilated_core.checks import (
     check_head_range,
     check_integer,
     check_number,
+    set_checked,
 )
 from dilated_core.inputs import (
     check_backend_name,
@@ -67,10 +68,10 @@ class _SharedOptions:
         self.pattern_of((1,), (1,))
         check_scale(self.scale, head_dim=1)
         check_max_workspace_bytes(self.max_workspace_bytes)
-        _set(self, dropout=check_dropout(self.dropout, name="dropout"))
+        set_checked(self, dropout=check_dropout(self.dropout, name="dropout"))
         if self.head_range is not None:
             # Each call checks it again with its number of heads, which is at least one.
-            _set(self, head_range=check_head_range(self.head_range, num_heads=1))
+            set_checked(self, head_range=check_head_range(self.head_range, num_heads=1))
         check_backend_name(self.backend)
 
     def pattern_of(
@@ -127,7 +128,9 @@ class DilatedAttentionConfig(_SharedOptions):
     def __post_init__(self) -> None:
         _SharedOptions.__post_init__(self)
         pattern = self.pattern
-        _set(self, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
+        set_checked(
+            self, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates
+        )
 
     @property
     def pattern(self) -> DilatedPattern:
@@ -160,7 +163,9 @@ class DynamicDilatedAttentionConfig(_SharedOptions):
     def __post_init__(self) -> None:
         _SharedOptions.__post_init__(self)
         if self.memory_budget is not None:
-            _set(self, memory_budget=check_integer("memory_budget", self.memory_budget, at_least=1))
+            set_checked(
+                self, memory_budget=check_integer("memory_budget", self.memory_budget, at_least=1)
+            )
         select_segments(
             1,
             1,
@@ -205,7 +210,7 @@ class MultiheadConfig:
         embed_dim = check_integer("embed_dim", self.embed_dim, at_least=1)
         num_heads = check_integer("num_heads", self.num_heads, at_least=1)
         if self.num_kv_heads is not None:
-            _set(self, num_kv_heads=check_head_groups(num_heads, self.num_kv_heads))
+            set_checked(self, num_kv_heads=check_head_groups(num_heads, self.num_kv_heads))
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim is {embed_dim} and num_heads {num_heads}; num_heads must divide "
@@ -213,7 +218,7 @@ class MultiheadConfig:
             )
         check_bool("bias", self.bias)
         check_bool("layer_norm", self.layer_norm)
-        _set(
+        set_checked(
             self,
             embed_dim=embed_dim,
             num_heads=num_heads,
@@ -241,9 +246,3 @@ class MultiheadArguments(DilatedAttentionConfig, MultiheadConfig):
     _: KW_ONLY
     segment_lengths: Sequence[int] = field()
     dilation_rates: Sequence[int] = field()
-
-
-def _set(config: object, **values: object) -> None:
-    """Replace values of a frozen config by their checked forms."""
-    for name, value in values.items():
-        object.__setattr__(config, name, value)

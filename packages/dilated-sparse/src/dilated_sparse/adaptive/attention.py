@@ -8,6 +8,7 @@ from typing import Never
 
 import torch
 from dilated_core.checks import check_tensor
+from dilated_core.decoding.step import without_autocast
 from dilated_core.inputs import check_scale, document_bounds
 from dilated_core.modules.options import check_forward_names, from_options, show_options
 from torch import nn
@@ -110,9 +111,28 @@ class AdaptiveSparseAttention(nn.Module):
         """
         check_forward_names(self, unknown, FORWARD_NAMES, self.config)
         q, k, v = self._checked(q, k, v, is_causal, unrotated, key_padding_mask, cu_seqlens)
-        dropout_p = self.config.dropout if self.training else 0.0
+        with without_autocast(q.device.type):
+            return self._attend(q, k, v, is_causal, unrotated, key_padding_mask, cu_seqlens)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        is_causal: bool,
+        unrotated: Unrotated | None,
+        key_padding_mask: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        config = self.config
+        dropout_p = config.dropout if self.training else 0.0
         seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
-        learns = self.training and self.config.distillation != "none" and torch.is_grad_enabled()
+        parameters = list(self.gate.parameters())
+        learns = self.training and config.distillation != "none"
+        is_random = learns and config.distillation == "kept"
+        # Whether a graph is built decides on the loss only, not on the random numbers drawn:
+        # checkpointing with use_reentrant=True runs forward once without a graph and once with it.
+        learns = learns and torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
         outs: list[torch.Tensor] = []
         total, rows = q.new_zeros((), dtype=torch.float32), q.new_zeros(())
         parts = self._sequences(q, k, v, is_causal, unrotated, key_padding_mask, cu_seqlens)
@@ -120,14 +140,17 @@ class AdaptiveSparseAttention(nn.Module):
             selection = sequence.select()
             out = sequence.attend(selection, dropout_p, seed).out
             outs.append(_restored(out, anchor))
+            noise = sequence.noise() if is_random else None
             if learns:
-                part = sequence.loss(selection if self.config.distillation == "kept" else None)
+                part = sequence.loss(selection, noise) if is_random else sequence.loss(None)
                 total, rows = total + part[0], rows + part[1]
         if not outs:
-            return torch.zeros_like(q)
+            # Without a position there is nothing to compute, but all inputs are part of the graph.
+            inputs = [k, v, *(parameters if learns or config.gate_gradient is not None else ())]
+            return q + sum(x.flatten()[:0].sum().to(q.dtype) for x in inputs)
         out = outs[0] if cu_seqlens is None else torch.cat([out[0] for out in outs])
-        if learns and out.requires_grad:
-            out = add_loss(out, total / rows.clamp_min(1) * self.config.distillation_weight)
+        if learns:
+            out = add_loss(out, total / rows.clamp_min(1) * config.distillation_weight)
         return out
 
     def select(
@@ -146,7 +169,8 @@ class AdaptiveSparseAttention(nn.Module):
         Args, errors: As for `forward`.
         """
         sequence = self._sequence(q, k, is_causal, unrotated, key_padding_mask)
-        return sequence.select()
+        with without_autocast(q.device.type):
+            return sequence.select()
 
     def distillation_loss(
         self,
@@ -166,8 +190,9 @@ class AdaptiveSparseAttention(nn.Module):
         """
         sequence = self._sequence(q, k, is_causal, unrotated, key_padding_mask)
         learns_all = self.config.distillation == "all"
-        total, rows = sequence.loss(None if learns_all else sequence.select())
-        return total / rows.clamp_min(1)
+        with without_autocast(q.device.type):
+            total, rows = sequence.loss(None if learns_all else sequence.select())
+            return total / rows.clamp_min(1)
 
     @torch.no_grad()
     def decode(
@@ -203,7 +228,17 @@ class AdaptiveSparseAttention(nn.Module):
                 "gate_gradient is 'bias'; decode adds no bias, so call forward on all tokens."
             )
         q, k, v = self._checked(q, k, v, True, unrotated, None, None)
-        before = (q, k) if unrotated is None else unrotated
+        with without_autocast(q.device.type):
+            return self._decode(q, k, v, cache, (q, k) if unrotated is None else unrotated)
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: AdaptiveCache,
+        before: Unrotated,
+    ) -> torch.Tensor:
         scale = check_scale(self.config.scale, self.head_dim)
         shape = Shape(self.num_kv_heads, self.config.block_size, self.config.positions_per_mean)
         if cache.length == 0 and q.shape[1] > 1:

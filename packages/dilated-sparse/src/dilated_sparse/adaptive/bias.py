@@ -45,7 +45,9 @@ def biased_attention(
     partials: list[AttentionOutput] = []
     if is_causal:
         diagonal = BlockSelection(one, own.expand(counts.shape).unsqueeze(-1).contiguous())
-        partials.append(attend(diagonal, True))
+        out, lse = attend(diagonal, True)
+        # Adds 0, so that the gate has a gradient where a sequence is one block.
+        partials.append(AttentionOutput(out, lse + log_gains[..., :0].sum().to(lse.dtype)))
     others = counts - int(is_causal)
     for m in range(indices.shape[-1]):
         has_block = m < others

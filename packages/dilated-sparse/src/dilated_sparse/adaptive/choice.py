@@ -120,7 +120,8 @@ def kept_blocks(scores: torch.Tensor, budget: Budget, rows: Rows) -> torch.Tenso
     if bool((kept.sum(-1, keepdim=True) > number).any()):
         above, equal = ranks > lowest, ranks == lowest
         kept = above | (equal & (equal.cumsum(-1) <= number - above.sum(-1, keepdim=True)))
-    return kept & (ranks > -torch.inf)
+    # NaN, as of a step that overflowed, ranks above all, so that nothing would be kept.
+    return (kept & (ranks > -torch.inf)) | forced
 
 
 def _within_mass(

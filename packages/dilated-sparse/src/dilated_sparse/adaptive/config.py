@@ -15,6 +15,7 @@ from dilated_core.checks import (
     check_head_groups,
     check_integer,
     check_number,
+    set_checked,
 )
 from dilated_core.inputs import check_backend_name, check_dropout, check_scale
 from dilated_core.modules.config import FORWARD_ARGUMENTS
@@ -30,6 +31,8 @@ FORWARD_NAMES = (*FORWARD_ARGUMENTS, "unrotated")
 ELSEWHERE = dict.fromkeys(FORWARD_NAMES, "is passed to forward") | {
     "pattern_type": "has no counterpart, since the content decides, so leave it out",
 }
+
+_LEAST = {"block_size": 1, "local_blocks": 0, "sink_blocks": 0, "num_random": 0, "gate_dim": 1}
 
 
 @answers_names(ELSEWHERE)
@@ -95,30 +98,28 @@ class AdaptiveSparseConfig:
                 f"{' and '.join(given)} are given; they are budgets of the same blocks, so give "
                 f"one of topk, mass and sparsity_ratio."
             )
-        if self.topk is not None:
-            check_integer("topk", self.topk, at_least=1)
         if self.mass is not None:
-            check_number("mass", self.mass, above=0, at_most=1)
+            set_checked(self, mass=check_number("mass", self.mass, above=0, at_most=1))
         if self.sparsity_ratio is not None:
-            check_ratio(self.sparsity_ratio)
-        block_size = check_integer("block_size", self.block_size, at_least=1)
-        if self.sub_block_size is not None:
-            size = check_integer("sub_block_size", self.sub_block_size, at_least=1)
-            if block_size % size:
-                raise ValueError(
-                    f"sub_block_size is {size} and block_size {block_size}; it must divide "
-                    f"block_size, or be None."
-                )
-        for name in ("local_blocks", "sink_blocks", "num_random"):
-            check_integer(name, getattr(self, name), at_least=0)
-        check_integer("gate_dim", self.gate_dim, at_least=1)
+            set_checked(self, sparsity_ratio=check_ratio(self.sparsity_ratio))
+        for name, value in (("topk", self.topk), ("sub_block_size", self.sub_block_size)):
+            if value is not None:
+                set_checked(self, **{name: check_integer(name, value, at_least=1)})
+        for name, least in _LEAST.items():
+            set_checked(self, **{name: check_integer(name, getattr(self, name), at_least=least)})
+        if self.sub_block_size is not None and self.block_size % self.sub_block_size:
+            raise ValueError(
+                f"sub_block_size is {self.sub_block_size} and block_size {self.block_size}; it "
+                f"must divide block_size, or be None."
+            )
         check_bool("lookahead", self.lookahead)
         if self.gate_gradient is not None:
             check_choice("gate_gradient", self.gate_gradient, ("bias",))
         check_choice("distillation", self.distillation, ("kept", "all", "none"))
-        check_number("distillation_weight", self.distillation_weight, at_least=0)
+        weight = check_number("distillation_weight", self.distillation_weight, at_least=0)
+        dropout = check_dropout(self.dropout, name="dropout")
+        set_checked(self, distillation_weight=weight, dropout=dropout)
         check_scale(self.scale, head_dim=1)
-        check_dropout(self.dropout, name="dropout")
         check_backend_name(self.backend)
 
     @property
@@ -155,7 +156,7 @@ class AdaptiveHeads:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_integer("head_dim", self.head_dim, at_least=1)
+        set_checked(self, head_dim=check_integer("head_dim", self.head_dim, at_least=1))
         check_head_groups(self.num_heads, self.num_kv_heads)
         if self.dtype is not None:
             check_float_dtype(self.dtype)

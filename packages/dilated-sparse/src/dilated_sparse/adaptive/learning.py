@@ -184,12 +184,15 @@ def distillation_loss(
     return terms.sum(), has_mass.sum()
 
 
-def kept_and_random(kept: torch.Tensor, there: torch.Tensor, num_random: int) -> Columns:
+def kept_and_random(
+    kept: torch.Tensor, there: torch.Tensor, num_random: int, noise: torch.Tensor
+) -> Columns:
     """The kept blocks, and random ones of those that are not kept.
 
     Args:
         kept, there: `(B, K, N, N)` bool: blocks that are kept, and all that a row has.
         num_random: Random blocks of each row, or as many as there are.
+        noise: `(B, K, N, N)`, uniform in [0, 1): of the other blocks, those with the largest.
     """
     counts = kept.sum(-1)
     others = there & ~kept
@@ -199,8 +202,7 @@ def kept_and_random(kept: torch.Tensor, there: torch.Tensor, num_random: int) ->
     log_weights = torch.zeros_like(indices, dtype=torch.float32)
     num_random = min(num_random, kept.shape[-1])
     if num_random:
-        noise = torch.rand(others.shape, device=kept.device).masked_fill(~others, -1)
-        drawn = noise.topk(num_random, dim=-1)
+        drawn = noise.masked_fill(~others, -1).topk(num_random, dim=-1)
         indices = torch.cat([indices, drawn.indices.where(drawn.values >= 0, -1)], -1)
         number = others.sum(-1, keepdim=True).float()
         stands_for = (number / number.clamp(1, num_random)).clamp_min(1).log()

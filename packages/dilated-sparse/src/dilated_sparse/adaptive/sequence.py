@@ -38,7 +38,7 @@ from dilated_sparse.pattern.selection import BlockSelection
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """The tensors of a call and its options.
+    """The tensors of a call and its options. The caller switches autocast off.
 
     Attributes:
         config: The options.
@@ -70,14 +70,13 @@ class Sequence:
     def terms(self) -> tuple[QueryTerms, KeyTerms]:
         """What scores read of the queries and keys; differentiable in the gate alone."""
         reads_own_block = self.config.lookahead or not self.is_causal
-        with torch.autocast(self.q.device.type, enabled=False):
-            return (
-                query_terms(
-                    *(self.q, self.unrotated[0], self.shape, self.hidden, self.gate),
-                    reads_own_block=reads_own_block,
-                ),
-                key_terms(self.k, self.unrotated[1], self.shape, self.hidden, self.gate),
-            )
+        return (
+            query_terms(
+                *(self.q, self.unrotated[0], self.shape, self.hidden, self.gate),
+                reads_own_block=reads_own_block,
+            ),
+            key_terms(self.k, self.unrotated[1], self.shape, self.hidden, self.gate),
+        )
 
     @torch.no_grad()
     def select(self) -> BlockSelection:
@@ -121,19 +120,26 @@ class Sequence:
         indices = selection.block_indices.long().clamp_min(0)
         gains: list[torch.Tensor] = []
         for start, stop in strips(queries, keys):
-            with torch.autocast(self.q.device.type, enabled=False):
-                learned, estimate = (
-                    block_scores(
-                        *(q.rows(start, stop), k, self.scale),
-                        first_row=start,
-                        is_causal=self.is_causal,
-                    )
-                    for q, k in ((queries, keys), plain)
+            learned, estimate = (
+                block_scores(
+                    *(q.rows(start, stop), k, self.scale),
+                    first_row=start,
+                    is_causal=self.is_causal,
                 )
+                for q, k in ((queries, keys), plain)
+            )
             gains.append((learned - estimate).gather(-1, indices[:, :, start:stop]))
         return torch.cat(gains, 2)
 
-    def loss(self, selection: BlockSelection | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def noise(self) -> torch.Tensor:
+        """Random numbers `(B, K, N, N)`, by which `loss` draws blocks that are not kept."""
+        B, S, K, _ = self.k.shape
+        N = -(-S // self.config.block_size)
+        return torch.rand(B, K, N, N, device=self.k.device)
+
+    def loss(
+        self, selection: BlockSelection | None, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of `distillation_loss` over rows of blocks, and their number.
 
         In causal attention, rows learn the mass of the blocks before their own, which is always
@@ -141,15 +147,17 @@ class Sequence:
 
         Args:
             selection: Learn from these blocks and random others; from all blocks if None.
+            noise: What decides on the random ones; None: drawn here.
         """
         queries, keys = self.terms()
         N = queries.mean.shape[2]
         i = torch.arange(N, device=self.q.device)
         columns = None
         if selection is not None:
+            noise = self.noise() if noise is None else noise
             there = i.unsqueeze(1) > i if self.is_causal else torch.ones_like(i.unsqueeze(1) > i)
             kept = selection.materialize()
-            columns = kept_and_random(kept, there.expand(kept.shape), self.config.num_random)
+            columns = kept_and_random(kept, there.expand(kept.shape), self.config.num_random, noise)
         total, number = self.q.new_zeros((), dtype=queries.mean.dtype), self.q.new_zeros(())
         measured = mass_in_strips(
             *(self.q, self.k, self.config.block_size, self.scale),
@@ -180,9 +188,8 @@ def _loss_of_rows(
     rows: slice,
     columns: Columns | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(mass.device.type, enabled=False):
-        scores = block_scores(queries, keys, scale, first_row=rows.start, is_causal=is_causal)
-        if columns is None:
-            return distillation_loss(scores, mass)
-        scores = scores.gather(-1, columns.indices[:, :, rows].clamp_min(0))
-        return distillation_loss(scores, mass, columns.log_weights[:, :, rows])
+    scores = block_scores(queries, keys, scale, first_row=rows.start, is_causal=is_causal)
+    if columns is None:
+        return distillation_loss(scores, mass)
+    scores = scores.gather(-1, columns.indices[:, :, rows].clamp_min(0))
+    return distillation_loss(scores, mass, columns.log_weights[:, :, rows])

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dilated_sparse.pattern.blocks import BlockPattern, Ints
+from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.lists import Ints
 
 # Keys and values gathered for one call. On two CPU cores with 1 MiB of L2 each and 32 MiB of L3, a
 # forward over 5 or 26 blocks of 64 is within a tenth of its best from 1 to 4 MiB, and a fifth

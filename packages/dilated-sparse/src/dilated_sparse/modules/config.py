@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dilated_core import MultiheadConfig
-from dilated_core.checks import answers_names, check_choice, check_integer
+from dilated_core.checks import answers_names, check_bool, check_choice, check_integer, set_checked
 from dilated_core.inputs import check_backend_name, check_dropout, check_scale
 from dilated_core.modules.config import FORWARD_ARGUMENTS
 
@@ -42,8 +42,11 @@ class SparsePatternConfig:
 
     def __post_init__(self) -> None:
         check_choice("pattern_type", self.pattern_type, PATTERN_TYPES)
-        check_ratio(self.sparsity_ratio)
-        check_integer("block_size", self.block_size, at_least=1)
+        set_checked(
+            self,
+            sparsity_ratio=check_ratio(self.sparsity_ratio),
+            block_size=check_integer("block_size", self.block_size, at_least=1),
+        )
 
     def pattern_for(self, seq_len: int, *, is_causal: bool = False) -> BlockPattern:
         """The pattern for this many positions; built once for each number of blocks.
@@ -51,7 +54,13 @@ class SparsePatternConfig:
         Args:
             seq_len: S.
             is_causal: Whether the attention is causal.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If there are fewer than 0 positions.
         """
+        seq_len = check_integer("seq_len", seq_len, at_least=0)
+        check_bool("is_causal", is_causal)
         rule = PatternRule.of(self.pattern_type, self.sparsity_ratio, is_causal)
         return rule.pattern(max(1, -(-seq_len // self.block_size)))
 
@@ -77,7 +86,7 @@ class BlockSparseAttentionConfig(SparsePatternConfig):
     def __post_init__(self) -> None:
         SparsePatternConfig.__post_init__(self)
         check_scale(self.scale, head_dim=1)
-        check_dropout(self.dropout, name="dropout")
+        set_checked(self, dropout=check_dropout(self.dropout, name="dropout"))
         check_backend_name(self.backend)
 
 

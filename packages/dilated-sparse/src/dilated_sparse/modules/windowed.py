@@ -8,7 +8,7 @@ from typing import Never, get_args
 
 import torch
 from dilated_core import DilatedAttentionConfig
-from dilated_core.checks import answers_names, check_choice, check_integer
+from dilated_core.checks import answers_names, check_choice, check_integer, set_checked
 from dilated_core.modules.config import FORWARD_ARGUMENTS
 from dilated_core.modules.options import check_forward_names, from_options, show_options
 from torch import nn
@@ -39,7 +39,7 @@ class WindowedDilatedAttentionConfig(DilatedAttentionConfig):
 
     def __post_init__(self) -> None:
         DilatedAttentionConfig.__post_init__(self)
-        object.__setattr__(self, "window", check_integer("window", self.window, at_least=1))
+        set_checked(self, window=check_integer("window", self.window, at_least=1))
         check_choice("overlap", self.overlap, get_args(Overlap))
         if self.max_workspace_bytes is not None:
             raise ValueError(

@@ -20,12 +20,10 @@ import numpy.typing as npt
 import torch
 from dilated_core.checks import check_integer, check_tensor
 
-from dilated_sparse.pattern.lists import check_lists
+from dilated_sparse.pattern.lists import Ints, check_lists, numbers, offsets_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-Ints = npt.NDArray[np.int64]
 
 
 class BlockPattern:
@@ -64,9 +62,11 @@ class BlockPattern:
             check_tensor(name, x)
             if x.dtype != torch.int64:
                 raise TypeError(f"{name} has dtype {x.dtype}; it must be int64.")
-        offsets = row_offsets.detach().cpu().clone(memory_format=torch.contiguous_format)
-        offsets = offsets.unsqueeze(0) if offsets.dim() == 1 else offsets
-        indices = block_indices.detach().cpu().contiguous().clone()
+        # A tensor of inference mode can take no part in training, and patterns outlive the mode.
+        with torch.inference_mode(False):
+            offsets = row_offsets.detach().cpu().clone(memory_format=torch.contiguous_format)
+            offsets = offsets.unsqueeze(0) if offsets.dim() == 1 else offsets
+            indices = block_indices.detach().cpu().contiguous().clone()
         check_lists(offsets, indices)
         object.__setattr__(self, "_row_offsets", offsets)
         object.__setattr__(self, "_block_indices", indices)
@@ -82,6 +82,9 @@ class BlockPattern:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a BlockPattern is immutable; {name} cannot be set.")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a BlockPattern is immutable; {name} cannot be deleted.")
+
     @classmethod
     def from_rows(cls, *heads: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> BlockPattern:
         """The pattern that keeps the listed blocks; one list of rows for each head.
@@ -90,6 +93,7 @@ class BlockPattern:
             *heads: For each head the blocks of row 0, of row 1 and so on, in any order.
 
         Raises:
+            TypeError: If a row holds something else than integers.
             ValueError: As the class does; also if heads have different numbers of rows.
         """
         if len({len(rows) for rows in heads}) != 1:
@@ -97,39 +101,48 @@ class BlockPattern:
                 f"the heads have {[len(rows) for rows in heads]} rows; give one head at least, and "
                 f"as many rows for each."
             )
-        rows = [np.unique(np.asarray(row, dtype=np.int64)) for head in heads for row in head]
-        return _packed(rows, len(heads))
+        rows = [np.unique(numbers(row)) for head in heads for row in head]
+        return packed(rows, len(heads))
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> BlockPattern:
         """The pattern that keeps the True entries of `mask`, `(N, N)` or `(P, N, N)` bool."""
         check_tensor("mask", mask)
-        if mask.dtype != torch.bool or mask.dim() not in (2, 3) or mask.shape[-1] != mask.shape[-2]:
+        shape = mask.shape
+        if mask.dtype != torch.bool or len(shape) not in (2, 3) or shape[-1] != shape[-2]:
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be bool "
+                f"mask has shape {tuple(shape)} and dtype {mask.dtype}; it must be bool "
                 f"(num_blocks, num_blocks), with the heads first if there are several patterns."
             )
+        if 0 in shape:
+            raise ValueError(f"mask has shape {tuple(shape)}; there must be one block at least.")
         mask = mask.detach().cpu()
         mask = mask if mask.dim() == 3 else mask.unsqueeze(0)
         counts = mask.sum(-1).flatten().cumsum(0)
-        return cls(_offsets_of(counts, mask.shape[0]), mask.nonzero()[:, 2].contiguous())
+        return cls(offsets_of(counts, mask.shape[0]), mask.nonzero()[:, 2].contiguous())
 
     @classmethod
     def per_head(cls, patterns: Sequence[BlockPattern]) -> BlockPattern:
         """One pattern of several heads from a pattern, shared or not, for each.
+
+        Raises:
+            TypeError: If an entry is no `BlockPattern`.
+            ValueError: If there is none, or they are for different numbers of blocks.
 
         Example:
             >>> first, second = BlockPattern.from_rows([[0]]), BlockPattern.from_rows([[0]])
             >>> BlockPattern.per_head([first, second]).num_heads
             2
         """
-        if not patterns or len({pattern.num_blocks for pattern in patterns}) != 1:
+        for pattern in patterns:
+            check_pattern(pattern)
+        if len({pattern.num_blocks for pattern in patterns}) != 1:
             raise ValueError(
                 f"patterns have num_blocks {[pattern.num_blocks for pattern in patterns]}; give "
                 f"one pattern at least, all for one number of blocks."
             )
         rows = [row for pattern in patterns for head in pattern.rows() for row in head]
-        return _packed(rows, sum(pattern.num_heads for pattern in patterns))
+        return packed(rows, sum(pattern.num_heads for pattern in patterns))
 
     @property
     def row_offsets(self) -> torch.Tensor:
@@ -209,7 +222,7 @@ class BlockPattern:
         counts = torch.zeros_like(kept, dtype=torch.int64)
         counts[kept] = 1
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[self._row_offsets[:, 1:]]
-        return BlockPattern(_offsets_of(ends.flatten(), self.num_heads), self._block_indices[kept])
+        return BlockPattern(offsets_of(ends.flatten(), self.num_heads), self._block_indices[kept])
 
     def leading(self, num_blocks: int) -> BlockPattern:
         """The first `num_blocks` rows and columns: the pattern of a shorter sequence.
@@ -225,7 +238,7 @@ class BlockPattern:
             )
         if n == self.num_blocks:
             return self
-        return _packed(
+        return packed(
             [row[: int(np.searchsorted(row, n))] for head in self.rows() for row in head[:n]],
             self.num_heads,
         )
@@ -336,18 +349,24 @@ class BlockPattern:
         return check_integer("head", head, at_least=0, at_most=self.num_heads - 1)
 
 
-def _packed(rows: Sequence[Ints], num_heads: int) -> BlockPattern:
+def check_pattern(pattern: object) -> None:
+    """Refuse what is no `BlockPattern`.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(
+            f"pattern is a {type(pattern).__name__}; it must be a BlockPattern, such as "
+            f"dilated_sparse.local_window(num_blocks, window=1)."
+        )
+
+
+def packed(rows: Sequence[Ints], num_heads: int) -> BlockPattern:
     """The pattern of rows `(P·N)` that are ascending."""
     ends = torch.tensor([row.shape[0] for row in rows], dtype=torch.int64).cumsum(0)
     indices = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    return BlockPattern(_offsets_of(ends, num_heads), torch.from_numpy(indices.astype(np.int64)))
-
-
-def _offsets_of(ends: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`row_offsets` from where each row of each head ends."""
-    ends = ends.view(num_heads, -1)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
-    return torch.cat([starts.unsqueeze(1), ends], dim=1)
+    return BlockPattern(offsets_of(ends, num_heads), torch.from_numpy(indices.astype(np.int64)))
 
 
 def _combined(a: BlockPattern, b: BlockPattern, combine: Any) -> BlockPattern:
@@ -367,4 +386,4 @@ def _combined(a: BlockPattern, b: BlockPattern, combine: Any) -> BlockPattern:
         for head, other in zip(first, second, strict=True)
         for x, y in zip(head, other, strict=True)
     ]
-    return _packed(rows, P)
+    return packed(rows, P)

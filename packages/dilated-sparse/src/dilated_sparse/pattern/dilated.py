@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from dilated_core import DilatedPattern, head_offset, kept_rows
 from dilated_core.checks import check_integer
+from dilated_core.pattern.branches import check_pattern
 
 from dilated_sparse.pattern.blocks import BlockPattern
 
@@ -32,6 +33,7 @@ def from_dilated(
         >>> from_dilated(DilatedPattern([4], [1]), 12, 2, num_heads=1).row(2)
         tensor([2, 3])
     """
+    check_pattern(pattern)
     S = check_integer("seq_len", seq_len, at_least=1)
     size = check_integer("block_size", block_size, at_least=1)
     H = check_integer("num_heads", num_heads, at_least=1)
@@ -47,6 +49,7 @@ def is_exact_for(pattern: DilatedPattern, seq_len: int, block_size: int) -> bool
     It does for a single branch without dilation whose segments end where blocks end. Two branches
     both select the near keys, which then count twice in dilated attention and once here.
     """
+    check_pattern(pattern)
     S = check_integer("seq_len", seq_len, at_least=1)
     size = check_integer("block_size", block_size, at_least=1)
     if len(pattern.branches) != 1 or pattern.padding != "masked":

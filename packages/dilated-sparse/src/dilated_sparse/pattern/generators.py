@@ -11,15 +11,16 @@ from typing import Literal, get_args
 import numpy as np
 from dilated_core.checks import check_choice, check_integer
 
-from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.blocks import BlockPattern, packed
+from dilated_sparse.pattern.lists import Ints
 from dilated_sparse.pattern.ratio import (
+    budgeted_pattern,
     check_ratio,
     check_shape,
-    coarse_rank,
-    distance_rank,
-    ranked_pattern,
-    sink_rank,
-    strided_rank,
+    coarse_to_fine,
+    nearest,
+    sinks_and_nearest,
+    strided,
 )
 
 PatternType = Literal["local_window", "dilated_sparse", "global_local", "hierarchical"]
@@ -44,7 +45,7 @@ def local_window(num_blocks: int, *, window: int, is_causal: bool = False) -> Bl
     N = check_shape(num_blocks, is_causal)
     w = check_integer("window", window, at_least=0)
     ends = [i + 1 if is_causal else min(N, i + w + 1) for i in range(N)]
-    return BlockPattern.from_rows([np.arange(max(0, i - w), end) for i, end in enumerate(ends)])
+    return packed([np.arange(max(0, i - w), end) for i, end in enumerate(ends)], 1)
 
 
 def dilated_sparse(
@@ -68,7 +69,7 @@ def dilated_sparse(
         tensor([31, 47, 55, 59, 60, 61, 62, 63])
     """
     N, ratio = check_shape(num_blocks, is_causal), check_ratio(sparsity_ratio)
-    return ranked_pattern(N, ratio, strided_rank, is_causal=is_causal)
+    return budgeted_pattern(N, ratio, strided(N), is_causal=is_causal)
 
 
 def global_local(
@@ -102,7 +103,7 @@ def global_local(
         else:
             start = max(g, i - w)
             rows.append(np.concatenate([np.arange(g), np.arange(start, end)]))
-    return BlockPattern.from_rows(rows)
+    return packed(rows, 1)
 
 
 def hierarchical(
@@ -195,18 +196,19 @@ def pattern_of_type(
     if pattern_type == "dilated_sparse":
         return dilated_sparse(N, sparsity_ratio=ratio, is_causal=is_causal)
     if pattern_type == "local_window":
-        return ranked_pattern(N, ratio, distance_rank, is_causal=is_causal)
+        return budgeted_pattern(N, ratio, nearest, is_causal=is_causal)
     if pattern_type == "hierarchical":
-        return ranked_pattern(N, ratio, coarse_rank(N, _levels(N)), is_causal=is_causal)
+        return budgeted_pattern(N, ratio, coarse_to_fine(_levels(N)), is_causal=is_causal)
     return _global_local_of_ratio(N, ratio, is_causal)
 
 
 def _global_local_of_ratio(N: int, ratio: float, is_causal: bool) -> BlockPattern:
     if is_causal:
         # Each row has sinks for its own budget: a longer sequence must not change earlier rows.
-        return ranked_pattern(
-            N, ratio, lambda i, j: sink_rank(_sinks_of(ratio * (i + 1)))(i, j), is_causal=True
-        )
+        def kept(row: int, budget: int, last: int) -> Ints:
+            return sinks_and_nearest(_sinks_of(ratio * (row + 1)))(row, budget, last)
+
+        return budgeted_pattern(N, ratio, kept, is_causal=True)
     g = _sinks_of(ratio * N)
     # The full rows take g·N of the ratio·N² blocks. They come down to what leaves every other row
     # its own block and the sinks.
@@ -214,9 +216,10 @@ def _global_local_of_ratio(N: int, ratio: float, is_causal: bool) -> BlockPatter
         g -= 1
     if g >= N:
         return local_window(N, window=N)
-    rest = ranked_pattern(N, (ratio * N * N - g * N) / (N - g) / N, sink_rank(g), is_causal=False)
+    share = (ratio * N * N - g * N) / (N - g) / N
+    rest = budgeted_pattern(N, share, sinks_and_nearest(g), is_causal=False)
     full = np.arange(N)
-    return BlockPattern.from_rows([full if i < g else row for i, row in enumerate(rest.rows()[0])])
+    return packed([full if i < g else row for i, row in enumerate(rest.rows()[0])], 1)
 
 
 def _sinks_of(budget: float) -> int:

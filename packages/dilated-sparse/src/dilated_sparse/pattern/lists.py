@@ -1,8 +1,14 @@
-"""What the lists of a pattern must be."""
+"""The lists of a pattern: what they must be, and how they are made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Ints = npt.NDArray[np.int64]
 
 
 def check_lists(offsets: torch.Tensor, indices: torch.Tensor) -> None:
@@ -44,3 +50,20 @@ def check_lists(offsets: torch.Tensor, indices: torch.Tensor) -> None:
         raise ValueError(
             "block_indices does not ascend within a row; sort each row and drop repetitions."
         )
+
+
+def numbers(row: Sequence[int] | npt.NDArray[np.integer]) -> Ints:
+    """The blocks of a row as an array."""
+    array = np.asarray(row)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise TypeError(
+            f"a row is {row!r}; it must list the numbers of its blocks, such as [0, 2]."
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def offsets_of(ends: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`row_offsets` from where each row of each head ends."""
+    ends = ends.view(num_heads, -1)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]])
+    return torch.cat([starts.unsqueeze(1), ends], dim=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from dilated_core import MultiheadConfig
-from dilated_core.checks import answers_names, check_choice, check_integer
+from dilated_core.checks import answers_names, check_choice, check_integer, set_checked
 from dilated_core.inputs import check_backend_name, check_dropout, check_scale
 from dilated_core.modules.config import FORWARD_ARGUMENTS
 
@@ -37,10 +37,13 @@ class MoBAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_integer("block_size", self.block_size, at_least=1)
-        check_integer("topk", self.topk, at_least=1)
+        set_checked(
+            self,
+            block_size=check_integer("block_size", self.block_size, at_least=1),
+            topk=check_integer("topk", self.topk, at_least=1),
+            dropout=check_dropout(self.dropout, name="dropout"),
+        )
         check_scale(self.scale, head_dim=1)
-        check_dropout(self.dropout, name="dropout")
         check_backend_name(self.backend)
 
 
@@ -82,7 +85,7 @@ class NSAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        self.sizes.checked()
+        set_checked(self, **self.sizes.checked()._asdict())
         check_choice("mix", self.mix, get_args(Mix))
         check_scale(self.scale, head_dim=1)
         check_backend_name(self.backend)

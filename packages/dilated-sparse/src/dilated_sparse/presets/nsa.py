@@ -12,6 +12,7 @@ from dilated_core import (
     merge_partials,
 )
 from dilated_core.checks import check_choice, check_integer, check_tensor
+from dilated_core.decoding.step import without_autocast
 from dilated_core.inputs import cast_for_autocast, check_backend_name, check_inputs, check_scale
 from dilated_core.merge import accumulation_dtype
 from torch.nn.functional import pad
@@ -53,34 +54,35 @@ class NSASizes(NamedTuple):
     window_size: int = 512
 
     def checked(self) -> NSASizes:
-        """These sizes, if they fit together.
+        """These sizes as ints, if they fit together.
 
         Raises:
             TypeError: If one is no integer.
             ValueError: If one is out of range, or they do not fit together.
         """
         least = {"num_initial_blocks": 0}
-        for name, value in self._asdict().items():
-            check_integer(name, value, at_least=least.get(name, 1))
-        stride = self.compression_stride
-        for name in ("compression_block_size", "selection_block_size"):
-            if (value := getattr(self, name)) % stride:
+        size, d, m, n, initial, local, _ = sizes = NSASizes(
+            *(
+                check_integer(name, value, at_least=least.get(name, 1))
+                for name, value in self._asdict().items()
+            )
+        )
+        for name, value in (("compression_block_size", size), ("selection_block_size", m)):
+            if value % d:
                 raise ValueError(
-                    f"{name} is {value} and compression_stride {stride}; the stride must divide it."
+                    f"{name} is {value} and compression_stride {d}; the stride must divide it."
                 )
-        if self.selection_block_size < self.compression_block_size:
+        if m < size:
             raise ValueError(
-                f"selection_block_size is {self.selection_block_size} and compression_block_size "
-                f"{self.compression_block_size}; it must not be smaller."
+                f"selection_block_size is {m} and compression_block_size {size}; it must not be "
+                f"smaller."
             )
-        forced = self.num_initial_blocks + self.num_local_blocks
-        if self.num_selected_blocks < forced:
+        if n < initial + local:
             raise ValueError(
-                f"num_selected_blocks is {self.num_selected_blocks}; {self.num_initial_blocks} "
-                f"initial and {self.num_local_blocks} local blocks are always chosen, so it must "
-                f"be at least {forced}."
+                f"num_selected_blocks is {n}; {initial} initial and {local} local blocks are "
+                f"always chosen, so it must be at least {initial + local}."
             )
-        return self
+        return sizes
 
     def num_compressed(self, seq_len: int) -> int:
         """C, compressed keys of S positions: those whose positions all exist."""
@@ -197,7 +199,8 @@ def native_sparse_attention(
         )
     wide = accumulation_dtype(q.dtype)
     outs = torch.stack([part.out.to(wide) for part in (coarse, fine, near)], -1)
-    return (outs @ gates.to(wide).unsqueeze(-1)).squeeze(-1).to(q.dtype)
+    with without_autocast(q.device.type):
+        return (outs @ gates.to(wide).unsqueeze(-1)).squeeze(-1).to(q.dtype)
 
 
 def _attend_compressed(

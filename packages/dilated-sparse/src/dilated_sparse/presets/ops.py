@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ast import literal_eval
+from functools import partial
 from typing import Any
 
 import torch
 from dilated_core import AttentionOptions, AttentionOutput, Gradients
 from dilated_core.backends.registry import recorded_backend
+from dilated_core.decoding.step import without_autocast
 from dilated_core.dispatch import is_plain
 
 from dilated_sparse.execution.sequences import Part, spans_of
-from dilated_sparse.operators import AttentionOperator, choice_for
+from dilated_sparse.operators import AttentionOperator, choice_for, mapped
 from dilated_sparse.presets.choice import moba_choice, nsa_choice
 from dilated_sparse.presets.chosen import Call, backward, forward
 
@@ -63,7 +65,8 @@ def choose_moba(
     q, k = q.detach(), k.detach()
     # The first call of any custom operator imports the compiler, which takes seconds.
     choose = _moba_choice if is_plain(q, k) else _MOBA_CHOICE
-    return choose(q, k, block_size, count, key_padding_mask, cu_seqlens)
+    with without_autocast(q.device.type):
+        return choose(q, k, block_size, count, key_padding_mask, cu_seqlens)
 
 
 def choose_nsa(
@@ -72,7 +75,8 @@ def choose_nsa(
     """`nsa_choice` of q and compressed k; `sizes` are its other arguments in their order."""
     q, k, lse = q.detach(), k.detach(), lse.detach()
     choose = _nsa_choice if is_plain(q, k, lse) else _NSA_CHOICE
-    return choose(q, k, lse, scale, sizes)
+    with without_autocast(q.device.type):
+        return choose(q, k, lse, scale, sizes)
 
 
 def _parts(
@@ -121,6 +125,8 @@ def _nsa_choice(
 
 _MOBA_CHOICE = torch.library.custom_op("dilated_sparse::moba_choice", _moba_choice, mutates_args=())
 _NSA_CHOICE = torch.library.custom_op("dilated_sparse::nsa_choice", _nsa_choice, mutates_args=())
+for _operator in (_MOBA_CHOICE, _NSA_CHOICE):
+    _operator.register_vmap(partial(mapped, _operator))
 
 
 @_MOBA_CHOICE.register_fake

@@ -43,6 +43,8 @@ CAUSAL_LENGTHS = (2**13, 2**14)
 ADAPTIVE_LENGTHS = (2**12, 2**14)
 PEAK_LENGTHS = (2**14, 2**16)
 
+ROUNDS = 6
+
 # From this length on a dense round takes a minute and more: one round of one head, of fewer kinds.
 ONE_ROUND_FROM = 2**15
 
@@ -73,7 +75,7 @@ def measure(seq_len: int, is_causal: bool) -> list[dict[str, Any]]:
         rows = [x.transpose(1, 2) for x in leaves]
         return scaled_dot_product_attention(*rows, is_causal=is_causal).transpose(1, 2)
 
-    dense_s = _seconds(dense, leaves, dout, 1 if is_long else 3)
+    dense_s = _seconds(dense, leaves, dout, 1 if is_long else ROUNDS)
     lse = None if is_long else _dense_lse(leaves, is_causal)
     rows: list[dict[str, Any]] = []
     for ratio in RATIOS:
@@ -84,7 +86,7 @@ def measure(seq_len: int, is_causal: bool) -> list[dict[str, Any]]:
             kept = pattern.causal_sparsity_ratio if is_causal else pattern.sparsity_ratio
             sparse_s = _seconds(
                 lambda p=pattern: block_sparse_attention(*leaves, p, BLOCK_SIZE, is_causal),
-                *(leaves, dout, 2 if is_long else 3),
+                *(leaves, dout, 2 if is_long else ROUNDS),
             )
             row = _row("speed", seq_len, is_causal) | {
                 "pattern_type": kind,
@@ -117,11 +119,11 @@ def measure_adaptive(seq_len: int) -> dict[str, Any]:
         rows = [x.transpose(1, 2) for x in leaves]
         return scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
 
-    dense_s = _seconds(dense, leaves, dout, 3)
-    sparse_s = _seconds(lambda: attention(*leaves, is_causal=True), leaves, dout, 5)
+    dense_s = _seconds(dense, leaves, dout, ROUNDS)
+    sparse_s = _seconds(lambda: attention(*leaves, is_causal=True), leaves, dout, ROUNDS)
     selector: list[float] = []
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(ROUNDS):
             start = time.process_time()
             selection = attention.select(q, k, is_causal=True)
             selector.append(time.process_time() - start)

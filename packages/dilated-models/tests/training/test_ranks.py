@@ -64,3 +64,12 @@ def test_processes_that_do_not_meet(monkeypatch):
     message = r"rank 1 stops: it met no other process at 127\.0\.0\.1:29500 within 3 s; start all"
     with pytest.raises(RankLost, match=message), module.joined("cpu", timeout_s=3.0):
         pass
+
+
+@pytest.mark.parametrize(("local", "machines"), [("2", 2), ("4", 1), ("3", 1)])
+def test_the_number_of_machines(monkeypatch, local, machines):
+    variables(monkeypatch, WORLD_SIZE="4", LOCAL_WORLD_SIZE=local)
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    with module.joined("cpu") as ranks:
+        assert ranks.machines == machines

@@ -20,18 +20,21 @@ def command(*words: str | Path) -> str:
     return " ".join([*_program(), *map(quoted, words)])
 
 
-def train_command(*words: str | Path, processes: int) -> str:
-    """A line as of `command` that trains, on this many processes of this machine.
+def train_command(*words: str | Path, processes: int, machines: int = 1) -> str:
+    """A line as of `command` that trains, on this many processes, all machines together.
 
     Example:
         >>> train_command("--resume", processes=2)
         'torchrun --nproc-per-node 2 -m dilated_models.train --resume'
+        >>> train_command("--resume", processes=16, machines=2)  # on each of them
+        'torchrun --nnodes 2 --nproc-per-node 8 -m dilated_models.train --resume'
     """
     if processes == 1:
         return command("train", *words)
     by_uv = ["uv", "run"] if _is_by_uv() else []
-    start = ["torchrun", "--nproc-per-node", str(processes), "-m", "dilated_models.train"]
-    return " ".join([*by_uv, *start, *map(quoted, words)])
+    nodes = [] if machines == 1 else ["--nnodes", str(machines)]
+    start = ["torchrun", *nodes, "--nproc-per-node", str(processes // machines)]
+    return " ".join([*by_uv, *start, "-m", "dilated_models.train", *map(quoted, words)])
 
 
 def quoted(word: str | Path) -> str:

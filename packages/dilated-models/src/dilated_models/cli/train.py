@@ -313,7 +313,9 @@ def _run(
 
     cp, fsdp = parallel.cp, parallel.spreads_weights(ranks.size)
     grid = [*(["--cp", str(cp)] if cp > 1 else []), *(["--fsdp"] if fsdp else [])]
-    again = train_command("--resume", "--out", run.folder, *grid, processes=ranks.size)
+    again = train_command(
+        "--resume", "--out", run.folder, *grid, processes=ranks.size, machines=ranks.machines
+    )
     go_on = f"continue with: {again}"
     is_whole = is_new  # a checkpoint of an earlier process may be damaged
     try:

@@ -44,6 +44,7 @@ class Ranks:
     Attributes:
         rank: Number of this process, from 0. Rank 0 writes files and prints.
         size: Number of processes.
+        machines: Number of machines that they run on.
         device: Device of this process.
         timeout_s: Seconds that a process waits for another one.
     """
@@ -57,9 +58,11 @@ class Ranks:
         timeout_s: float = TIMEOUT_S,
         store: Store | None = None,
         start: int = 0,
+        machines: int = 1,
     ) -> None:
         self.rank = rank
         self.size = size
+        self.machines = machines
         self.device = device
         self.timeout_s = timeout_s
         self._store = store
@@ -298,7 +301,16 @@ def joined(device: str, *, timeout_s: float = TIMEOUT_S) -> Generator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"  # counts and objects go over gloo, which names no GPU
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield Ranks(where, rank=rank, size=size, timeout_s=timeout_s, store=store, start=start)
+        local = _variable("LOCAL_WORLD_SIZE", size, at_least=1)
+        yield Ranks(
+            where,
+            rank=rank,
+            size=size,
+            timeout_s=timeout_s,
+            store=store,
+            start=start,
+            machines=1 if size % local else size // local,
+        )
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()

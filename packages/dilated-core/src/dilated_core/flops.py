@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,17 +23,28 @@ from dilated_core.ops import decode_options
 
 def register_formulas() -> None:
     """Let FLOP counters count the operators, if the module of PyTorch's counters is loaded."""
+    operators: Any = torch.ops.dilated_core
+    add_formulas(
+        {
+            operators.attention_forward: forward_flops,
+            operators.attention_backward: backward_flops,
+            operators.cross_entropy_chunks: cross_entropy_flops,
+        }
+    )
+
+
+def add_formulas(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Let FLOP counters count some operators, if the module of PyTorch's counters is loaded.
+
+    Args:
+        formulas: By operator, as in `torch.ops`: FLOPs of a call, given its arguments, and its
+            result as `out_val`.
+    """
     counters: Any = sys.modules.get("torch.utils.flop_counter")
     if counters is None:
         return
-    operators: Any = torch.ops.dilated_core
-    formulas = {
-        operators.attention_forward: forward_flops,
-        operators.attention_backward: backward_flops,
-        operators.cross_entropy_chunks: cross_entropy_flops,
-    }
-    if operators.attention_forward not in counters.flop_registry:
-        for operator, formula in formulas.items():
+    for operator, formula in formulas.items():
+        if operator not in counters.flop_registry:
             counters.register_flop_formula(operator, get_raw=True)(formula)
     # A counter copies the registry when it is made, which for the first call is before this.
     for mode in _get_current_dispatch_mode_stack():

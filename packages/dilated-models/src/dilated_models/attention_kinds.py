@@ -79,6 +79,19 @@ def checked_options(
     return tuple(sorted(given.items()))
 
 
+def options_with_defaults(kind: str, options: Mapping[str, Any]) -> Any:
+    """The config of dilated-sparse for a kind without branches."""
+    import dilated_sparse
+
+    configs = {
+        "block_sparse": dilated_sparse.BlockSparseAttentionConfig,
+        "block_sparse_adaptive": dilated_sparse.AdaptiveSparseConfig,
+        "moba": dilated_sparse.MoBAConfig,
+        "nsa": dilated_sparse.NSAConfig,
+    }
+    return configs[kind](**options)
+
+
 def check_no_branches(config: Any, kind: str) -> None:
     """Refuse fields of a config that have no effect on a kind without branches.
 

@@ -11,6 +11,7 @@ import torch
 from dilated_core import AttentionInputs, AttentionOutput, Gradients
 from dilated_core.backends.registry import choose_backend, record_choice
 from dilated_core.dispatch import is_plain, is_transformed
+from dilated_core.flops import add_formulas
 from dilated_core.merge import accumulation_dtype
 from dilated_core.transforms import is_batched
 
@@ -23,6 +24,8 @@ class AttentionOperator:
         schema: Of the arguments after q, k and v, as in a schema of PyTorch.
         forward: From q, k, v and these arguments to out and lse.
         backward: From dout, dlse (or None), q, k, v, out, lse and these arguments to dq, dk, dv.
+        pairs: From q, k, v and these arguments to the number of pairs of a query and a key that it
+            sees, of all heads and batch rows together, for FLOP counters.
 
     Attributes:
         forward, backward: The custom operators.
@@ -35,6 +38,7 @@ class AttentionOperator:
         *,
         forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         backward: Callable[..., Gradients],
+        pairs: Callable[..., int],
     ) -> None:
         self._forward, self._backward = forward, backward
         self.forward = torch.library.custom_op(
@@ -60,6 +64,21 @@ class AttentionOperator:
 
         self.forward.register_autograd(differentiate, setup_context=_setup_context)
 
+        # As core counts: 4·D of each pair in forward, and 2.5 times as many in backward.
+        def forward_flops(q: torch.Tensor, *arguments: Any, out_val: object) -> int:
+            return 4 * q.shape[-1] * pairs(q, *arguments)
+
+        def backward_flops(
+            dout: object, dlse: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+            out: object, lse: object, *arguments: Any, out_val: object,
+        ) -> int:  # fmt: skip
+            return 10 * q.shape[-1] * pairs(q, k, v, *arguments)
+
+        self._formulas = {
+            operator_named(f"{name}_forward"): forward_flops,
+            operator_named(f"{name}_backward"): backward_flops,
+        }
+
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
     ) -> AttentionOutput:
@@ -75,17 +94,27 @@ class AttentionOperator:
         is_eager = is_plain(q, k, v)
         if is_eager or (not torch.compiler.is_compiling() and is_transformed(q, k, v)):
             return AttentionOutput(*cast(Any, _Attention).apply(self, q, k, v, *options))
+        self._register_formulas()
         return AttentionOutput(*self.forward(q, k, v, *options))
 
     def run_forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward, through the dispatcher if a mode or a transform must see it."""
-        return (self._forward if is_plain(*arguments[:3]) else self.forward)(*arguments)
+        if is_plain(*arguments[:3]):
+            return self._forward(*arguments)
+        self._register_formulas()
+        return self.forward(*arguments)
 
     def run_backward(self, *arguments: Any) -> Gradients:
         """Backward, likewise."""
         dout, dlse, q, k, v = arguments[:5]
-        skips = is_plain(dout, q, k, v) and not is_batched(dout, dlse)
-        return (self._backward if skips else self.backward)(*arguments)
+        if is_plain(dout, q, k, v) and not is_batched(dout, dlse):
+            return self._backward(*arguments)
+        self._register_formulas()
+        return self.backward(*arguments)
+
+    def _register_formulas(self) -> None:
+        if not torch.compiler.is_compiling():
+            add_formulas(self._formulas)
 
 
 class _Attention(torch.autograd.Function):
@@ -161,6 +190,17 @@ def mapped(call: Callable[..., Any], info: Any, in_dims: Any, *arguments: Any) -
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def operator_named(name: str) -> Any:
+    """The operator `namespace::name` as FLOP counters name it."""
+    namespace, _, operator = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), operator)
+
+
+def has_values(*tensors: torch.Tensor | None) -> bool:
+    """Whether the numbers of all tensors can be read: none is on the meta device, or fake."""
+    return all(x is None or (type(x) is torch.Tensor and not x.is_meta) for x in tensors)
 
 
 def _fake_forward(

@@ -18,8 +18,10 @@ from dilated_core.backends.registry import recorded_backend
 
 from dilated_sparse.execution import run, whole
 from dilated_sparse.execution.run import Call
-from dilated_sparse.operators import AttentionOperator, choice_for
+from dilated_sparse.execution.sequences import sequences_of
+from dilated_sparse.operators import AttentionOperator, choice_for, has_values
 from dilated_sparse.pattern.blocks import BlockPattern
+from dilated_sparse.pattern.pairs import pairs_of_pattern
 from dilated_sparse.pattern.rule import PatternRule
 
 
@@ -129,6 +131,41 @@ def _engine(call: Call) -> Any:
     return whole if has_capability(call.backend, BlockSparseBackend) else run
 
 
+def _pairs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_offsets: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    options: str,
+    dropout_seed: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> int:
+    """For FLOP counters. Masks count as visible, and documents without values as one sequence."""
+    block_size, is_causal, _, rule = _decode(options)
+    if row_offsets is not None and block_indices is not None:
+        if not has_values(row_offsets, block_indices):
+            return q.shape[0] * q.shape[2] * block_indices.shape[0] * block_size**2
+        rule = BlockPattern.of_lists(row_offsets.cpu(), block_indices.cpu())
+    assert rule is not None
+    known = cu_seqlens if has_values(cu_seqlens) else None
+    parts = sequences_of(q, rule, block_size, cu_seqlens=known, key_padding_mask=None)
+    return sum(
+        len(range(*part.rows.indices(q.shape[0])))
+        * pairs_of_pattern(
+            part.pattern,
+            part.span.stop - part.span.start,
+            block_size,
+            is_causal=is_causal,
+            num_heads=q.shape[2],
+        )
+        for part in parts
+    )
+
+
 BLOCK_SPARSE = AttentionOperator(
     "dilated_sparse::block_sparse",
     # Every argument of an operator costs microseconds at each call. Options that are neither
@@ -137,5 +174,6 @@ BLOCK_SPARSE = AttentionOperator(
     "Tensor? dropout_seed, Tensor? key_padding_mask, Tensor? cu_seqlens",
     forward=_forward_operator,
     backward=_backward_operator,
+    pairs=_pairs,
 )
 """Block-sparse attention as operators."""

@@ -223,7 +223,7 @@ class GenerationCache:
             # Its sums of keys have the center at 0.
             last = max(map(sum, zip(self.positions, counts, strict=True))) - 1
             check_decay_range(last, self.config.xpos_scale_base, self._dtype)
-        step = self._part_length()
+        step = part_length(self.config, self.batch_size, self._dtype)
         for start in range(0, n, step):
             part = tokens[:, start : start + step]
             length = part.shape[1]
@@ -231,24 +231,6 @@ class GenerationCache:
             if any(now):
                 is_full = all(count == length for count in now)
                 yield part, None if is_full else now, self._rotation(now, length)
-
-    def _part_length(self) -> int:
-        """Tokens of each text in a part: few enough for xPos to be in range of the dtype."""
-        if self.config.attention_kind == "block_sparse_adaptive":
-            return 2**48  # only a first part attends as a whole; later tokens select one by one
-        length = max(1, _TOKENS_PER_PART // max(1, self.batch_size))
-        if self.config.positions == "xpos":
-            seen = self._reach_of_attention(0)
-            room = 2 * decay_reach(self.config.xpos_scale_base, self._dtype) - seen
-            # Without room texts end, with an error, where xPos leaves the range.
-            length = min(length, room) if room > 0 else length
-        return length
-
-    def _reach_of_attention(self, num_tokens: int) -> int:
-        """How many tokens back a token of a text of `num_tokens` may see."""
-        if not self.config.has_branches:
-            return num_tokens
-        return max(*self.config.segment_lengths, self.config.local_window)
 
     def _rotation(self, counts: Sequence[int], length: int) -> PositionCode | None:
         """Codes of `length` positions of each text from its own position on."""
@@ -302,7 +284,7 @@ class GenerationCache:
         for i, (position, count) in enumerate(zip(self.positions, counts, strict=True)):
             if count and position + count - 1 - self._centers[i] > reach:
                 # As far ahead as the oldest visible key allows, so that centers move rarely.
-                seen = self._reach_of_attention(position + 1)
+                seen = _reach_of_attention(self.config, position + 1)
                 center = max(0, position - seen + 1) + reach
                 check_decay_range(position + count - 1 - center, scale_base, self._dtype)
                 moves[i] = center - self._centers[i]
@@ -319,6 +301,31 @@ class GenerationCache:
                 keys = block.attention.keys
                 half = factor.to(keys.device, torch.promote_types(keys.dtype, torch.float32))
                 keys[i].mul_(half).mul_(half)
+
+
+def part_length(config: LongNetConfig, batch_size: int, dtype: torch.dtype) -> int:
+    """Tokens of each text in a part of a prompt: few enough for xPos to be in range of the dtype.
+
+    Args:
+        config: Of the model.
+        batch_size: Number of texts.
+        dtype: Of q and k.
+    """
+    if config.attention_kind == "block_sparse_adaptive":
+        return 2**48  # only a first part attends as a whole; later tokens select one by one
+    length = max(1, _TOKENS_PER_PART // max(1, batch_size))
+    if config.positions == "xpos":
+        room = 2 * decay_reach(config.xpos_scale_base, dtype) - _reach_of_attention(config, 0)
+        # Without room texts end, with an error, where xPos leaves the range.
+        length = min(length, room) if room > 0 else length
+    return length
+
+
+def _reach_of_attention(config: LongNetConfig, num_tokens: int) -> int:
+    """How many tokens back a token of a text of `num_tokens` may see."""
+    if not config.has_branches:
+        return num_tokens
+    return max(*config.segment_lengths, config.local_window)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

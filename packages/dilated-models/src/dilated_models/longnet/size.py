@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from dilated_models.attention_kinds import options_with_defaults
 from dilated_models.config import LongNetConfig
+
+DISTANCE_STEPS = 28
+"""Distances that the gate of learned block sparsity tells apart; see `dilated_sparse.adaptive`."""
 
 # Modules, parameters and their names, as Python objects; measured: 38 KB per block.
 _OBJECT_BYTES_PER_LAYER = 38_000
@@ -67,10 +71,12 @@ def count_parameters(config: LongNetConfig) -> Parameters:
     width, hidden = config.d_model, config.dim_feedforward
     projections = 2 * width * (width + config.kv_dim)
     biases = 2 * (width + config.kv_dim)
-    products = projections + 2 * width * hidden
+    more_products, more = _of_kind(config)
+    products = projections + 2 * width * hidden + more_products
     # LayerNorms, of two numbers for each channel, stand before the attention, inside it, before the
     # feed-forward and inside it; the layers of the feed-forward have biases.
     others = biases + width + hidden + 2 * (3 * width + hidden) + config.key_conv * width
+    others += more
     has_encoder = config.num_encoder_layers > 0
     return Parameters(
         embedding=config.num_tokens * width,
@@ -83,6 +89,27 @@ def count_parameters(config: LongNetConfig) -> Parameters:
         num_blocks=config.num_encoder_layers + config.num_decoder_layers,
         num_cross=config.num_decoder_layers if has_encoder else 0,
     )
+
+
+def _of_kind(config: LongNetConfig) -> tuple[int, int]:
+    """What the attention of a kind has beside four projections: weights of products, and others."""
+    if config.attention_kind not in ("nsa", "block_sparse_adaptive"):
+        return 0, 0
+    options: Any = options_with_defaults(config.attention_kind, dict(config.attention_options))
+    width, kv_dim, D = config.d_model, config.kv_dim, config.head_dim
+    if config.attention_kind == "block_sparse_adaptive":
+        # Two forms of queries and keys, and what is added by distance, of each head of k.
+        each = 2 * (4 * D + 3 * D) * options.gate_dim + (3 * D + 1) * DISTANCE_STEPS + 1
+        return 0, kv_dim // D * each
+    # Keys and values of two more branches, and two perceptrons that compress.
+    size, hidden = options.compression_block_size * D, 2 * D
+    products = 2 * width * 2 * kv_dim + 2 * (size * hidden + hidden * D)
+    others = 2 * 2 * kv_dim + 2 * (size + hidden + D)
+    if options.mix == "gate":
+        hidden, gates = max(1, width // 4), 3 * config.nhead
+        products += width * hidden + hidden * gates
+        others += hidden + gates
+    return products, others
 
 
 def model_bytes(config: LongNetConfig) -> int:

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from dilated_core.checks import check_bool, check_choice, check_integer
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
+from dilated_models.longnet.generation_cache import part_length
 
 Mode = Literal["training", "forward", "prefill", "decoding"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,8 +21,6 @@ Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0}  # of a parameter: float32 means of gradient and square
-# Tokens of all texts together in one part of a prompt, as `GenerationCache` cuts it.
-_TOKENS_PER_PART = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,13 @@ class Job:
         cp: Ranks that share a sequence.
         fsdp: Whether parameters, gradients and optimiser are spread over all ranks (FSDP2).
             Otherwise each rank holds all of them (DistributedDataParallel).
-        layout, exchange: As in `ContextParallel`.
+        layout, exchange: As in `ContextParallel`. Where they are left out, a model for `"ring"` has
+            its own.
         chunked_loss: Whether the loss makes the logits of one chunk of tokens at a time, as that of
             `dilated train` does; False for a loss of whole logits.
         optimizer: `"adamw"` or `"sgd"`.
+        memory_len: For a `LongNet` of two sequences, whose decoder is planned: rows of the encoder
+            that it attends to; those of the longest source.
         on_gpu: Whether the devices are GPUs, where autocast runs LayerNorms in float32.
 
     Raises:
@@ -68,16 +71,12 @@ class Job:
     exchange: Exchange = "auto"
     chunked_loss: bool = True
     optimizer: Optimizer = "adamw"
+    memory_len: int | None = None
     on_gpu: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, LongNetConfig):
             raise TypeError(f"model is a {type(self.model).__name__}; it must be a LongNetConfig.")
-        if isinstance(self.model, EncoderDecoderConfig):
-            raise TypeError(
-                "model is an EncoderDecoderConfig; it must be a LongNetConfig, because plans are "
-                "for models of one sequence, so plan for one with num_encoder_layers."
-            )
         for name in ("seq_len", "batch_size", "accumulation", "devices", "cp"):
             check_integer(name, getattr(self, name), at_least=1)
         choices = {
@@ -89,6 +88,7 @@ class Job:
         for name in ("fsdp", "chunked_loss", "on_gpu"):
             check_bool(name, getattr(self, name))
         self._check_mode()
+        self._check_two_sequences()
         self._check_devices()
 
     def _check_mode(self) -> None:
@@ -105,23 +105,39 @@ class Job:
                     f"{name} is {getattr(self, name)!r} and mode is {self.mode!r}; it is for "
                     f"training only, so leave it out."
                 )
+        options: dict[str, Any] = dict(self.model.attention_options)
+        if self.mode != "forward" and options.get("gate_gradient") is not None:
+            raise ValueError(
+                f"gate_gradient of the model is {options['gate_gradient']!r} and mode is "
+                f"{self.mode!r}; such a model has no generation cache, so use mode 'forward'."
+            )
         if self.mode != "forward" and (self.cp > 1 or self.fsdp):
             name = "cp" if self.cp > 1 else "fsdp"
             raise ValueError(
                 f"{name} is {getattr(self, name)} and mode is {self.mode!r}; a generation cache "
                 f"lies on one device, so leave {name} out."
             )
-        if self.mode != "forward" and self.model.num_encoder_layers:
+
+    def _check_two_sequences(self) -> None:
+        if not isinstance(self.model, EncoderDecoderConfig):
+            if self.memory_len is not None:
+                raise ValueError(
+                    f"memory_len is {self.memory_len} and model a LongNetConfig, whose encoder "
+                    f"reads the same text, so leave memory_len out."
+                )
+            return
+        if self.mode not in ("prefill", "decoding"):
             raise ValueError(
-                f"num_encoder_layers of the model is {self.model.num_encoder_layers} and mode is "
-                f"{self.mode!r}; generation is planned for models without an encoder, so use mode "
-                f"'forward'."
+                f"mode is {self.mode!r} and model an EncoderDecoderConfig; of a model of two "
+                f"sequences the generation of one is planned, so use mode 'prefill' or 'decoding'; "
+                f"or plan for a LongNetConfig with as many blocks."
             )
-        if self.mode != "forward" and self.model.local_window:
+        if self.memory_len is None:
             raise ValueError(
-                f"local_window of the model is {self.model.local_window} and mode is "
-                f"{self.mode!r}; generation must have a model without one, so use mode 'forward'."
+                "memory_len is missing; a model of two sequences attends to the rows of an encoder,"
+                " so give their number."
             )
+        check_integer("memory_len", self.memory_len, at_least=1)
 
     def _check_devices(self) -> None:
         if self.devices % self.cp:
@@ -181,7 +197,29 @@ class Job:
     @property
     def prompt_part(self) -> int:
         """Tokens of each text in a part of a prompt."""
-        return min(self.seq_len, max(1, _TOKENS_PER_PART // self.rows))
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return min(self.seq_len, part_length(self.model, self.rows, dtype))
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether blocks of the decoder attend to an encoder."""
+        return self.model.num_encoder_layers > 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a step computes: those of the encoder too, unless its states are given."""
+        encoder = 0 if self.memory_len is not None else self.model.num_encoder_layers
+        return encoder + self.model.num_decoder_layers
+
+    @property
+    def spreading(self) -> tuple[str, str]:
+        """Layout and exchange: those of the job, or else those of a model for `"ring"`."""
+        own: dict[str, Any] = {}
+        if self.model.attention_kind == "ring":
+            own = dict(self.model.attention_options)
+        layout, exchange = self.layout, self.exchange
+        layout = own.get("layout", layout) if layout == "contiguous" else layout
+        return layout, own.get("exchange", exchange) if exchange == "auto" else exchange
 
     @property
     def is_autocast(self) -> bool:

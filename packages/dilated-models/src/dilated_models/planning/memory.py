@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import torch
-from dilated_core import decoding_cache_nbytes
 from dilated_core.cross_entropy import chunk_tokens
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.size import Parameters, count_parameters
-from dilated_models.planning.attention import Work, channels, work_of
+from dilated_models.planning.attention import Work, work_of
+from dilated_models.planning.caches import cache_bytes
+from dilated_models.planning.choosing import (
+    bytes_attending,
+    bytes_continuing,
+    bytes_of_choice,
+    kept_for_choice,
+)
 from dilated_models.planning.job import OPTIMIZER_BYTES, Job
+from dilated_models.planning.kinds import channels, has_bounded_cache
 
 _WIDE = 4  # bytes of a number of the residual stream in training, of statistics and of the loss
 _TOKEN_BYTES = 32  # of a token's number, its target and its position in two counts, int64
-_FIRST_ROOM = 256  # of `KeyHistory`
 
 
 class Memory(NamedTuple):
@@ -77,7 +82,10 @@ def kept_per_token(job: Job) -> int:
         hidden += mask + narrow
     # Of each LayerNorm a mean and a deviation; of attention the lse.
     statistics = 8 * 4 + 4 * model.nhead
-    return model.d_model * wide + model.kv_dim * keys + model.dim_feedforward * hidden + statistics
+    return round(
+        model.d_model * wide + model.kv_dim * keys + model.dim_feedforward * hidden + statistics
+        + kept_for_choice(job)
+    )  # fmt: skip
 
 
 def _cross_per_token(job: Job) -> int:
@@ -142,6 +150,11 @@ def _training(job: Job, work: Work) -> Iterator[Memory]:
         parts["bfloat16 weights"] = copies
         return Memory(moment, {name: size for name, size in parts.items() if size})
 
+    if choice := bytes_of_choice(job):
+        # The last block has not made all it keeps yet: no feed-forward, not all of its attention.
+        later = 2 * model.dim_feedforward * job.itemsize + round(kept_for_choice(job) / 2)
+        held = blocks + outside - (0 if is_recomputed else tokens * later)
+        yield memory("the choice of blocks", held, round(choice))
     everything = blocks + outside + scored
     yield memory("the loss", everything, 0, loss=loss_forward)
     yield memory(
@@ -233,9 +246,10 @@ def _inference(job: Job, work: Work) -> Iterator[Memory]:
     if job.mode == "decoding" and narrow < 4 and not job.on_gpu:
         # A processor computes with keys and values of a block in float32.
         largest += cache_bytes(job) // model.num_decoder_layers
-    if job.mode == "decoding" and model.attention_kind != "dilated":
-        # `KeyHistory` attends from all tokens, and keeps the rows of the new ones.
-        largest += 6 * job.rows * job.seq_len * model.d_model * narrow
+    if job.mode != "decoding":
+        largest = max(largest, bytes_attending(job))
+    elif not has_bounded_cache(model):
+        largest += bytes_continuing(job)
     yield memory("the attention of a block", largest)
     # Input of the block, both LayerNorms, residual, result, and the inputs of the convolution; and
     # of an operation in between input and result.
@@ -244,36 +258,3 @@ def _inference(job: Job, work: Work) -> Iterator[Memory]:
     yield memory("the feed-forward of a block", hidden)
     scored = tokens if job.mode == "forward" else job.rows
     yield memory("the scores", narrow * (2 * tokens * model.d_model + scored * model.num_tokens))
-
-
-def cache_bytes(job: Job) -> int:
-    """Of a `GenerationCache` that holds the job's rows."""
-    model, n = job.model, job.itemsize
-    if model.attention_kind == "dilated":
-        dtype: torch.dtype = getattr(torch, job.dtype)
-        attention = decoding_cache_nbytes(
-            model.pattern,
-            batch_size=job.rows,
-            num_heads=model.nhead,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=channels(model, job.dtype),
-            dtype=dtype,
-        )
-    else:
-        attention = 2 * job.rows * _room(job) * model.kv_dim * n
-    convolution = job.rows * max(0, model.key_conv - 1) * model.d_model * n
-    return model.num_decoder_layers * (attention + convolution)
-
-
-def _room(job: Job) -> int:
-    """Tokens of a text that `KeyHistory` has room for after a prompt of `seq_len`."""
-    part = job.prompt_part
-    room, length = _FIRST_ROOM, 0
-    total = job.seq_len + (job.mode == "decoding")
-    while length < total:
-        # In decoding the new token comes alone, after the prompt.
-        step = min(part, job.seq_len - length) if length < job.seq_len else 1
-        length += step
-        if length > room:
-            room = max(length, 2 * room)
-    return room

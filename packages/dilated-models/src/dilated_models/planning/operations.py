@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from dilated_models.longnet.size import count_parameters
-from dilated_models.planning.attention import BACKWARD_OVER_FORWARD, Work, dense_branches
+from dilated_models.planning.attention import BACKWARD_OVER_FORWARD, Work
 from dilated_models.planning.job import Job
+from dilated_models.planning.kinds import Branch, Product, dense_branches
 from dilated_models.planning.memory import kept_per_token
 
 Kind = Literal["products", "attention", "elementwise"]
@@ -73,11 +74,9 @@ def operations_of(job: Job, work: Work) -> list[Operation]:
     is_training = job.mode == "training"
     model = job.model
     parts = job.accumulation
-    layers = model.num_encoder_layers + model.num_decoder_layers
-    times = layers * parts
     if job.mode == "prefill":
-        parts = -(-job.seq_len * job.rows // job.tokens)
-        times = layers * parts
+        parts = -(-job.seq_len // job.prompt_part)
+    times = job.num_blocks * parts
     forward = list(_of_block(job, work))
     found = [_times(x, times) for x in forward]
     cross = _times_all(_of_cross(job), model.num_decoder_layers * parts)
@@ -96,19 +95,36 @@ def operations_of(job: Job, work: Work) -> list[Operation]:
 
 
 def _of_cross(job: Job) -> list[Operation]:
-    """Attention of a block to the states of an encoder of the same text, which is dense."""
+    """Attention of a block to the states of an encoder, which is dense."""
     model, tokens = job.model, job.tokens
-    if not model.num_encoder_layers:
+    if not job.has_cross:
         return []
     width = model.d_model
-    branches = dense_branches(model, job.seq_len, job.rows, head_dim=model.head_dim)
-    dense = Work(tuple(x._replace(flops=x.flops / job.cp) for x in branches))
-    return [
+    dense = Work(_cross_branches(job))
+    found = [
         _product("cross-attention, projections", job, tokens, width, width, 2),
-        _product("cross-attention, keys and values", job, tokens, width, model.kv_dim, 2),
         *(x._replace(name="cross-attention") for x in _attention(job, dense, is_backward=False)),
         _elementwise("cross-attention, LayerNorm", job, _Elementwise(5, 0, 4)),
     ]
+    if job.memory_len is None:  # a cache holds the keys and values of another text
+        found.append(
+            _product("cross-attention, keys and values", job, tokens, width, model.kv_dim, 2)
+        )
+    return found
+
+
+def _cross_branches(job: Job) -> tuple[Branch, ...]:
+    """The pairs of cross-attention: causal of one text, all of two texts."""
+    model, rows = job.model, job.rows
+    if job.memory_len is not None:
+        flops = 4.0 * job.tokens * job.memory_len * model.d_model
+        return (Branch(job.memory_len, flops, 1.0),)
+    if job.mode == "decoding":
+        keys = job.seq_len + 1
+        return (Branch(keys, 4.0 * rows * keys * model.d_model, 1.0),)
+    branches = dense_branches(model, job.seq_len, rows, head_dim=model.head_dim)
+    share = job.cp if job.mode != "prefill" else -(-job.seq_len // job.prompt_part)
+    return tuple(x._replace(flops=x.flops / share) for x in branches)
 
 
 def _cross_backward(cross: list[Operation]) -> list[Operation]:
@@ -151,11 +167,38 @@ def _twice(x: Operation) -> Operation:
 
 def _products_of_block(job: Job) -> list[Operation]:
     tokens, d, f = job.tokens, job.model.d_model, job.model.dim_feedforward
+    projected = _projected(job)
     return [
-        _product("projections", job, tokens, d, d, 2),
-        _product("keys and values", job, tokens, d, job.model.kv_dim, 2),
+        _product("projections", job, projected, d, d, 2),
+        _product("keys and values", job, projected, d, job.model.kv_dim, 2),
         _product(_FEED_FORWARD, job, tokens, d, f, 2),
     ]
+
+
+def _projected(job: Job) -> int:
+    """Tokens that are projected: with a cache, NSA projects all of each text once more."""
+    if job.model.attention_kind != "nsa" or job.mode in ("training", "forward"):
+        return job.tokens
+    if job.mode == "decoding":
+        return job.rows * (job.seq_len + 1)
+    parts = -(-job.seq_len // job.prompt_part)
+    whole = sum(min(job.seq_len, (i + 1) * job.prompt_part) for i in range(parts))
+    return job.rows * whole // parts
+
+
+def _products_of_kind(job: Job, products: tuple[Product, ...]) -> Iterator[Operation]:
+    """What attention of some kinds multiplies beside pairs and projections."""
+    for x in products:
+        numbers = x.times * (x.m * x.k + x.k * x.n + x.m * x.n)
+        yield Operation(
+            x.name, "products", x.flops, float(numbers * job.itemsize), min(x.m, x.k, x.n), x.calls
+        )
+
+
+def _backward_of_kind(job: Job, products: tuple[Product, ...]) -> Iterator[Operation]:
+    for x, operation in zip(products, _products_of_kind(job, products), strict=True):
+        if x.backward:
+            yield _times(operation, x.backward)._replace(is_backward=True)
 
 
 def _elementwise(name: str, job: Job, numbers: _Elementwise) -> Operation:
@@ -203,6 +246,7 @@ def _sum(*parts: _Elementwise) -> _Elementwise:
 def _of_block(job: Job, work: Work) -> Iterator[Operation]:
     model = job.model
     yield from _products_of_block(job)
+    yield from _products_of_kind(job, work.products)
     yield from _attention(job, work, is_backward=False)
     # Results of all branches but the first are read and added to it.
     merged = sum(branch.share for branch in work.branches[1:])
@@ -219,6 +263,7 @@ def _of_block(job: Job, work: Work) -> Iterator[Operation]:
 def _of_block_backward(job: Job, work: Work) -> Iterator[Operation]:
     model = job.model
     yield from map(_twice, _products_of_block(job))
+    yield from _backward_of_kind(job, work.products)
     yield from _attention(job, work, is_backward=True)
     merged = sum(branch.share for branch in work.branches)
     numbers = [_BACKWARD, _Elementwise(9 * merged, 0, 6 * len(work.branches))]

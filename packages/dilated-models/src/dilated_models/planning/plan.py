@@ -15,9 +15,10 @@ from dilated_core.positions.rotary import check_decay_range
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.saving import read_config
 from dilated_models.longnet.size import count_parameters
-from dilated_models.planning.attention import Branch, Work, channels, dense_branches, work_of
+from dilated_models.planning.attention import Work, work_of
 from dilated_models.planning.hardware import AT_MOST, DATA_SHEETS, Hardware, hardware_named
 from dilated_models.planning.job import Job
+from dilated_models.planning.kinds import Branch, channels, dense_branches
 from dilated_models.planning.memory import Memory, memory_of
 from dilated_models.planning.operations import Operation, operations_of
 from dilated_models.planning.traffic import Sent, seconds_to_send, sent_by_rank
@@ -343,6 +344,6 @@ def _dense(job: Job, hardware: Hardware, work: Work) -> Dense:
         # Ranks of a zigzag layout have equally much to do.
         share = 1 / job.cp / parts
         branches = tuple(x._replace(flops=x.flops * share) for x in branches)
-    operations = operations_of(job, work._replace(branches=branches))
+    operations = operations_of(job, work._replace(branches=branches, products=()))
     flops = sum(x.flops for x in operations if x.kind == "attention")
     return Dense(flops, _seconds(operations, sent_by_rank(job, work), job, hardware).total)

@@ -29,12 +29,14 @@ def sent_by_rank(job: Job, work: Work) -> list[Sent]:
     found: list[Sent] = []
     if job.cp > 1:
         layers = job.model.num_encoder_layers + job.model.num_decoder_layers
-        times = layers * job.accumulation
-        sent = work.sent_forward
+        blocks_with_cross = job.model.num_decoder_layers if job.has_cross else 0
+        forward = layers * work.sent_forward + blocks_with_cross * work.cross_forward
+        backward = layers * work.sent_backward + blocks_with_cross * work.cross_backward
         if job.mode == "training":
-            forwards = 2 if job.model.activation_checkpointing else 1
-            sent = forwards * work.sent_forward + work.sent_backward
-        found.append(Sent("keys and values of shared sequences", float(sent * times), job.cp))
+            forward *= 2 if job.model.activation_checkpointing else 1
+            forward += backward
+        sent = float(forward * job.accumulation)
+        found.append(Sent("keys and values of shared sequences", sent, job.cp))
     size = float(job.parameter_itemsize * count_parameters(job.model).total)
     is_training = job.mode == "training"
     if (shards := job.shards) > 1:

@@ -10,7 +10,8 @@ from dilated_core import AttentionOptions, AttentionOutput, Gradients
 from dilated_core.backends.registry import recorded_backend
 
 from dilated_sparse.execution.selected import SelectedCall, backward, forward
-from dilated_sparse.operators import AttentionOperator, choice_for
+from dilated_sparse.operators import AttentionOperator, choice_for, has_values
+from dilated_sparse.pattern.pairs import pairs_of_blocks
 from dilated_sparse.pattern.selection import BlockSelection
 
 
@@ -93,11 +94,36 @@ def _backward_operator(
         return backward(_call_of(*options), dout, dlse, q, k, v, out, lse)
 
 
+def _pairs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    block_indices: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    options: str,
+    *masks: torch.Tensor | None,
+) -> int:
+    """For FLOP counters. Without values, as if each row kept as many blocks as it has room for."""
+    block_size, is_causal, _ = literal_eval(options)
+    groups = q.shape[2] // k.shape[2]
+    if not has_values(counts, block_indices):
+        return groups * block_indices.numel() * block_size**2
+    rows = torch.arange(counts.shape[2], device=counts.device)[:, None].expand(block_indices.shape)
+    there = block_indices >= 0
+    pairs = pairs_of_blocks(
+        *(rows[there], block_indices[there].long(), q.shape[1], block_size), is_causal=is_causal
+    )
+    return groups * pairs
+
+
 SELECTED = AttentionOperator(
     "dilated_sparse::selected",
     "Tensor counts, Tensor block_indices, float scale, float dropout_p, str options, "
     "Tensor? dropout_seed, Tensor? key_padding_mask",
     forward=_forward_operator,
     backward=_backward_operator,
+    pairs=_pairs,
 )
 """Attention over a selection as operators."""

@@ -11,9 +11,17 @@ from dilated_core import AttentionOptions, AttentionOutput, Gradients
 from dilated_core.backends.registry import recorded_backend
 from dilated_core.decoding.step import without_autocast
 from dilated_core.dispatch import is_plain
+from dilated_core.flops import add_formulas
 
 from dilated_sparse.execution.sequences import Part, spans_of
-from dilated_sparse.operators import AttentionOperator, choice_for, mapped
+from dilated_sparse.operators import (
+    AttentionOperator,
+    choice_for,
+    has_values,
+    mapped,
+    operator_named,
+)
+from dilated_sparse.pattern.pairs import pairs_of_budget
 from dilated_sparse.presets.choice import moba_choice, nsa_choice
 from dilated_sparse.presets.chosen import Call, backward, forward
 
@@ -64,7 +72,7 @@ def choose_moba(
     count = max(0, min(count, num_earlier))
     q, k = q.detach(), k.detach()
     # The first call of any custom operator imports the compiler, which takes seconds.
-    choose = _moba_choice if is_plain(q, k) else _MOBA_CHOICE
+    choose = _moba_choice if is_plain(q, k) else _counted(_MOBA_CHOICE)
     with without_autocast(q.device.type):
         return choose(q, k, block_size, count, key_padding_mask, cu_seqlens)
 
@@ -74,9 +82,16 @@ def choose_nsa(
 ) -> torch.Tensor:
     """`nsa_choice` of q and compressed k; `sizes` are its other arguments in their order."""
     q, k, lse = q.detach(), k.detach(), lse.detach()
-    choose = _nsa_choice if is_plain(q, k, lse) else _NSA_CHOICE
+    choose = _nsa_choice if is_plain(q, k, lse) else _counted(_NSA_CHOICE)
     with without_autocast(q.device.type):
         return choose(q, k, lse, scale, sizes)
+
+
+def _counted(choose: Any) -> Any:
+    """An operator, which FLOP counters know from now on."""
+    if not torch.compiler.is_compiling():
+        add_formulas(_CHOICE_FLOPS)
+    return choose
 
 
 def _parts(
@@ -141,6 +156,35 @@ def _(
     return q.new_empty((*q.shape[:2], k.shape[2], sizes[3]), dtype=torch.int64)
 
 
+def _moba_flops(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_size: int,
+    count: int,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *,
+    out_val: object,
+) -> int:
+    """Of the scores: each query with the mean key of each full block."""
+    B, S, H, D = q.shape
+    lengths = [S]
+    if cu_seqlens is not None and has_values(cu_seqlens):
+        lengths = [part.span.stop - part.span.start for part in spans_of(B, S, cu_seqlens, None)]
+    return 2 * B * H * D * sum(length * (length // block_size) for length in lengths)
+
+
+def _nsa_flops(q: torch.Tensor, k: torch.Tensor, *rest: Any, out_val: object) -> int:
+    """Of the scores: each query with each compressed key."""
+    return 2 * q.numel() * k.shape[1]
+
+
+_CHOICE_FLOPS = {
+    operator_named("dilated_sparse::moba_choice"): _moba_flops,
+    operator_named("dilated_sparse::nsa_choice"): _nsa_flops,
+}
+
+
 def _call_of(
     choice: torch.Tensor,
     scale: float,
@@ -178,10 +222,35 @@ def _backward_operator(
         return backward(_call_of(*options), *tensors, _parts(q, *options[-2:]))
 
 
+def _pairs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    choice: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    options: str,
+    dropout_seed: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> int:
+    """For FLOP counters. Without values, as if each query chose as many blocks as it may."""
+    block_size, _ = literal_eval(options)
+    B, S, H = q.shape[:3]
+    known = has_values(choice, cu_seqlens)
+    chosen = int((choice >= 0).sum()) if known else choice.numel()
+    lengths = [S]
+    if cu_seqlens is not None and known:
+        lengths = [part.span.stop - part.span.start for part in spans_of(B, S, cu_seqlens, None)]
+    own = sum(pairs_of_budget(length, block_size, count=1) for length in lengths)
+    return B * H * own + chosen * (H // choice.shape[2]) * block_size
+
+
 _CHOSEN = AttentionOperator(
     "dilated_sparse::chosen",
     "Tensor choice, float scale, float dropout_p, str options, Tensor? dropout_seed, "
     "Tensor? key_padding_mask, Tensor? cu_seqlens",
     forward=_forward_operator,
     backward=_backward_operator,
+    pairs=_pairs,
 )

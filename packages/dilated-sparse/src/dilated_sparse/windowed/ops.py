@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from dilated_core import AttentionOptions, AttentionOutput, DilatedPattern, Gradients
 from dilated_core.backends.registry import recorded_backend
+from dilated_core.inputs import read_document_bounds
 
-from dilated_sparse.operators import AttentionOperator, choice_for
+from dilated_sparse.operators import AttentionOperator, choice_for, has_values
+from dilated_sparse.windowed.pairs import windowed_pairs
 from dilated_sparse.windowed.plan import Overlap
 from dilated_sparse.windowed.run import Call, backward, forward
 
@@ -108,11 +110,40 @@ def _backward_operator(
         return backward(_call_of(*options), dout, dlse, q, k, v, out, lse, options[-1])
 
 
+def _pairs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    options: str,
+    dropout_seed: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> int:
+    """For FLOP counters. Masks count as visible, and documents without values as one sequence."""
+    call = _decode(options)
+    B, S, H = q.shape[:3]
+    lengths = [S]
+    if cu_seqlens is not None and has_values(cu_seqlens):
+        lengths = [int(length) for length in read_document_bounds(cu_seqlens, S).diff()]
+    return B * sum(
+        windowed_pairs(
+            *(call.pattern, call.window, length, H),
+            is_causal=call.options.is_causal,
+            overlap=call.overlap,
+            head_range=call.head_range,
+        )
+        for length in lengths
+    )
+
+
 WINDOWED = AttentionOperator(
     "dilated_sparse::windowed",
     "float scale, float dropout_p, str options, Tensor? dropout_seed, Tensor? key_padding_mask, "
     "Tensor? cu_seqlens",
     forward=_forward_operator,
     backward=_backward_operator,
+    pairs=_pairs,
 )
 """Windowed dilated attention as operators."""

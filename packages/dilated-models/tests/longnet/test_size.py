@@ -14,6 +14,13 @@ from dilated_models.longnet.size import (
     model_bytes,
 )
 
+DEFAULT = LongNetConfig(num_tokens=1)
+NSA: dict[str, Any] = {
+    "attention_kind": "nsa",
+    "segment_lengths": DEFAULT.segment_lengths,
+    "dilation_rates": DEFAULT.dilation_rates,
+}
+
 
 @pytest.mark.parametrize(
     "change",
@@ -22,6 +29,9 @@ from dilated_models.longnet.size import (
         {"tie_embeddings": True, "num_kv_heads": 1},
         {"key_conv": 3, "final_layer_norm": False},
         {"num_encoder_layers": 3, "num_kv_heads": 2},
+        NSA,
+        NSA | {"num_kv_heads": 2, "attention_options": {"mix": "lse", "window_size": 8}},
+        NSA | {"attention_kind": "block_sparse_adaptive", "num_kv_heads": 2},
     ],
     ids=str,
 )

@@ -5,9 +5,14 @@ import dataclasses
 import pytest
 import torch
 from dilated_core import memory_profile
-from dilated_models import GenerationCache, LongNetConfig, LongNetLM
+from dilated_models import GenerationCache, LongNet, LongNetConfig, LongNetLM
+from dilated_models.longnet.encoder_decoder_config import EncoderDecoderConfig
+from dilated_models.planning.attention import work_of
+from dilated_models.planning.caches import cache_bytes
 from dilated_models.planning.job import Job
-from dilated_models.planning.memory import cache_bytes, memory_of
+from dilated_models.planning.memory import memory_of
+from dilated_models.planning.operations import operations_of
+from torch.utils.flop_counter import FlopCounterMode
 
 DEFAULT = LongNetConfig(num_tokens=1)
 WITHOUT_BRANCHES = {
@@ -37,7 +42,19 @@ MORE = {
     "blocks": ({"attention_kind": "block_sparse", **WITHOUT_BRANCHES}, {}),
     "moba": (
         {"attention_kind": "moba", "attention_options": {"block_size": 32}, **WITHOUT_BRANCHES},
-        {},
+        {"seq_len": 1000},
+    ),
+    "nsa": ({"attention_kind": "nsa", **WITHOUT_BRANCHES}, {"seq_len": 1000}),
+    "nsa, grouped queries": (
+        {"attention_kind": "nsa", "num_kv_heads": 1, **WITHOUT_BRANCHES}, {"seq_len": 1000},
+    ),
+    "adaptive": (
+        {"attention_kind": "block_sparse_adaptive", **WITHOUT_BRANCHES}, {"seq_len": 1000},
+    ),
+    "adaptive, all, bias": (
+        {"attention_kind": "block_sparse_adaptive", **WITHOUT_BRANCHES,
+         "attention_options": {"distillation": "all", "gate_gradient": "bias", "topk": 4}},
+        {"seq_len": 1000},
     ),
 }  # fmt: skip
 
@@ -85,16 +102,83 @@ def test_inference(config, mode, dtype):
     assert memory_of(job).total == pytest.approx(before + profile.peak_bytes, rel=0.2)
 
 
-def test_the_cache_of_other_attention_grows(config):
-    config = dataclasses.replace(config, attention_kind="block_sparse", **WITHOUT_BRANCHES)
+CACHES = {
+    "window, grouped queries": {"local_window": 16, "num_kv_heads": 2},
+    "encoder, convolution": {"num_encoder_layers": 2, "num_kv_heads": 2, "key_conv": 3},
+    "alibi": {"positions": "alibi"},
+    "block_sparse": {"attention_kind": "block_sparse", **WITHOUT_BRANCHES},
+    "block_sparse_adaptive": {"attention_kind": "block_sparse_adaptive", **WITHOUT_BRANCHES},
+    "moba": {"attention_kind": "moba", "num_kv_heads": 2, **WITHOUT_BRANCHES},
+    "nsa": {"attention_kind": "nsa", **WITHOUT_BRANCHES},
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("seq_len", [127, 300])
+def test_caches_to_the_byte(config, name, seq_len):
+    config = dataclasses.replace(config, num_decoder_layers=1, **CACHES[name])
     model = LongNetLM(config).eval()
     cache = GenerationCache(model, 2)
     with torch.no_grad():
-        model(torch.zeros(2, 700, dtype=torch.int64), cache=cache)
-        job = Job(model=config, mode="prefill", seq_len=700, batch_size=2)
+        model(torch.zeros(2, seq_len, dtype=torch.int64), cache=cache)
+        job = Job(model=config, mode="prefill", seq_len=seq_len, batch_size=2)
         assert cache.nbytes == cache_bytes(job)
         model(torch.zeros(2, 1, dtype=torch.int64), cache=cache)
     assert cache.nbytes == cache_bytes(job.replace(mode="decoding"))
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("memory_len", [90, 300])
+def test_caches_of_two_sequences_to_the_byte(num_kv_heads, memory_len):
+    config = EncoderDecoderConfig(
+        num_tokens=64, d_model=64, nhead=4, num_encoder_layers=1, num_decoder_layers=2,
+        dim_feedforward=96, segment_lengths=(64, 256), dilation_rates=(1, 4),
+        num_kv_heads=num_kv_heads,
+    )  # fmt: skip
+    model = LongNet(config).eval()
+    cache = GenerationCache(model, memory=torch.zeros(2, memory_len, 64))
+    job = Job(model=config, mode="prefill", seq_len=20, batch_size=2, memory_len=memory_len)
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    with torch.no_grad():
+        model.step(torch.zeros(2, 20, dtype=torch.int64), cache)
+        assert cache.nbytes == cache_bytes(job)
+        job = job.replace(mode="decoding")
+        tokens = torch.zeros(2, 1, dtype=torch.int64)
+        with memory_profile() as profile, FlopCounterMode(display=False) as counter:
+            model.step(tokens, cache)
+    assert cache.nbytes == cache_bytes(job)
+    assert memory_of(job).total == pytest.approx(
+        before + cache.nbytes + profile.peak_bytes, rel=0.2
+    )
+    planned = [x for x in operations_of(job, work_of(job)) if x.kind == "products"]
+    assert sum(x.flops for x in planned) <= counter.get_total_flops()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["forward", "prefill", "decoding"])
+@pytest.mark.parametrize("num_kv_heads", [None, 1])
+@pytest.mark.parametrize("kind", ["window", "block_sparse", "block_sparse_adaptive", "moba", "nsa"])
+def test_inference_of_each_kind(config, kind, num_kv_heads, mode):
+    change = (
+        {"local_window": 16} if kind == "window" else {"attention_kind": kind, **WITHOUT_BRANCHES}
+    )
+    config = dataclasses.replace(config, num_kv_heads=num_kv_heads, **change)
+    model = LongNetLM(config).eval()
+    tokens = torch.zeros(1, 1500, dtype=torch.int64)
+    cache = GenerationCache(model, 1) if mode != "forward" else None
+    with torch.no_grad():
+        model(tokens[:, :8])
+        if mode == "decoding":
+            model(tokens, cache=cache)
+            model(tokens[:, :1], cache=cache)  # makes room
+        with memory_profile() as profile:
+            model(tokens[:, :1] if mode == "decoding" else tokens, cache=cache)
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    if mode == "decoding":
+        before += cache.nbytes
+    job = Job(model=config, mode=mode, seq_len=1500)
+    # The cache of a prompt grows while it is measured, and leaves its first room unused.
+    assert memory_of(job).total == pytest.approx(before + profile.peak_bytes, rel=0.3)
 
 
 def test_what_saves_memory(config):

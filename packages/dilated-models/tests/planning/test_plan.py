@@ -137,11 +137,18 @@ def test_errors_name_the_value_the_rule_and_the_fix():
     with pytest.raises(TypeError, match="model is a int"):
         Job(model=5, seq_len=64)
     two = EncoderDecoderConfig(num_tokens=8, num_encoder_layers=1)
-    with pytest.raises(TypeError, match="model is an EncoderDecoderConfig; it must be"):
+    with pytest.raises(ValueError, match="of a model of two sequences the generation of one is"):
         plan(two, seq_len=64)
-    with_encoder = dataclasses.replace(BASE, num_encoder_layers=1)
-    with pytest.raises(ValueError, match="generation is planned for models without an encoder"):
-        plan(with_encoder, seq_len=64, mode="prefill")
+    with pytest.raises(ValueError, match="memory_len is missing"):
+        plan(two, seq_len=64, mode="decoding")
+    with pytest.raises(ValueError, match="memory_len is 8 and model a LongNetConfig"):
+        plan(BASE, seq_len=64, memory_len=8)
+    bias = LongNetConfig(
+        num_tokens=8, attention_kind="block_sparse_adaptive",
+        attention_options={"gate_gradient": "bias"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="such a model has no generation cache"):
+        plan(bias, seq_len=64, mode="prefill")
     windowed = dataclasses.replace(BASE, local_window=8)
     with pytest.raises(ValueError, match="cp is 2 and the model has a local_window of 8"):
         plan(windowed, seq_len=64, cp=2, devices=2)

@@ -33,8 +33,7 @@ class AdaptiveSizes(NamedTuple):
         """Of a sequence."""
         L: int = options.block_size
         P: int = L // options.positions_per_mean
-        # The queries of the block before, two sub-blocks together, and the first of the own block.
-        T = (P // 2 if P % 2 == 0 else P) + 1
+        T = 2  # the queries of the block before, as one, and the first of the own block
         K = model.num_kv_heads or model.nhead
         G = model.nhead // K
         return cls(L, -(-seq_len // L), P, T, K, G, model.head_dim, options.gate_dim)
@@ -43,7 +42,8 @@ class AdaptiveSizes(NamedTuple):
         """Blocks that are scored to select those of all rows, which is done in strips of rows."""
         numbers = batch_size * self.num_kv_heads * self.terms * self.groups
         N = self.num_blocks
-        step = min(N, max(1, _STRIP // max(1, numbers * self.per_block * N)))
+        at_most = max(1, _STRIP // max(1, numbers * self.per_block * N))
+        step = -(-N // -(-N // at_most))  # equal strips
         whole, rest = divmod(N, step)
         # A strip of rows that ends before row b scores the b − 1 blocks before its last row's own.
         blocks = step * (step * whole * (whole + 1) / 2 - whole)

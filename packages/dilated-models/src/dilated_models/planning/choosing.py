@@ -16,7 +16,7 @@ _CHOICE_STRIP = 2**22  # numbers, of `dilated_sparse.presets`
 _MOBA_BYTES = 24
 _NSA_BYTES, _NSA_BYTES_OF_GROUPS = 2, 45  # of a head of q, and of a head of k
 _MASS_BYTES = 12
-_SELECTION_BYTES = 25  # of a pair of blocks: masks, counts and lists of kept blocks
+_SELECTION_BYTES = 15  # of a pair of blocks: masks, counts and lists of kept blocks
 
 
 def kept_for_choice(job: Job) -> float:

@@ -212,14 +212,15 @@ class Job:
         return encoder + self.model.num_decoder_layers
 
     @property
-    def spreading(self) -> tuple[str, str]:
+    def spreading(self) -> tuple[Layout, Exchange]:
         """Layout and exchange: those of the job, or else those of a model for `"ring"`."""
         own: dict[str, Any] = {}
         if self.model.attention_kind == "ring":
             own = dict(self.model.attention_options)
-        layout, exchange = self.layout, self.exchange
-        layout = own.get("layout", layout) if layout == "contiguous" else layout
-        return layout, own.get("exchange", exchange) if exchange == "auto" else exchange
+        return (
+            own.get("layout", "contiguous") if self.layout == "contiguous" else self.layout,
+            own.get("exchange", "auto") if self.exchange == "auto" else self.exchange,
+        )
 
     @property
     def is_autocast(self) -> bool:

@@ -251,6 +251,10 @@ def _inference(job: Job, work: Work) -> Iterator[Memory]:
     elif not has_bounded_cache(model):
         largest += bytes_continuing(job)
     yield memory("the attention of a block", largest)
+    if job.memory_len is not None and model.kv_dim < model.d_model:
+        # PyTorch's dense attention gets a copy of keys and values for each head of the queries.
+        copies = 2 * job.rows * job.memory_len * model.d_model
+        yield memory("the cross-attention", narrow * (copies + 6 * tokens * model.d_model))
     # Input of the block, both LayerNorms, residual, result, and the inputs of the convolution; and
     # of an operation in between input and result.
     held = 5 + bool(model.key_conv)

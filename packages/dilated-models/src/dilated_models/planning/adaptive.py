@@ -6,14 +6,16 @@ terms of queries of a row of blocks, d the rank of the gate, as in `dilated_spar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+import torch
 
 from dilated_models.config import LongNetConfig
 from dilated_models.longnet.size import DISTANCE_STEPS
 from dilated_models.planning.kinds import Product
 
-_STRIP = 2**19  # numbers of the scores that are formed at once
-MASS_STRIP = 2**22  # and of those between positions
+MASS_STRIP = 2**22  # numbers of the scores between positions that are formed at once
 
 
 class AdaptiveSizes(NamedTuple):
@@ -33,17 +35,15 @@ class AdaptiveSizes(NamedTuple):
         """Of a sequence."""
         L: int = options.block_size
         P: int = L // options.positions_per_mean
-        T = 2  # the queries of the block before, as one, and the first of the own block
+        T = _terms(L, options.positions_per_mean)
         K = model.num_kv_heads or model.nhead
         G = model.nhead // K
         return cls(L, -(-seq_len // L), P, T, K, G, model.head_dim, options.gate_dim)
 
     def scored(self, batch_size: int) -> float:
         """Blocks that are scored to select those of all rows, which is done in strips of rows."""
-        numbers = batch_size * self.num_kv_heads * self.terms * self.groups
         N = self.num_blocks
-        at_most = max(1, _STRIP // max(1, numbers * self.per_block * N))
-        step = -(-N // -(-N // at_most))  # equal strips
+        step = _rows_of_strip(batch_size, self)
         whole, rest = divmod(N, step)
         # A strip of rows that ends before row b scores the b − 1 blocks before its last row's own.
         blocks = step * (step * whole * (whole + 1) / 2 - whole)
@@ -64,6 +64,28 @@ class AdaptiveSizes(NamedTuple):
         D, d = self.head_dim, self.gate_dim
         keys = self.per_block * 2 * 3 * D * (2 * d + DISTANCE_STEPS)
         return times * self.num_kv_heads * self.num_blocks * (2 * 2 * 4 * D * d + keys)
+
+
+@lru_cache(maxsize=64)
+def _terms(block_size: int, sub_block_size: int) -> int:
+    """T, read off the code that makes them, of one block of zeros."""
+    from dilated_sparse.adaptive.scores import Shape, query_terms
+
+    q = torch.zeros(1, block_size, 1, 1)
+    shape = Shape(1, block_size, sub_block_size)
+    return query_terms(q, q, shape, None, None, reads_own_block=False).mean.shape[3]
+
+
+def _rows_of_strip(batch_size: int, sizes: AdaptiveSizes) -> int:
+    """Rows of blocks that are scored at once: what the code that cuts them yields for these sizes."""
+    from dilated_sparse.adaptive.scores import KeyTerms, QueryTerms, strips
+
+    _, N, P, T, K, G, D, _ = sizes
+    # Views of one number: nothing is allocated.
+    zero = torch.zeros(())
+    queries = QueryTerms(zero.expand(batch_size, K, N, T, G, D), zero, None)
+    keys = KeyTerms(zero, zero.expand(1, P, N), None, None)
+    return next(iter(strips(queries, keys)))[1]
 
 
 def kept_blocks(options: Any, num_blocks: int) -> int:

@@ -77,7 +77,7 @@ def _terms(block_size: int, sub_block_size: int) -> int:
 
 
 def _rows_of_strip(batch_size: int, sizes: AdaptiveSizes) -> int:
-    """Rows of blocks that are scored at once: what the code that cuts them yields for these sizes."""
+    """Rows of blocks that are scored at once: as the code that cuts them has it."""
     from dilated_sparse.adaptive.scores import KeyTerms, QueryTerms, strips
 
     _, N, P, T, K, G, D, _ = sizes

@@ -58,6 +58,7 @@ GOOD = {
     "dilated_ring/transport/__init__.py": "import dilated_ring.layout",
     "dilated_sparse/__init__.py": "import dilated_core",
     "dilated_sparse/adaptive/__init__.py": "import dilated_sparse.modules",
+    "dilated_sparse/arguments.py": "",
     "dilated_sparse/attention.py": "import dilated_sparse.ops",
     "dilated_sparse/execution/__init__.py": "import dilated_sparse.pattern",
     "dilated_sparse/factory.py": "import dilated_sparse.adaptive, dilated_sparse.presets",

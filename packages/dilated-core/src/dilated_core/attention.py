@@ -21,7 +21,7 @@ from dilated_core.inputs import (
 )
 from dilated_core.merge import AttentionOutput
 from dilated_core.ops import Settings
-from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern, check_pattern
 
 
 def dilated_attention_with_lse(
@@ -62,7 +62,8 @@ def dilated_attention_with_lse(
             )
     check_bool("is_causal", is_causal)
     q, k, v = cast_for_autocast(q, k, v)
-    check_inputs(q, k, v, pattern, is_packed=cu_seqlens is not None)
+    check_pattern(pattern)
+    check_inputs(q, k, v, is_packed=cu_seqlens is not None)
     check_max_workspace_bytes(max_workspace_bytes)
     check_backend_name(backend)
     if head_range is not None:

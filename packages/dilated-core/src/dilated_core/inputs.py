@@ -9,14 +9,12 @@ from typing import cast
 import torch
 
 from dilated_core.checks import check_integer, check_number, check_tensor
-from dilated_core.pattern.branches import DilatedPattern, check_pattern
 
 
 def check_inputs(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
-    pattern: DilatedPattern,
     *,
     is_packed: bool = False,
 ) -> None:
@@ -26,7 +24,6 @@ def check_inputs(
         TypeError: If an argument is of the wrong type or the tensors' dtypes differ.
         ValueError: If shapes or devices do not fit together.
     """
-    check_pattern(pattern)
     tensors = (q, k) if v is None else (q, k, v)
     for name, x in zip("qkv", tensors, strict=False):
         check_tensor(name, x)

@@ -17,6 +17,7 @@ from dilated_core.inputs import (
     check_key_padding_mask,
     check_scale,
 )
+from dilated_core.pattern.branches import check_pattern
 
 from dilated_ring.layout import LAYOUTS, Layout, joined, num_positions, spans_of_ranks
 from dilated_ring.plan.blocks import (
@@ -27,9 +28,6 @@ from dilated_ring.plan.blocks import (
 )
 from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.plan.sequences import Spans
-
-# `check_inputs` checks tensors beside a dilated pattern; this one has no part in the call.
-_ANY_PATTERN = DilatedPattern([1], [1])
 
 EXCHANGES: tuple[str, ...] = get_args(ExchangeKind)
 
@@ -94,8 +92,9 @@ def check_arguments(
                 "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
                 "so give one of the two."
             )
-    of_blocks = isinstance(pattern, BlockArguments)
-    check_inputs(q, k, v, _ANY_PATTERN if of_blocks else pattern, is_packed=cu_seqlens is not None)
+    if not isinstance(pattern, BlockArguments):
+        check_pattern(pattern)
+    check_inputs(q, k, v, is_packed=cu_seqlens is not None)
     check_backend_name(backend)
     kept = pattern
     if isinstance(kept, BlockArguments):

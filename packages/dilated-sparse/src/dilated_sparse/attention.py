@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import torch
-from dilated_core import AttentionOutput, DilatedPattern
-from dilated_core.checks import check_bool, check_integer
-from dilated_core.inputs import (
-    cast_for_autocast,
-    check_backend_name,
-    check_cu_seqlens,
-    check_dropout,
-    check_inputs,
-    check_key_padding_mask,
-    check_scale,
-)
+from dilated_core import AttentionOutput
+from dilated_core.checks import check_integer
+from dilated_core.inputs import check_backend_name, check_scale
 
+from dilated_sparse.arguments import checked_dropout, checked_tensors
 from dilated_sparse.ops import attend
 from dilated_sparse.pattern.blocks import BlockPattern, check_pattern
 from dilated_sparse.pattern.rule import PatternRule
-
-# `check_inputs` checks tensors beside a pattern of core; this one has no part in the call.
-_ANY_PATTERN = DilatedPattern([1], [1])
 
 
 def block_sparse_attention(
@@ -161,10 +151,7 @@ def attend_checked(
         check_pattern(pattern)
     size = check_integer("block_size", block_size, at_least=1)
     check_backend_name(backend)
-    dropout_p = check_dropout(dropout_p)
-    # The seed is a tensor drawn here: torch.manual_seed determines it, a compiled graph draws a new
-    # one at each call, and activation checkpointing draws the same one when it recomputes.
-    dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+    dropout_p, dropout_seed = checked_dropout(dropout_p)
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attend(
@@ -182,30 +169,3 @@ def attend_checked(
         backend=backend,
     )
     return AttentionOutput(out, lse) if cu_seqlens is None else AttentionOutput(out[0], lse[0])
-
-
-def checked_tensors(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    is_causal: bool,
-    key_padding_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """q, k and v in the dtype of autocast, if they and the masks fit one another.
-
-    Args, errors: As for `block_sparse_attention`.
-    """
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
-                "so give one of the two."
-            )
-    check_bool("is_causal", is_causal)
-    q, k, v = cast_for_autocast(q, k, v)
-    check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, q)
-    return [q, k, v]

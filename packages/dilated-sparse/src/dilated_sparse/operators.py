@@ -40,6 +40,7 @@ class AttentionOperator:
         backward: Callable[..., Gradients],
         pairs: Callable[..., int],
     ) -> None:
+        forward, backward = _without_autocast(forward), _without_autocast(backward)
         self._forward, self._backward = forward, backward
         self.forward = torch.library.custom_op(
             f"{name}_forward",
@@ -115,6 +116,16 @@ class AttentionOperator:
     def _register_formulas(self) -> None:
         if not torch.compiler.is_compiling():
             add_formulas(self._formulas)
+
+
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with autocast off, which would compute scores in half precision."""
+
+    def wide(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return run(*arguments)
+
+    return wide
 
 
 class _Attention(torch.autograd.Function):

@@ -107,8 +107,7 @@ def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = _call_of(*options)
-    with torch.autocast(q.device.type, enabled=False):
-        return _engine(call).forward(call, q, k, v, options[-1])
+    return _engine(call).forward(call, q, k, v, options[-1])
 
 
 def _backward_operator(
@@ -122,8 +121,7 @@ def _backward_operator(
     *options: Any,
 ) -> Gradients:
     call = _call_of(*options)
-    with torch.autocast(q.device.type, enabled=False):
-        return _engine(call).backward(call, dout, dlse, q, k, v, out, lse, options[-1])
+    return _engine(call).backward(call, dout, dlse, q, k, v, out, lse, options[-1])
 
 
 def _engine(call: Call) -> Any:

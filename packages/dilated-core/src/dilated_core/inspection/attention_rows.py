@@ -12,7 +12,7 @@ import torch
 
 from dilated_core.checks import check_bool, check_head_range, check_integer, check_names
 from dilated_core.inputs import check_inputs, check_key_padding_mask, check_scale
-from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern, check_pattern
 from dilated_core.pattern.visible import unchecked_visible_keys
 
 _GATHERED_ELEMENTS = 2**24
@@ -86,7 +86,8 @@ def attention_rows(
         tensor([0.1667, 0.1667, 0.3333, 0.1667, 0.1667])
     """
     check_names("attention_rows", unknown, _ARGUMENTS)
-    check_inputs(q, k, None, pattern)
+    check_pattern(pattern)
+    check_inputs(q, k, None)
     check_bool("is_causal", is_causal)
     first_head, num_heads = check_head_range(head_range, q.shape[2])
     if key_padding_mask is not None:

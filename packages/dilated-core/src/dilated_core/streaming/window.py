@@ -16,7 +16,7 @@ from dilated_core.backends.contract import AttentionInputs, AttentionOptions
 from dilated_core.backends.registry import choose_backend
 from dilated_core.inputs import check_inputs
 from dilated_core.merge import AttentionOutput, empty_partial, fold_
-from dilated_core.pattern.branches import DilatedPattern
+from dilated_core.pattern.branches import DilatedPattern, check_pattern
 from dilated_core.strips.call import Call, forward
 from dilated_core.strips.plan import Span
 
@@ -38,7 +38,8 @@ class Reader:
     def __init__(self, source: Source, pattern: DilatedPattern) -> None:
         self._source = source
         q, k, v = self._three_tensors(0, 1)
-        check_inputs(q, k, v, pattern)
+        check_pattern(pattern)
+        check_inputs(q, k, v)
         self._expected = [_shape_without_length(x) for x in (q, k, v)]
         self.q, self.k = q, k
         self._check(0, 1, (q, k, v))

@@ -25,7 +25,7 @@ from dilated_sparse.adaptive.gate import BlockGate
 from dilated_sparse.adaptive.learning import add_loss
 from dilated_sparse.adaptive.scores import Shape
 from dilated_sparse.adaptive.sequence import Sequence
-from dilated_sparse.attention import checked_tensors
+from dilated_sparse.arguments import checked_dropout, checked_tensors
 from dilated_sparse.pattern.selection import BlockSelection
 
 Unrotated = tuple[torch.Tensor, torch.Tensor]
@@ -125,8 +125,7 @@ class AdaptiveSparseAttention(nn.Module):
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
         config = self.config
-        dropout_p = config.dropout if self.training else 0.0
-        seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+        dropout_p, seed = checked_dropout(config.dropout if self.training else 0.0)
         parameters = list(self.gate.parameters())
         learns = self.training and config.distillation != "none"
         is_random = learns and config.distillation == "kept"

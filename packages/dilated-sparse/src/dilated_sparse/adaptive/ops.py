@@ -76,8 +76,7 @@ def _call_of(
 def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(_call_of(*options), q, k, v)
+    return forward(_call_of(*options), q, k, v)
 
 
 def _backward_operator(
@@ -90,8 +89,7 @@ def _backward_operator(
     lse: torch.Tensor,
     *options: Any,
 ) -> Gradients:
-    with torch.autocast(q.device.type, enabled=False):
-        return backward(_call_of(*options), dout, dlse, q, k, v, out, lse)
+    return backward(_call_of(*options), dout, dlse, q, k, v, out, lse)
 
 
 def _pairs(

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import torch
-from dilated_core import AttentionOutput, DilatedPattern
+from dilated_core import AttentionOutput
 from dilated_core.checks import check_integer
-from dilated_core.inputs import (
-    cast_for_autocast,
-    check_backend_name,
-    check_cu_seqlens,
-    check_dropout,
-    check_inputs,
-    check_key_padding_mask,
-    check_scale,
-)
+from dilated_core.inputs import check_backend_name, check_scale
 
+from dilated_sparse.arguments import checked_tensors
 from dilated_sparse.presets.ops import attend_chosen, choose_moba
-
-# `check_inputs` checks tensors beside a pattern; this one has no part in the call.
-_ANY_PATTERN = DilatedPattern([1], [1])
 
 
 def moba_attention(
@@ -110,26 +100,16 @@ def moba_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
-                "so give one of the two."
-            )
-    q, k, v = cast_for_autocast(q, k, v)
-    check_inputs(q, k, v, _ANY_PATTERN, is_packed=cu_seqlens is not None)
+    q, k, v = checked_tensors(q, k, v, True, key_padding_mask, cu_seqlens)
     size = check_integer("block_size", block_size, at_least=1)
     topk = check_integer("topk", topk, at_least=1)
     check_backend_name(backend)
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, q)
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attend_chosen(
         *(q, k, v, choose_moba(q, k, size, topk - 1, key_padding_mask, cu_seqlens), size),
         scale=check_scale(scale, q.shape[-1]),
-        dropout_p=check_dropout(dropout_p),
+        dropout_p=dropout_p,
         key_padding_mask=key_padding_mask,
         cu_seqlens=cu_seqlens,
         backend=backend,

@@ -23,9 +23,6 @@ from dilated_sparse.windowed.attention import windowed_dilated_attention_with_ls
 Mix = Literal["gate", "lse"]
 """How the three branches become one result."""
 
-# `check_inputs` checks tensors beside a pattern; this one has no part in the call.
-_ANY_PATTERN = DilatedPattern([1], [1])
-
 # One segment of any length: a longer segment than the sequence is cut to its length.
 _DENSE = DilatedPattern([2**40], [1])
 
@@ -153,8 +150,8 @@ def native_sparse_attention(
     check_choice("mix", mix, get_args(Mix))
     check_backend_name(backend)
     q, kc, vc, ks, vs, kw, vw = cast_for_autocast(q, *compressed, *selected, *window)
-    check_inputs(q, ks, vs, _ANY_PATTERN)
-    check_inputs(q, kw, vw, _ANY_PATTERN)
+    check_inputs(q, ks, vs)
+    check_inputs(q, kw, vw)
     sizes = sizes.checked()
     shape = (q.shape[0], sizes.num_compressed(q.shape[1]), *ks.shape[2:])
     for name, x in (("keys", kc), ("values", vc)):

@@ -13,6 +13,7 @@ from dilated_core.decoding.step import without_autocast
 from dilated_core.dispatch import is_plain
 from dilated_core.flops import add_formulas
 
+from dilated_sparse.arguments import checked_dropout
 from dilated_sparse.execution.sequences import Part, spans_of
 from dilated_sparse.operators import (
     AttentionOperator,
@@ -48,10 +49,10 @@ def attend_chosen(
         k, v: The same with K heads.
         choice: `(B, S, G, n)` int64, see `dilated_sparse.presets.choice`.
         block_size: Positions of a block; blocks begin where a sequence begins.
-        scale, dropout_p, key_padding_mask, cu_seqlens, backend: As users give them, checked.
+        scale, dropout_p, key_padding_mask, cu_seqlens, backend: As users give them, checked but
+            for `dropout_p`.
     """
-    # See `block_sparse_attention_with_lse` for why the seed is drawn here.
-    dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+    dropout_p, dropout_seed = checked_dropout(dropout_p)
     recorded = choice_for(backend, q, k, has_dropout=dropout_seed is not None, has_mask=False)
     options = repr((block_size, recorded))
     return _CHOSEN(
@@ -203,8 +204,7 @@ def _call_of(
 def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(_call_of(*options), q, k, v, options[0], _parts(q, *options[-2:]))
+    return forward(_call_of(*options), q, k, v, options[0], _parts(q, *options[-2:]))
 
 
 def _backward_operator(
@@ -217,9 +217,8 @@ def _backward_operator(
     lse: torch.Tensor,
     *options: Any,
 ) -> Gradients:
-    with torch.autocast(q.device.type, enabled=False):
-        tensors = (dout, dlse, q, k, v, out, lse, options[0])
-        return backward(_call_of(*options), *tensors, _parts(q, *options[-2:]))
+    tensors = (dout, dlse, q, k, v, out, lse, options[0])
+    return backward(_call_of(*options), *tensors, _parts(q, *options[-2:]))
 
 
 def _pairs(

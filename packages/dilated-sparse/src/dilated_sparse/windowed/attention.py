@@ -6,22 +6,13 @@ from typing import get_args
 
 import torch
 from dilated_core import AttentionOutput, DilatedPattern
-from dilated_core.checks import check_bool, check_choice, check_head_range, check_integer
-from dilated_core.inputs import (
-    cast_for_autocast,
-    check_backend_name,
-    check_cu_seqlens,
-    check_dropout,
-    check_inputs,
-    check_key_padding_mask,
-    check_scale,
-)
+from dilated_core.checks import check_choice, check_head_range, check_integer
+from dilated_core.inputs import check_backend_name, check_scale
+from dilated_core.pattern.branches import check_pattern
 
+from dilated_sparse.arguments import checked_dropout, checked_tensors
 from dilated_sparse.windowed.ops import attend
 from dilated_sparse.windowed.plan import Overlap
-
-# `check_inputs` checks tensors beside a pattern; the window alone has none.
-_ANY_PATTERN = DilatedPattern([1], [1])
 
 
 def windowed_dilated_attention(
@@ -137,28 +128,15 @@ def windowed_dilated_attention_with_lse(
         `out` `(B, S, H, D)` in the dtype of q, and `lse` `(B, S, H)`, natural logarithm, float32
         (float64 for float64 inputs).
     """
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens)
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask and cu_seqlens are both given; packed documents have no padding, "
-                "so give one of the two."
-            )
-    check_bool("is_causal", is_causal)
-    q, k, v = cast_for_autocast(q, k, v)
-    checked = _ANY_PATTERN if pattern is None else pattern
-    check_inputs(q, k, v, checked, is_packed=cu_seqlens is not None)
+    q, k, v = checked_tensors(q, k, v, is_causal, key_padding_mask, cu_seqlens)
+    if pattern is not None:
+        check_pattern(pattern)
     window = check_integer("window", window, at_least=1)
     check_choice("overlap", overlap, get_args(Overlap))
     check_backend_name(backend)
     if head_range is not None:
         head_range = check_head_range(head_range, q.shape[-2])
-    if key_padding_mask is not None:
-        check_key_padding_mask(key_padding_mask, q)
-    dropout_p = check_dropout(dropout_p)
-    # The seed is a tensor drawn here: torch.manual_seed determines it, a compiled graph draws a new
-    # one at each call, and activation checkpointing draws the same one when it recomputes.
-    dropout_seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
+    dropout_p, dropout_seed = checked_dropout(dropout_p)
     if cu_seqlens is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attend(

@@ -92,8 +92,7 @@ def _call_of(
 def _forward_operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(_call_of(*options), q, k, v, options[-1])
+    return forward(_call_of(*options), q, k, v, options[-1])
 
 
 def _backward_operator(
@@ -106,8 +105,7 @@ def _backward_operator(
     lse: torch.Tensor,
     *options: Any,
 ) -> Gradients:
-    with torch.autocast(q.device.type, enabled=False):
-        return backward(_call_of(*options), dout, dlse, q, k, v, out, lse, options[-1])
+    return backward(_call_of(*options), dout, dlse, q, k, v, out, lse, options[-1])
 
 
 def _pairs(

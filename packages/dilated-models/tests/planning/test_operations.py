@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 from dilated_core import DilatedPattern
-from dilated_models import LongNetConfig
+from dilated_models import GenerationCache, LongNetConfig, LongNetLM
 from dilated_models.planning.attention import work_of
 from dilated_models.planning.job import Job
 from dilated_models.planning.operations import operations_of
 from dilated_models.planning.traffic import sent_by_rank
 from dilated_ring import exchange_plan
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 DEFAULT = LongNetConfig(num_tokens=1)
@@ -143,6 +144,35 @@ def test_a_billion_tokens_of_each_kind_are_planned(config):
         for mode in ("training", "decoding"):
             if mode == "training" or name != "adaptive, bias":
                 assert flops(Job(model=model, seq_len=10**9, mode=mode)) > 1e5
+
+
+class Operations(TorchDispatchMode):
+    """How many operations PyTorch runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 5])
+@pytest.mark.parametrize("num_decoder_layers", [1, 3])
+def test_operations_of_decoding(config, num_branches, num_decoder_layers):
+    config = dataclasses.replace(
+        config, num_decoder_layers=num_decoder_layers,
+        segment_lengths=[16, 32, 64, 128, 256][:num_branches],
+        dilation_rates=[1, 2, 4, 6, 12][:num_branches],
+    )  # fmt: skip
+    model = LongNetLM(config).eval()
+    cache = GenerationCache(model)
+    with torch.no_grad():
+        model(torch.zeros(1, 300, dtype=torch.int64), cache=cache)
+        with Operations() as operations:
+            model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+    job = Job(model=config, seq_len=300, mode="decoding")
+    planned = sum(x.num_operations for x in operations_of(job, work_of(job)))
+    assert planned == pytest.approx(operations.count, rel=0.2)
 
 
 @pytest.mark.parametrize("exchange", ["auto", "ring", "all_gather", "all_to_all"])

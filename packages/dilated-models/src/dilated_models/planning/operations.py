@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from dilated_models.longnet.size import count_parameters
 from dilated_models.planning.attention import BACKWARD_OVER_FORWARD, Work
 from dilated_models.planning.job import Job
-from dilated_models.planning.kinds import Branch, Product, dense_branches
+from dilated_models.planning.kinds import Branch, Product, dense_branches, has_bounded_cache
 from dilated_models.planning.memory import kept_per_token
 
 Kind = Literal["products", "attention", "elementwise"]
@@ -67,6 +67,9 @@ _CLIPPING = (3, 2)
 _TENSORS_OF_BLOCK = 20
 _FEED_FORWARD = "feed-forward"  # two products of equal size
 _LOSS = 4  # numbers of a logit that are read and written
+# Operations of a token from a `DecodingCache` on a CPU, where no kernel runs the whole pattern:
+# beside those of a forward pass, in each block, for each of its branches, and outside of blocks.
+_DECODING, _DECODING_BRANCH, _DECODING_OUTSIDE = 42, 46, 48
 
 
 def operations_of(job: Job, work: Work) -> list[Operation]:
@@ -256,8 +259,16 @@ def _of_block(job: Job, work: Work) -> Iterator[Operation]:
     numbers += [_CONVOLUTION] * model.key_conv
     if model.dropout and job.mode == "training":
         numbers.append(_Elementwise(8, 4, 6))
+    if _decodes_by_many_operations(job):
+        numbers.append(
+            _Elementwise(0, 0, _DECODING + _DECODING_BRANCH * len(model.segment_lengths))
+        )
     operation = _elementwise("LayerNorm and others", job, _sum(*numbers))
     yield operation._replace(numbers=_functions(job, is_backward=False))
+
+
+def _decodes_by_many_operations(job: Job) -> bool:
+    return job.mode == "decoding" and not job.on_gpu and has_bounded_cache(job.model)
 
 
 def _of_block_backward(job: Job, work: Work) -> Iterator[Operation]:
@@ -299,6 +310,8 @@ def _outside(job: Job) -> Iterator[Operation]:
     model = job.model
     yield _product("output layer", job, _scored(job), model.d_model, model.num_tokens)
     numbers = [_Elementwise(2 + 2 + 2, 0, 5)]
+    if _decodes_by_many_operations(job):
+        numbers.append(_Elementwise(0, 0, _DECODING_OUTSIDE))
     yield _elementwise("embedding", job, _sum(*numbers))
     if job.mode == "training":
         yield _loss(job)

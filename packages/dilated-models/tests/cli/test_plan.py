@@ -106,3 +106,14 @@ def test_the_hardware_with_its_sources(capsys):
 )
 def test_errors_name_the_option(capsys, arguments, words):
     assert words in error(capsys, *arguments)
+
+
+def test_files_that_hold_no_hardware(capsys, tmp_path):
+    from dilated_models.planning.hardware import hardware_named
+
+    good = json.loads(hardware_named("l4").to_json())
+    file = tmp_path / "machine.json"
+    for change in ({"memory_bytes": -5}, {"memory_bytes": "many"}, {"memory": [[], []]}):
+        file.write_text(json.dumps(good | change))
+        assert "--hardware is" in error(capsys, "--hardware", str(file))
+    assert "--batch-size is 0" in error(capsys, "--batch-size", "0")

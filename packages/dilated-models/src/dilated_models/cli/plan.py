@@ -175,6 +175,11 @@ def _start(
         from dilated_models.longnet.saving import read_config
 
         content = read_config(checkpoint)
+        if content.get("architecture") == "LongNet":
+            raise ValueError(
+                f"--checkpoint is {str(checkpoint)!r}, which holds a LongNet of two sequences; "
+                f"this command plans models of one, so call dilated_models.plan with memory_len."
+            )
         fields, numbers = dict(content["model"]), dict(content.get("training", {}))
     else:
         check_choice("preset", preset or "base", tuple(PRESETS))
@@ -210,10 +215,10 @@ def _rows(
     """Rows of a batch and parts of it; those of the training, as far as the devices allow."""
     dp = max(1, dp)
     if mode != "training":
-        return batch_size or dp, accumulation or 1
+        return dp if batch_size is None else batch_size, accumulation or 1
     usual: int = numbers.get("batch_size", dp)
     parts: int = numbers.get("accumulation", 1)
-    rows = batch_size or -(-usual // dp) * dp
+    rows = -(-usual // dp) * dp if batch_size is None else batch_size
     if accumulation is not None:
         return rows, accumulation
     # As many rows of a rank at once as in the training, or fewer.

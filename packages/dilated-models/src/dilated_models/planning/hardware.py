@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dilated_core.checks import check_choice
+from dilated_core.checks import check_choice, check_number
 
 
 class Rates(NamedTuple):
@@ -100,6 +100,8 @@ class Hardware:
                 fields[name] = {key: _rates(pair) for key, pair in fields[name].items()}
             fields["memory"] = _rates(fields["memory"])
             fields["sources"] = tuple(fields["sources"])
+            for name in ("memory_bytes", "operation_s"):
+                check_number(name, fields[name], at_least=0)
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
@@ -110,6 +112,10 @@ class Hardware:
 
 def _rates(pair: Sequence[Sequence[float]]) -> Rates:
     sizes, per_second = pair
+    for number in (*sizes, *per_second):
+        check_number("a rate", number, above=0)
+    if not sizes or len(sizes) != len(per_second):
+        raise ValueError(f"there are {len(sizes)} sizes and {len(per_second)} rates")
     return Rates(tuple(sizes), tuple(per_second))
 
 
@@ -256,6 +262,9 @@ def hardware_named(name: str, shares: Shares = EXPECTED) -> Hardware:
         ValueError: If the name is unknown, or the file holds something else.
     """
     if name.endswith(".json"):
-        return Hardware.from_json(Path(name).read_text("utf-8"))
+        try:
+            return Hardware.from_json(Path(name).read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"hardware is {name!r}: {error}") from error
     check_choice("hardware", name, tuple(DATA_SHEETS))
     return DATA_SHEETS[name].hardware(name, shares)

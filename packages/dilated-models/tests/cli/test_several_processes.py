@@ -5,6 +5,7 @@ Processes come from a fork server, with the variables that torchrun sets. One te
 
 import contextlib
 import io
+import json
 import os
 import random
 import re
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from dilated_core.testing.processes import run_processes
+from dilated_models import LongNetLM
 from dilated_models.cli.app import run as run_command
 from dilated_models.cli.progress import TrainingProgress
-from dilated_models.training import checkpoints, run
+from dilated_models.training import checkpoints, samples
 from dilated_models.training.metrics import read_metrics
+from dilated_models.training.out_of_memory import MEASURE_FILE
 
 resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
@@ -35,6 +39,15 @@ OPTIONS = [
     *("--checkpoint-every", "2", "--warmup-steps", "2", "--device", "cpu"),
 ]
 
+OUT_OF_MEMORY = {
+    "no memory on a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "no row fits": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "no memory on the CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+}
+
 
 def train(
     arguments: list[str], port: int, fault: tuple[str, int, int] | None, released: str
@@ -45,7 +58,7 @@ def train(
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    run._SAMPLE_TOKENS = 2
+    samples._SAMPLE_TOKENS = 2
     numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -77,11 +90,32 @@ def prepare(kind: str, last: int, released: Path) -> None:
 
         return wrapped
 
+    if kind in OUT_OF_MEMORY:
+        limit_memory(kind, last)
+        return
     TrainingProgress.stepped = after(TrainingProgress.stepped)
     if kind == "kill anywhere":
         TrainingProgress.busy = after(TrainingProgress.busy)
         for name in ("_tensors", "_digests", "_finish"):
             setattr(checkpoints, name, after(getattr(checkpoints, name)))
+
+
+def limit_memory(kind: str, first: int) -> None:
+    """From a forward of training on, more than a row fits only if blocks are recomputed."""
+    real, calls = LongNetLM.hidden_states, 0
+
+    def hidden_states(self: LongNetLM, tokens: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        nonlocal calls
+        hidden = real(self, tokens, *rest, **options)
+        is_step = self.training and torch.is_grad_enabled()
+        calls += is_step
+        needs = 1 if self.config.activation_checkpointing else len(tokens)
+        room = 30 if kind != "no row fits" else 0
+        if is_step and calls >= first and needs > room:
+            raise OUT_OF_MEMORY[kind]
+        return hidden
+
+    LongNetLM.hidden_states = hidden_states
 
 
 def happen(kind: str, released: Path) -> None:
@@ -143,7 +177,7 @@ def same(out: Path, wanted: Path) -> None:
         [
             (r["kind"], r["step"], r.get("loss"), r["bits_per_byte"])
             for r in read_metrics(folder)
-            if r["kind"] != "final"
+            if r["kind"] not in ("final", "out_of_memory")
         ]
         for folder in (out, wanted)
     ]
@@ -154,16 +188,67 @@ def same(out: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [["--fsdp"], pytest.param(["--cp", "2"], marks=pytest.mark.exhaustive)]
+    ("grid", "kind"),
+    [
+        (["--fsdp"], "no memory on a GPU"),
+        pytest.param(["--cp", "2"], "no memory on the CPU", marks=pytest.mark.exhaustive),
+        pytest.param([], "no memory on the CPU", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(launcher, tmp_path, grid):
+def test_a_run_without_memory_and_a_killed_one_end_with_the_bits_of_another(
+    launcher, tmp_path, grid, kind
+):
+    """Recomputed blocks change no bit, and neither does SIGKILL."""
     output = launcher.to_the_end(whole := tmp_path / "whole", *grid)
-    assert f"{'FSDP over 2 x 1' if '--fsdp' in grid else 'DDP over 1 x 2'} processes" in output
+    assert f"{'FSDP over 2 x 1' if '--fsdp' in grid else 'DDP over'}" in output
+    more = [*grid, "--on-out-of-memory", "checkpoint"]
+    (one, first), (two, second) = launcher(out := tmp_path / "out", *more, fault=(kind, 1, 4))
+    assert (one, two) == (1, 2)
+    assert "rank 0 stops: rank 1 failed: NeedsRestart: out of memory (" in first
+    assert "when all processes start again, the run recomputes each block" in second
+    assert "continue with: torchrun --nproc-per-node 2 -m dilated_models.train --resume" in second
+    assert (out / MEASURE_FILE).exists()
     with pytest.raises(RuntimeError, match=r"rank 1, exit code -9"):
-        launcher(out := tmp_path / "out", *grid, fault=("kill", 1, 5))
+        launcher(out, *grid, fault=("kill", 1, 3))  # in step 5, after the checkpoint of step 4
     assert {path.name for path in out.glob("checkpoint*")} == {"checkpoint-000000004"}
     assert "continuing after step 4" in launcher.to_the_end(out, *grid)
     same(out, whole)
+    assert measures(out) == [(2, "checkpoint", 2, True)]
+    assert json.loads((out / "config.json").read_text())["model"]["activation_checkpointing"]
+    assert not (out / MEASURE_FILE).exists()
+
+
+def measures(folder: Path) -> list[tuple[int, str, int, bool]]:
+    return [
+        (r["step"], r["policy"], r["accumulation"], r["activation_checkpointing"])
+        for r in read_metrics(folder)
+        if r["kind"] == "out_of_memory"
+    ]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("grid", [["--fsdp"], ["--cp", "2"], []])
+def test_halved_parts_change_rounding_alone(launcher, tmp_path, grid):
+    """And where a part has one row already, the run stops and names what is left."""
+    more = [*grid, "--dropout", "0"]
+    launcher.to_the_end(whole := tmp_path / "whole", *more)
+    kind = "no memory on a GPU"
+    out = tmp_path / "out"
+    results = launcher(out, *more, "--on-out-of-memory", "halve", fault=(kind, 0, 4))
+    assert [code for code, _ in results] == [2, 1]
+    assert [code for code, _ in launcher(out, *grid, fault=(kind, 0, 1))] == [0, 0]
+    assert measures(out) == [(2, "halve", 6, False)]
+    found, wanted = (
+        [r["loss"] for r in read_metrics(folder) if r["kind"] == "step"] for folder in (out, whole)
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)
+    launcher.to_the_end(last := tmp_path / "last", *more, "--accumulation", "6", "--steps", "2")
+    limits = [*grid, "--steps", "4", "--on-out-of-memory", "halve"]
+    results = launcher(last, *limits, "--timeout", "60", fault=("no row fits", 1, 2))
+    assert [code for code, _ in results] == [1, 2]
+    assert (
+        "a part has one row already; continue with --on-out-of-memory checkpoint" in (results[1][1])
+    )
 
 
 @pytest.mark.exhaustive
@@ -276,3 +361,47 @@ def test_torchrun_starts_a_killed_run_again(launcher, text, tmp_path):
     assert re.search(r"continuing after step \d+", output), output
     (out,) = (tmp_path / "runs").iterdir()
     same(out, whole)
+
+
+FAULTY = f"""
+import os, runpy, sys
+from dilated_models.cli import main
+kind, sys.argv[1] = sys.argv[1], "train"
+if os.environ["RANK"] == "1":
+    runpy.run_path({__file__!r})["limit_memory"](kind, 1)
+main()
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("policy", "kind", "measure"),
+    [
+        ("checkpoint", "no row fits", (0, "checkpoint", 2, True)),  # before there is a run
+        ("checkpoint", "no memory on the CPU", (0, "checkpoint", 2, True)),
+        ("halve", "no memory on a GPU", (0, "halve", 6, False)),
+    ],
+)
+def test_torchrun_goes_on_with_less_memory(text, tmp_path, policy, kind, measure):
+    (script := tmp_path / "faulty.py").write_text(FAULTY)
+    command = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2"
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", *command.split(), str(script), kind),
+            *("--text", str(text), *OPTIONS, "--steps", "3", "--on-out-of-memory", policy),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
+    (out,) = (tmp_path / "runs").iterdir()
+    assert measures(out) == [measure]
+    assert (
+        "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); after step 0 the run"
+        in (process.stdout)
+    )

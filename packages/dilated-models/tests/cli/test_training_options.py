@@ -1,14 +1,18 @@
 """Options of `dilated train` for copies, growing windows and the convolution before attention."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dilated_models import LongNetConfig
 from dilated_models.cli.app import app
-from dilated_models.cli.options import named_values
+from dilated_models.cli.errors import option_of
+from dilated_models.cli.options import MODEL_FIELDS, named_values
 from dilated_models.longnet.saving import load_model
 from dilated_models.training.config import PRESETS
+from typer.main import get_command
 from typer.testing import CliRunner
 
 SMALL = [
@@ -55,12 +59,19 @@ def test_the_preset_and_its_options(text: Path, tmp_path: Path):
             ["--first-seq-len", 64],
             "--first-seq-len is 64 and --seq-len 32; --first-seq-len must be",
         ),
+        (["--preset", "small", "--growth", 0.5], "growth is 0.5 and --first-seq-len is not given"),
         (["--key-conv", -1], "--key-conv is -1; it must be at least 0."),
         (["--local-window", -1], "--local-window is -1; it must be at least 0."),
         (["--attention-kind", "moba"], "--segment-lengths is (8, 32); --attention-kind 'moba' has"),
         (["--attention-kind", "ring"], "--attention-kind is 'ring'; a run spreads the rows"),
         (["--attention-options", "topk"], "--attention-options is 'topk'; it must be names and"),
         (["--attention-options", "topk=2"], "--attention-options is {'topk': 2} and"),
+        (["--kv-heads", 3], "--heads is 4 and --kv-heads 3; --kv-heads must divide --heads"),
+        (["--model-options", "nhead=2"], "--model-options has the name 'nhead'; it must be one of"),
+        (["--model-options", "padding=none"], "--model-options has padding=none; it must have a"),
+        (["--model-options", "positions=sine"], "--model-options positions is 'sine'; it must be"),
+        (["--model-options", "drop_path_rate=1"], "--model-options drop_path_rate is 1; it must"),
+        (["--model-options", "tie_embeddings=1"], "--model-options tie_embeddings is 1; it must"),
     ],
 )
 def test_refusals(text: Path, tmp_path: Path, options: list[object], message: str):
@@ -69,6 +80,42 @@ def test_refusals(text: Path, tmp_path: Path, options: list[object], message: st
     assert error.startswith("dilated: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_all_that_a_model_can_be(text: Path, tmp_path: Path):
+    """Every field of its config is an option, is saved, and holds after --resume."""
+    fields = {
+        "num_encoder_layers": 1,
+        "drop_path_rate": 0.25,
+        "activation": "gelu",
+        "layer_norm_eps": 1e-4,
+        "head_offsets": "blocked",
+        "padding": "attended",
+        "positions": "alibi",
+        "xpos_scale_base": 256.0,
+        "tie_embeddings": False,
+        "scale_embedding": False,
+        "final_layer_norm": False,
+    }
+    assert tuple(fields) == MODEL_FIELDS
+    command = get_command(app).get_command(None, "train")
+    options = {word for parameter in command.params for word in parameter.opts}
+    own = {f.name for f in dataclasses.fields(LongNetConfig)} - {*fields, "num_tokens"}
+    assert {option_of(name) for name in own} <= options
+    out = tmp_path / "run"
+    given = ",".join(f"{name}={value}" for name, value in fields.items())
+    found = train(text, out, "--kv-heads", 2, "--model-options", given)["model"]
+    assert fields.items() <= found.items()
+    assert found["num_kv_heads"] == 2
+    refused = CliRunner().invoke(
+        app, ["train", "--resume", "--out", str(out), "--model-options", "padding=masked"]
+    )
+    assert "--resume continues a run with its own options; leave out --model-options." in (
+        refused.stderr
+    )
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--steps", "2"])
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "config.json").read_text())["model"] == found
 
 
 def test_another_kind_of_attention(text: Path, tmp_path: Path):

@@ -52,8 +52,8 @@ def test_a_lack_of_memory_is_answered_recorded_and_remembered(text, tmp_path, mo
     assert "out of memory: CUDA out of memory" in stopped.stderr
     assert "--on-out-of-memory" in stopped.stderr
     result = train(*shape, "--out", out, "--on-out-of-memory", "halve")
-    assert result.output.count("out of memory after step 0 (CUDA out of memory.") == 2
-    assert "from now on the run computes each batch in 4 parts" in result.output
+    assert result.output.count("out of memory (CUDA out of memory.") == 2
+    assert "); after step 0 the run computes each batch in 4 parts" in result.output
     assert json.loads((out / "config.json").read_text())["training"]["accumulation"] == 4
     found = [r for r in read_metrics(out) if r["kind"] == "out_of_memory"]
     assert [(r["step"], r["policy"], r["accumulation"]) for r in found] == [
@@ -64,7 +64,7 @@ def test_a_lack_of_memory_is_answered_recorded_and_remembered(text, tmp_path, mo
         assert a == pytest.approx(b, rel=1e-5)
     # The resumed run begins with the parts that fit, and keeps the record.
     again = train("--resume", "--out", out, "--steps", 4)
-    assert "from now on" not in again.output
+    assert "out of memory" not in again.output
     assert [r for r in read_metrics(out) if r["kind"] == "out_of_memory"] == found
     # A run that was stopped takes the policy when it is resumed.
     train("--resume", "--out", tmp_path / "stopped", "--on-out-of-memory", "halve")

@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.text.files import text_files
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.loop import StepRecord, TrainingState
-from dilated_models.training.out_of_memory import is_out_of_memory, take_measure
+from dilated_models.training.out_of_memory import (
+    MEASURE_FILE,
+    is_out_of_memory,
+    leave_measure,
+    left_measure,
+    take_measure,
+)
+from dilated_models.training.ranks import Ranks
 
 TRAINING: dict[str, Any] = {
     "steps": 4,
@@ -86,7 +94,7 @@ def test_halving_keeps_the_batch_and_its_numbers(start, stream, monkeypatch, err
         (1, "halve", 4),
     ]
     assert state.config.accumulation == 4
-    assert "computes each batch in 4 parts" in str(state.measures[1])
+    assert "after step 1 the run computes each batch in 4 parts" in str(state.measures[1])
 
 
 def test_an_error_in_a_later_part_begins_the_step_anew(start, stream, monkeypatch):
@@ -126,11 +134,18 @@ def test_the_longest_windows_are_tried_with_measures_too(start, monkeypatch):
 @pytest.mark.parametrize("policy", ["stop", "halve", "checkpoint"])
 def test_without_a_measure_left_the_run_stops(start, stream, monkeypatch, policy):
     state = start(on_out_of_memory=policy)
-    limit(monkeypatch, GPU, lambda model, rows, n: n == 1)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    limit(monkeypatch, error, lambda model, rows, n: n == 1)
     before = run(state, stream, 1)
     weights = [p.detach().clone() for p in state.model.parameters()]
     with pytest.raises(torch.OutOfMemoryError):
         run(state, stream)
+    notes = {
+        "stop": [],
+        "halve": ["a part has one row already; continue with --on-out-of-memory checkpoint"],
+        "checkpoint": ["each block is recomputed already; continue with --on-out-of-memory halve"],
+    }[policy]
+    assert [note.partition(", or use more")[0] for note in getattr(error, "__notes__", [])] == notes
     assert state.step == before[0].step == 1
     assert all(torch.equal(a, b) for a, b in zip(weights, state.model.parameters(), strict=True))
     assert len(state.measures) == {"stop": 0, "halve": 2, "checkpoint": 1}[policy]
@@ -145,10 +160,31 @@ def test_another_error_is_raised(start, stream, monkeypatch):
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
-def test_parts_divide_the_batch(config):
+@pytest.mark.parametrize(("dp", "expected"), [(1, [2, 4, 12]), (4, [6]), (12, [])])
+def test_parts_divide_the_batch_and_become_smaller(config, dp, expected):
+    """Of four ranks with three rows each, two parts of the batch would change nothing."""
     training = TrainingConfig(**TRAINING | {"batch_size": 12, "on_out_of_memory": "halve"})
     parts = []
-    while measure := take_measure(config, training, step=0, error=GPU):
+    while measure := take_measure(config, training, step=0, error=MemoryError(), dp=dp):
         training = dataclasses.replace(training, accumulation=measure.accumulation)
         parts.append(measure.accumulation)
-    assert parts == [2, 4, 12]
+    assert parts == expected
+
+
+def test_a_measure_is_left_where_the_next_start_finds_it(config, tmp_path):
+    """In the folder of the run; at the launcher as long as there is none."""
+    training = TrainingConfig(**TRAINING | {"on_out_of_memory": "checkpoint"})
+    measure = take_measure(config, training, step=3, error=CPU)
+    store, device = dist.HashStore(), torch.device("cpu")
+    first, second = (Ranks(device, size=2, store=store, start=start) for start in (0, 1))
+    assert left_measure(tmp_path, second) is None
+    assert "--max-restarts), the run recomputes each block" in str(leave_measure(measure, first))
+    assert left_measure(tmp_path, first) is None
+    assert left_measure(tmp_path, second) == measure
+    second.remember_run(tmp_path)
+    assert left_measure(tmp_path, second) is None  # the run's config has it now
+    assert "when all processes start again, the run" in str(leave_measure(measure, second))
+    assert left_measure(tmp_path, Ranks(device)) == measure
+    (tmp_path / MEASURE_FILE).write_text("{}")
+    with pytest.raises(ValueError, match=r"out_of_memory.json' is damaged .* remove it"):
+        left_measure(tmp_path, second)

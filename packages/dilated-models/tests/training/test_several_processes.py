@@ -4,6 +4,7 @@ All numbers are float32, so sums of other orders differ in the last bits. A wron
 target differs by far more than the tolerance.
 """
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -17,10 +18,13 @@ from dilated_models import LongNetConfig, LongNetLM
 from dilated_models.text.files import text_files
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream
+from dilated_models.text.vocabulary import ByteVocabulary
+from dilated_models.training import samples
 from dilated_models.training.checkpoints import restore_checkpoint, save_checkpoint
 from dilated_models.training.config import TrainingConfig
+from dilated_models.training.grid import check_grid, parts_of_rank
 from dilated_models.training.loop import TrainingState
-from dilated_models.training.over_ranks import OverRanks, check_grid, parts_of_rank
+from dilated_models.training.over_ranks import OverRanks
 from dilated_models.training.ranks import Ranks
 
 MODEL = LongNetConfig(
@@ -48,12 +52,14 @@ TRAINING: dict[str, Any] = {
     "validate_every": 100,
     "checkpoint_every": 100,
 }
+NUMBERS = {field.name for field in dataclasses.fields(TrainingConfig)}
 TOLERANCE = 1e-5
 
 
 def state_of(text: str, cp: int, fsdp: bool, **changes: Any) -> tuple[TrainingState, Any, Ranks]:
     stream = ByteStream(text_files([Path(text)])[0])
-    config = TrainingConfig(**TRAINING)
+    numbers = {name: changes.pop(name) for name in {*changes} & NUMBERS}
+    config = TrainingConfig(**TRAINING | numbers)
     ranks = Ranks(torch.device("cpu"), timeout_s=100.0)
     if dist.is_initialized():
         ranks = Ranks(ranks.device, rank=dist.get_rank(), size=dist.get_world_size())
@@ -76,10 +82,16 @@ def train(text: str, cp: int, fsdp: bool, stop: int, folder: str | None, **chang
         record = next(state.steps(*data))
         records.append([record.step, record.loss, record.gradient_norm, record.num_tokens])
     result = state.evaluate(data[0], max_tokens=200, batch_size=2, before_batch=lambda: None)
+    samples._SAMPLE_TOKENS = 4
+    sample = samples.sample_now(
+        state, ByteVocabulary(), data[0], max_tokens=400, check=lambda: None
+    )
     if folder is not None:
         save_checkpoint(state, Path(folder), run_id="a", ranks=ranks)
     weights = state.whole_weights()
-    return records, [result.bits_per_byte, result.num_tokens], weights
+    scored = [result.bits_per_byte, result.num_tokens]
+    scored += [x.bits_per_byte for x in sample.by_context]
+    return records, [*scored, *sample.sample.encode()], weights
 
 
 def train_grids(text: str, grids: list[tuple[int, bool]], stop: int) -> Any:
@@ -113,6 +125,57 @@ def test_any_grid_trains_as_one_process(text, size, grids):
         for one in found:
             close(one[0], records)
             close(one[1], scored)
+
+
+# Options of a model and of a run, each of which changes its numbers.
+CHANGES: list[dict[str, Any]] = [
+    {"nhead": 2},
+    {"num_kv_heads": 2},
+    {"num_encoder_layers": 1},
+    {"dim_feedforward": 32},
+    {"activation": "gelu"},
+    {"layer_norm_eps": 1e-2},
+    {"head_offsets": "blocked"},
+    {"padding": "attended"},
+    {"positions": "rotary"},
+    {"positions": "alibi"},
+    {"positions": "none"},
+    {"xpos_scale_base": 16.0},
+    {"key_conv": 0},
+    {"tie_embeddings": False},
+    {"scale_embedding": False},
+    {"final_layer_norm": False},
+    {"first_seq_len": None},
+    {"growth": 0.9},
+    {"warmup_copies": 0.0},
+    {"learning_rate": 3e-3},
+    {"warmup_steps": 1},
+    {"schedule": "polynomial", "warmup_steps": 0},
+    {"schedule": "polynomial", "schedule_power": 2.0, "warmup_steps": 0},
+    {"final_share": 0.9, "warmup_steps": 0},
+    {"weight_decay": 0.5},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"gradient_clip": 0.1},
+    {"seed": 3},
+]
+
+
+def train_each(text: str, cp: int, fsdp: bool) -> Any:
+    return [train(text, cp, fsdp, 4, None, **change)[:2] for change in CHANGES]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("cp", "fsdp"), [(1, False), (1, True), (2, False), (2, True)])
+def test_no_option_is_ignored_on_several_processes(text, cp, fsdp):
+    """Each gives the numbers that it gives on one process, and others than its default."""
+    wanted = train_each(str(text), 1, False)
+    found, _ = run_processes(train_each, 2, str(text), cp, fsdp, timeout_s=900)
+    for one, other in zip(found, wanted, strict=True):
+        close(one[0], other[0])
+        close(one[1], other[1])
+    losses = [str(records) for records, _ in wanted]
+    assert len({str(train(str(text), 1, False, 4, None)[0]), *losses}) == 1 + len(CHANGES)
 
 
 @pytest.mark.parametrize(

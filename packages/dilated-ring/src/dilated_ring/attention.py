@@ -6,11 +6,11 @@ import torch
 from dilated_core import AttentionOutput, DilatedPattern
 from dilated_core.inputs import cast_for_autocast
 
-from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.layout import Layout
 from dilated_ring.over_ranks import attend_in_process, attend_over_ranks
 from dilated_ring.plan.exchange import ExchangeKind
 from dilated_ring.sharding.group import Group
+from dilated_ring.uncompiled import uncompiled
 
 
 def ring_dilated_attention(

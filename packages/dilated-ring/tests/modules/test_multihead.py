@@ -24,6 +24,7 @@ from dilated_ring import (
     StandardRingAttention,
     local_positions,
     shard_sequence,
+    shift_sequence,
 )
 from torch import nn
 
@@ -166,6 +167,7 @@ class Block(nn.Module):
         self.out = nn.Linear(24, 24, dtype=torch.float64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + shift_sequence(x, -1, fill=0)
         return self.out(torch.relu(self.mha(x, x, x, is_causal=True) + x)).sum(-1)
 
 

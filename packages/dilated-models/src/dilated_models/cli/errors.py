@@ -15,7 +15,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dilated_models.training.failures import RankLost
+from dilated_models.cli.options import MODEL_FIELDS
+from dilated_models.training.failures import NeedsRestart, RankLost
 from dilated_models.training.stopping import StoppedAtOnce, stopping_at_once
 
 FAILED = 1
@@ -25,12 +26,14 @@ INTERRUPTED = 130
 # Names of fields in configurations and functions, where the option has another name.
 _PARAMETER_OF = {
     "nhead": "heads",
+    "num_kv_heads": "kv_heads",
     "num_heads": "heads",
     "num_decoder_layers": "layers",
     "dim_feedforward": "feed_forward",
     "learning_rate": "lr",
     "warmup_copies": "warm_up_copies",
     "activation_checkpointing": "checkpoint_activations",
+    "context_parallel": "cp",
 }
 # The extra that brings a package, and what needs it.
 _CLI = ("cli", "the command line")
@@ -133,6 +136,8 @@ def name_options(message: str, options: Mapping[str, str]) -> str:
     """
     by_name = dict(options)
     by_name.update((k, options[v]) for k, v in _PARAMETER_OF.items() if v in options)
+    if "model_options" in options:
+        by_name.update((name, f"{options['model_options']} {name}") for name in MODEL_FIELDS)
     if not by_name:
         return message
     plain = [name for name in by_name if "_" not in name and name not in _PARAMETER_OF]
@@ -152,7 +157,8 @@ def option_of(name: str) -> str:
         >>> option_of("nhead"), option_of("batch_size")
         ('--heads', '--batch-size')
     """
-    return "--" + _PARAMETER_OF.get(name, name).replace("_", "-")
+    parameter = "model_options" if name in MODEL_FIELDS else _PARAMETER_OF.get(name, name)
+    return "--" + parameter.replace("_", "-")
 
 
 def exit_code(error: Exception) -> int:
@@ -174,6 +180,7 @@ def _is_users(error: Exception) -> bool:
         TypeError,
         OverflowError,
         FloatingPointError,
+        NeedsRestart,
         RankLost,
     )
     return isinstance(error, kinds) or _is_out_of_memory(error)

@@ -25,6 +25,13 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Of matrix products: auto (bfloat16 on GPUs), float32, bfloat16."),
 ]
 
+# Fields of `LongNetConfig` for which a command has no option of their own.
+MODEL_FIELDS = (
+    *("num_encoder_layers", "drop_path_rate", "activation", "layer_norm_eps", "head_offsets"),
+    *("padding", "positions", "xpos_scale_base", "tie_embeddings", "scale_embedding"),
+    "final_layer_norm",
+)
+
 
 def all_text(text: Sequence[Path] | None, more: Sequence[Path] | None) -> list[Path] | None:
     """The paths after `--text`, or None if it was not given.
@@ -73,6 +80,26 @@ def named_values(option: str, value: str | None) -> dict[str, Any] | None:
                 f"each name once, such as block_size=64,sparsity_ratio=0.1."
             )
         found[name] = _value(text)
+    return found
+
+
+def model_fields(option: str, value: str | None) -> dict[str, Any]:
+    """Read `num_encoder_layers=2,positions=alibi`: values of `MODEL_FIELDS`.
+
+    Raises:
+        ValueError: As `named_values`; or if a name is another, or a value is none.
+    """
+    found = named_values(option, value) or {}
+    for name, given in found.items():
+        if name not in MODEL_FIELDS:
+            raise ValueError(
+                f"{option} has the name {name!r}; it must be one of {', '.join(MODEL_FIELDS)}, as "
+                f"all other numbers of a model have options of their own."
+            )
+        if given is None:
+            raise ValueError(
+                f"{option} has {name}=none; it must have a value, so leave {name} out."
+            )
     return found
 
 

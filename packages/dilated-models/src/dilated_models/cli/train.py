@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dilated_models.cli.errors import exit_code, option_of
+from dilated_models.cli.errors import option_of
 from dilated_models.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -18,20 +16,17 @@ from dilated_models.cli.options import (
     TextOption,
     all_text,
     integers,
+    model_fields,
     named_values,
 )
-from dilated_models.cli.shell import train_command
+from dilated_models.cli.train_processes import Parallel, train_with
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dilated_models.training.deepspeed import DeepSpeedConfig
-    from dilated_models.training.loop import TrainingState
     from dilated_models.training.ranks import Ranks
-    from dilated_models.training.run import Report, Run
-    from dilated_models.training.tokens import Text
+    from dilated_models.training.run import Run
 
 _RUNS = Path("runs")
+_COMPILER = "inductor"
 
 
 def train(
@@ -85,6 +80,9 @@ def train(
     ] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Heads of keys and values; as many as --heads if left out.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     feed_forward: Annotated[int | None, typer.Option(help="Width of the feed-forward.")] = None,
     key_conv: Annotated[
@@ -92,6 +90,12 @@ def train(
         typer.Option(help="Width of a convolution before attention, not of LongNet; 0 for none."),
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Probability of dropout.")] = None,
+    model_options: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE,...", help="Other fields of LongNetConfig, as positions=alibi."
+        ),
+    ] = None,
     checkpoint_activations: Annotated[
         bool | None,
         typer.Option(help="Recompute blocks in the backward pass, to save memory."),
@@ -171,6 +175,7 @@ def train(
     model = _given(
         d_model=d_model,
         nhead=heads,
+        num_kv_heads=kv_heads,
         num_decoder_layers=layers,
         dim_feedforward=feed_forward,
         segment_lengths=integers("--segment-lengths", segment_lengths),
@@ -182,6 +187,7 @@ def train(
         dropout=dropout,
         activation_checkpointing=checkpoint_activations,
         backend=backend,
+        **model_fields("--model-options", model_options),
     )
     training = _given(
         batch_size=batch_size,
@@ -214,14 +220,19 @@ def train(
         if dtype != "auto":
             fixed["dtype"] = dtype
         if fixed:
-            names = ", ".join(option_of(name) for name in sorted(fixed))
+            names = ", ".join(sorted({option_of(name) for name in fixed}))
             raise ValueError(f"--resume continues a run with its own options; leave out {names}.")
     check_integer("cp", cp, at_least=1)
     check_number("timeout", timeout, at_least=1, at_most=10_000_000)  # C counts milliseconds
 
     file = None if deepspeed is None else read_deepspeed(deepspeed)
     parallel = Parallel(
-        device=device, cp=cp, fsdp=fsdp, file=file, timeout_s=timeout, is_compiled=compiled
+        device=device,
+        cp=cp,
+        fsdp=fsdp,
+        file=file,
+        timeout_s=timeout,
+        compiler=_COMPILER if compiled else None,
     )
 
     def make(ranks: Ranks) -> tuple[Run, bool]:
@@ -248,121 +259,7 @@ def train(
         )
         return run, True
 
-    _train(make, parallel, began)
-
-
-class Parallel(NamedTuple):
-    """How the processes of a run divide its work: no part of the run, which others may continue."""
-
-    device: str
-    cp: int
-    fsdp: bool
-    file: DeepSpeedConfig | None
-    timeout_s: float
-    is_compiled: bool
-
-    def spreads_weights(self, size: int) -> bool:
-        """Whether FSDP2 is used on this many processes."""
-        return self.fsdp or (self.file is not None and self.file.stage > 0 and size > 1)
-
-
-def _train(make: Callable[[Ranks], tuple[Run, bool]], parallel: Parallel, began: float) -> None:
-    """Join the other processes, if there are any, and train with them."""
-    from dilated_models.cli.progress import plain_console
-    from dilated_models.cli.train_summary import conclude
-    from dilated_models.training.folder import hold
-    from dilated_models.training.over_ranks import check_grid, parts_of_rank
-    from dilated_models.training.ranks import joined
-    from dilated_models.training.setup import same_run
-
-    with joined(parallel.device, timeout_s=parallel.timeout_s) as ranks:
-
-        def checked() -> tuple[Run, bool]:
-            check_grid(ranks.size, cp=parallel.cp, fsdp=parallel.fsdp)
-            run, is_new = make(ranks)
-            numbers = run.training
-            parts_of_rank(numbers.batch_size, numbers.accumulation, ranks.size // parallel.cp)
-            return run, is_new
-
-        try:
-            with contextlib.ExitStack() as stack:
-                with ranks.naming_the_missing():
-                    run, is_new = ranks.together(checked)
-                    run = same_run(run, ranks)
-                    ranks.first(lambda: stack.enter_context(hold(run.folder, is_new=is_new)))
-                console = plain_console(is_quiet=not ranks.is_first)
-                report = _run(console, run, ranks, parallel, is_new=is_new)
-        except Exception as error:
-            if ranks.tells(error):
-                raise
-            raise typer.Exit(exit_code(error)) from None
-    if report is not None:
-        conclude(console, run, report, time.monotonic() - began)
-
-
-def _run(
-    console: Console, run: Run, ranks: Ranks, parallel: Parallel, *, is_new: bool
-) -> Report | None:
-    """Build the model, train it and show the progress; every end names the way to go on."""
-    from dilated_models.cli.train_summary import introduce
-    from dilated_models.training.checkpoints import has_checkpoint, restore_checkpoint
-    from dilated_models.training.over_ranks import OverRanks
-    from dilated_models.training.run import build
-    from dilated_models.training.stopping import Stopped
-    from dilated_models.training.tokens import open_text
-
-    cp, fsdp = parallel.cp, parallel.spreads_weights(ranks.size)
-    grid = [*(["--cp", str(cp)] if cp > 1 else []), *(["--fsdp"] if fsdp else [])]
-    again = train_command(
-        "--resume", "--out", run.folder, *grid, processes=ranks.size, machines=ranks.machines
-    )
-    go_on = f"continue with: {again}"
-    is_whole = is_new  # a checkpoint of an earlier process may be damaged
-    try:
-        with ranks.naming_the_missing():
-            over = None
-            if ranks.size > 1:
-                over = ranks.together(lambda: OverRanks(ranks, cp=cp, fsdp=fsdp))
-            state = build(run, over, is_compiled=parallel.is_compiled)
-            if not is_new:
-                restore_checkpoint(state, run.folder, run_id=run.run_id, ranks=ranks)
-                is_whole = True
-            text = open_text(run, console.print, ranks)
-            introduce(console, run, state, parallel.file)
-            return _execute(console, run, state, text, ranks)
-    except Stopped as stopped:
-        with contextlib.suppress(OSError):  # the signal may have ended what shows this, too
-            console.print(f"{stopped}; everything is saved; {go_on}")
-        raise typer.Exit(stopped.exit_code) from None
-    except (Exception, KeyboardInterrupt) as error:
-        if is_whole and has_checkpoint(run.folder):
-            error.add_note(f"the last checkpoint is whole; {go_on}")
-        raise
-
-
-def _execute(
-    console: Console, run: Run, state: TrainingState, text: Text, ranks: Ranks
-) -> Report | None:
-    from dilated_models.cli.progress import TrainingProgress
-    from dilated_models.longnet.size import available_bytes, peak_memory_bytes
-    from dilated_models.training.run import execute
-    from dilated_models.training.stopping import StopSignals
-
-    # Ctrl-C reaches torchrun and perhaps its processes, to which torchrun passes it on.
-    seconds_apart = 0.0 if ranks.size == 1 else 2.0
-    signals = StopSignals(is_silent=not ranks.is_first, seconds_apart=seconds_apart)
-    progress = TrainingProgress(
-        console,
-        steps=run.training.steps,
-        done=state.step,
-        times=state.times,
-        scorable=len(text.validation),
-        peak_memory_bytes=lambda: peak_memory_bytes(run.device),
-        available_bytes=lambda: available_bytes(run.device),
-        is_stopping=lambda: signals.received is not None,
-    )
-    with signals, progress:
-        return execute(run, text, state, progress, signals, ranks)
+    train_with(make, parallel, began)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,13 +15,14 @@ def drop_path(x: Tensor, p: float, cu_seqlens: Tensor | None = None) -> Tensor:
         cu_seqlens: Where the sequences begin that are packed in `x`.
 
     Example:
-        >>> import torch
         >>> x = drop_path(torch.ones(8, 2, 3), 0.5)
         >>> set(x.flatten().tolist()) <= {0.0, 2.0}
         True
     """
     count = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-    kept = x.new_empty(count).bernoulli_(1 - p) / (1 - p)
+    # A compiler takes p as a number of its graph: `bernoulli_` would need a graph for each p, and
+    # each block has its own.
+    kept = (torch.rand(count, device=x.device) >= p).to(x.dtype) / (1 - p)
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().to(x.device)
         return x * kept.repeat_interleave(lengths, output_size=len(x))[:, None]

@@ -10,18 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from dilated_core import linear_cross_entropy
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dilated_models.longnet.language_model import LongNetLM, check_weights
 from dilated_models.text.copies import copied_row
 from dilated_models.text.streams import TokenStream
+from dilated_models.text.windows import NO_TARGET, PackedWindows
 from dilated_models.training.borders import distances_from_border
-from dilated_models.training.evaluation import autocast_to
+from dilated_models.training.evaluation import score
+
+if TYPE_CHECKING:
+    from dilated_models.training.over_ranks import OverRanks
 
 _SHORTEST_CONTEXT = 16
 _FEWEST_STRETCHES = 4
@@ -163,6 +168,7 @@ def contextwise(
     *,
     autocast: torch.dtype | None = None,
     before_batch: Callable[[int, int], None] | None = None,
+    over: OverRanks | None = None,
 ) -> Contextwise:
     """Score the same targets with contexts of 16, 32, … tokens, and by distance from a border.
 
@@ -173,6 +179,7 @@ def contextwise(
         autocast: Compute matrix products in this dtype; None means the dtype of the parameters.
         before_batch: Called before each batch with the number of inputs done and of all. An
             exception that it raises ends the evaluation.
+        over: The processes over which the model is spread, all of which call this; None: one.
 
     Raises:
         ValueError: If the model is on the meta device.
@@ -188,24 +195,23 @@ def contextwise(
         copies, copied_lengths = _copies(stream, longest, len(stretches.tokens))
         sets.append((copies[:, :-1], copies[:, longest // 2 + 1 :]))
         lengths.append(copied_lengths)
-    total = sum(inputs.numel() for inputs, _ in sets)
-    nats: list[Tensor] = []
-    done = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for inputs, targets in sets:
-            parts: list[Tensor] = []
-            rows = max(1, _TOKENS_PER_FORWARD // inputs.shape[1])
-            for first in range(0, len(inputs), rows):
-                if before_batch is not None:
-                    before_batch(done, total)
-                part = inputs[first : first + rows]
-                parts.append(_losses(model, part, targets[first : first + rows], autocast))
-                done += part.numel()
-            nats.append(torch.cat(parts).view(-1, longest // 2))
-    finally:
-        model.train(was_training)
+    parts = [part for inputs, targets in sets for part in _parts(inputs, targets)]
+    total = sum(len(part.inputs) for part in parts)
+    done = np.cumsum([0, *(len(part.inputs) for part in parts)])
+
+    def before_part(number: int) -> None:
+        if before_batch is not None:
+            before_batch(int(done[number]), total)
+
+    scored = partial(score, model) if over is None else over.score
+    found = iter(scored(parts, autocast=autocast, before_part=before_part))
+    nats = [
+        # The targets follow the last inputs of each window.
+        torch.cat([next(found) for _ in _parts(inputs, targets)])
+        .view(inputs.shape)[:, -targets.shape[1] :]
+        .reshape(-1, longest // 2)
+        for inputs, targets in sets
+    ]
     by_context = tuple(
         ContextLoss(context=context, bits_per_byte=bits_per_byte(loss, stretches.byte_lengths))
         for context, loss in zip(stretches.contexts, nats, strict=False)
@@ -267,14 +273,20 @@ def _stacked(rows: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(rows))  # pyright: ignore[reportUnknownMemberType]
 
 
-@torch.no_grad()
-def _losses(
-    model: LongNetLM, inputs: Tensor, targets: Tensor, autocast: torch.dtype | None
-) -> Tensor:
-    """Nats of the targets, which follow the last inputs of each window; float64 on the CPU."""
-    device = model.embedding.weight.device
-    targets = targets.to(device)
-    with autocast_to(autocast, device):
-        hidden = model.hidden_states(inputs.to(device))[:, -targets.shape[1] :]
-        loss = linear_cross_entropy(hidden, model.output.weight, targets, reduction="none")
-    return loss.cpu().double()
+def _parts(inputs: Tensor, targets: Tensor) -> list[PackedWindows]:
+    """Windows `(N, c)` with targets `(N, c/2)` of their last inputs, some thousand tokens a part.
+
+    Each window is a document, so it begins without context.
+    """
+    context = inputs.shape[1]
+    rows = max(1, _TOKENS_PER_FORWARD // context)
+    labels = pad(targets, (context - targets.shape[1], 0), value=NO_TARGET)
+    return [
+        PackedWindows(
+            x.flatten(),
+            y.flatten(),
+            torch.zeros_like(y.flatten()),  # which no caller reads
+            torch.arange(len(x) + 1) * context,
+        )
+        for x, y in zip(torch.split(inputs, rows), torch.split(labels, rows), strict=True)
+    ]

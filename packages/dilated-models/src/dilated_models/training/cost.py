@@ -9,12 +9,8 @@ from dilated_models.longnet.size import check_memory, count_parameters, model_by
 from dilated_models.planning.job import Job
 from dilated_models.planning.memory import memory_of
 from dilated_models.training.config import TrainingConfig
-from dilated_models.training.out_of_memory import (
-    Measure,
-    after_measure,
-    check_policy,
-    take_measure,
-)
+from dilated_models.training.grid import parts_of_rank
+from dilated_models.training.out_of_memory import Measure, after_measure, take_measure
 
 FORWARD_SHARE = 3  # a forward takes a third of the time of a training step
 _VALIDATION_SHARE = 4  # validations may take a quarter of the time of the training
@@ -25,6 +21,7 @@ def training_bytes(
     model: LongNetConfig,
     training: TrainingConfig,
     *,
+    dp: int = 1,
     cp: int = 1,
     shards: int = 1,
     on_gpu: bool = False,
@@ -34,16 +31,19 @@ def training_bytes(
     Args:
         model: The model.
         training: The numbers of the run.
+        dp: Ranks that have rows of their own.
         cp: Ranks that share the positions of each row.
         shards: Ranks over which the weights, and all that is kept of each, are spread.
         on_gpu: Whether the rank computes on a GPU.
     """
     devices = max(cp, shards)
-    rows = min(training.batch_size // training.accumulation, training.batch_size * cp // devices)
+    rows = (
+        training.batch_size // dp // parts_of_rank(training.batch_size, training.accumulation, dp)
+    )
     job = Job(
         model=model,
         seq_len=training.seq_len,
-        batch_size=max(1, rows) * (devices // cp) * training.accumulation,
+        batch_size=rows * (devices // cp) * training.accumulation,
         accumulation=training.accumulation,
         dtype="bfloat16" if training.dtype == "bfloat16" else "float32",
         devices=devices,
@@ -60,7 +60,7 @@ def fit_memory(
     training: TrainingConfig,
     device: torch.device,
     *,
-    num_processes: int = 1,
+    dp: int = 1,
     cp: int = 1,
     shards: int = 1,
 ) -> list[Measure]:
@@ -69,25 +69,25 @@ def fit_memory(
     Args:
         model, training: The run.
         device: Whose memory counts.
-        num_processes: Of the run; of several, none may take a measure alone.
-        cp, shards: As of `training_bytes`.
+        dp, cp, shards: As of `training_bytes`.
 
     Raises:
-        ValueError: If the run cannot fit, or several processes have a policy.
+        ValueError: If the run cannot fit.
     """
-    check_policy(training, num_processes=num_processes)
     measures: list[Measure] = []
     while True:
         try:
             check_memory(
-                training_bytes(model, training, cp=cp, shards=shards, on_gpu=device.type != "cpu"),
+                training_bytes(
+                    model, training, dp=dp, cp=cp, shards=shards, on_gpu=device.type != "cpu"
+                ),
                 f"training with batch_size {training.batch_size}, seq_len {training.seq_len} and "
                 f"{model.num_decoder_layers} layers",
                 device,
                 "use a smaller seq_len or model, more accumulation, or activation_checkpointing",
             )
         except ValueError as error:
-            measure = take_measure(model, training, step=0, error=error)
+            measure = take_measure(model, training, step=0, error=error, dp=dp)
             if measure is None:
                 raise
             model, training = after_measure(model, training, measure)

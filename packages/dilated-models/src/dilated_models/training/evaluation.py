@@ -164,6 +164,29 @@ def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)  # pyright: ignore[reportReturnType]
 
 
+def score(
+    model: LongNetLM,
+    parts: Sequence[PackedWindows],
+    *,
+    autocast: torch.dtype | None,
+    before_part: Callable[[int], None],
+) -> list[Tensor]:
+    """Nats of each target of each part, `(T,)` float64 on the CPU; 0 where there is no target.
+
+    Args:
+        model: The model. Its mode is the same afterwards.
+        parts: Each is computed at once.
+        autocast: As of `evaluate`.
+        before_part: Called before each part with its number. An exception ends the work.
+    """
+    found: list[Tensor] = []
+    with evaluating(model):
+        for number, part in enumerate(parts):
+            before_part(number)
+            found.append(_losses(model, part, autocast))
+    return found
+
+
 @torch.no_grad()
 def _losses(model: LongNetLM, part: PackedWindows, autocast: torch.dtype | None) -> Tensor:
     """Nats of each target, `(T,)` float64 on the CPU; 0 where there is no target."""

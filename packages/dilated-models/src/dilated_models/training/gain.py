@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from dilated_models.training.contextwise import (
     read_stretches,
 )
 from dilated_models.training.predictor import predictor_losses
+
+if TYPE_CHECKING:
+    from dilated_models.training.over_ranks import OverRanks
 
 LOCAL_CONTEXT = 64
 _RECORDED = Path(__file__).with_name("plain_training.json")
@@ -53,6 +56,7 @@ def measure_gain(
     training: TokenStream | None = None,
     autocast: torch.dtype | None = None,
     before_batch: Callable[[int, int], None] | None = None,
+    over: OverRanks | None = None,
 ) -> Gain | None:
     """The contextwise loss of a model, and of the counting predictor if there is a training text.
 
@@ -62,8 +66,7 @@ def measure_gain(
         seq_len: Longest context, in tokens.
         max_tokens: A quarter of it, and 32768, are the most targets; None means 32768.
         training: Training text of the predictor.
-        autocast: As in `contextwise`.
-        before_batch: As in `contextwise`.
+        autocast, before_batch, over: As in `contextwise`.
 
     Returns:
         The losses, or None if no document of the text has more than 16 tokens.
@@ -73,7 +76,7 @@ def measure_gain(
         return None
     return Gain(
         contextwise=contextwise(
-            model, text, stretches, autocast=autocast, before_batch=before_batch
+            model, text, stretches, autocast=autocast, before_batch=before_batch, over=over
         ),
         predictor=()
         if training is None

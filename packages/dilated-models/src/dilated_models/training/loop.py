@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,18 +26,21 @@ from dilated_models.training.checkpoint_file import (
     read_checkpoint,
     write_checkpoint,
 )
+from dilated_models.training.compiled import not_compiling
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.duration import StepTimes
 from dilated_models.training.evaluation import Evaluation, autocast_to, evaluate
+from dilated_models.training.grid import parts_of_rank
 from dilated_models.training.loss import WithLoss
 from dilated_models.training.optimizer import parameter_groups
 from dilated_models.training.out_of_memory import (
     Measure,
     after_measure,
     is_out_of_memory,
+    leave_measure,
     take_measure,
 )
-from dilated_models.training.over_ranks import OverRanks, parts_of_rank, whole
+from dilated_models.training.over_ranks import OverRanks, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +141,7 @@ class TrainingState:
                 state is then that of the step before.
             torch.OutOfMemoryError, RuntimeError, MemoryError: If a step does not fit into memory,
                 and `on_out_of_memory` has no measure left. The state is that of the step before.
+            NeedsRestart: On several processes, if it has one: all of them must start again.
         """
         self.model.train()
         while self.step < self.config.steps:
@@ -145,8 +151,8 @@ class TrainingState:
         """Run windows of full length, before a file of the run exists: errors of a model come now.
 
         If windows grow, this takes the time of a step with the longest ones, forward and backward,
-        because the first steps do not tell it. Else one window runs forward. Nothing changes but
-        `times`.
+        because the first steps do not tell it. Else one window runs forward, as in a step: without
+        gradients a compiler would make a graph that no step uses. Nothing changes but `times`.
 
         On several processes one window runs forward and backward. After its first backward pass
         DDP orders the gradients anew, and a sum over three ranks or more rounds by its place. So
@@ -169,8 +175,7 @@ class TrainingState:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for _ in range(2 if grows else 1):  # the first time compiles and allocates
                 begin = time.perf_counter()
-                with torch.set_grad_enabled(grows):
-                    loss = self._loss(part)
+                loss = self._loss(part)
                 if grows:
                     torch.autograd.grad(loss, list(self.model.parameters()))
                 loss.item()  # waits for a GPU
@@ -190,17 +195,8 @@ class TrainingState:
 
         On several processes all of them call this, and each scores a part of the windows.
         """
-        if self.over is not None:
-            return self.over.evaluate(
-                stream,
-                seq_len=self.config.seq_len,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                autocast=self.autocast,
-                before_batch=before_batch,
-            )
-        return evaluate(
-            self.model,
+        scored = partial(evaluate, self.model) if self.over is None else self.over.evaluate
+        return scored(
             stream,
             seq_len=self.config.seq_len,
             max_tokens=max_tokens,
@@ -215,17 +211,14 @@ class TrainingState:
             return self.over.whole_weights(self.model)
         return dict(self.model.state_dict())
 
-    def whole_model(self) -> LongNetLM | None:
-        """The model with all of its weights, on rank 0, and None on others; all ranks call this."""
-        is_first = self.over is None or self.over.ranks.is_first
-        if self.over is None or not self.over.fsdp:
-            return self.model if is_first else None
-        weights = self.whole_weights()
-        if not is_first:
-            return None
-        model = LongNetLM(self.model.config, device=self.device)
-        model.load_state_dict(weights)
-        return model
+    @contextmanager
+    def reporting(self) -> Generator[None]:
+        """In the block the model is not compiled, and can generate, on all ranks at once."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(not_compiling(self.model))
+            if self.over is not None:
+                stack.enter_context(self.over.generating())
+            yield
 
     def _one_step(self, stream: TokenStream, order: RowOrder) -> StepRecord:
         begin = time.perf_counter()
@@ -258,9 +251,18 @@ class TrainingState:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                measure = take_measure(self.model.config, self.config, step=self.step, error=error)
+                over = self.over
+                measure = take_measure(
+                    self.model.config,
+                    self.config,
+                    step=self.step,
+                    error=error,
+                    dp=1 if over is None else over.dp,
+                )
                 if measure is None:
                     raise
+                if over is not None:
+                    raise leave_measure(measure, over.ranks) from error
             # Only here is the memory free that the traceback of the error has held.
             self.take(measure)
             self.optimizer.zero_grad(set_to_none=True)

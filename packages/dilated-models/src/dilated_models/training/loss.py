@@ -29,7 +29,7 @@ class WithLoss(nn.Module):
         cu_seqlens: Tensor,
         context_parallel: ContextParallel | None = None,
         *,
-        count: int = 1,
+        count: int | None = 1,
     ) -> Tensor:
         """Nats of all targets together, divided by a count; no more than a chunk of logits exists.
 
@@ -38,7 +38,8 @@ class WithLoss(nn.Module):
             targets: `(T,)`, of the same tokens; `NO_TARGET` where there is none.
             cu_seqlens: Of the packed windows; with `context_parallel`, of all ranks together.
             context_parallel: As for `LongNetLM`.
-            count: The targets of the whole batch, for its mean loss.
+            count: The targets of the whole batch, for its mean loss. None: `(T,)`, the nats of each
+                target, 0 where there is none.
         """
         return self.model.loss(
             inputs,
@@ -46,5 +47,6 @@ class WithLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             context_parallel=context_parallel,
             ignore_index=NO_TARGET,
+            reduction="none" if count is None else "mean",
             count=count,
         )

@@ -110,9 +110,11 @@ class UnwrittenMetrics:
         pass
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Count a validation."""
+        """Count a validation or a sample."""
         if kind == "validation":
             self.validated.add(step)
+        if kind == "sample":
+            self.sampled.add(step)
 
     def sync(self) -> None:
         """Do nothing."""

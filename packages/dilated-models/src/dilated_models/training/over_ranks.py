@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,11 +24,10 @@ from dilated_models.training.evaluation import (
     evaluation_of,
     scored_ranges,
 )
+from dilated_models.training.grid import check_grid
 from dilated_models.training.ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dilated_models.training.loss import WithLoss
 
 _Row = TypeVar("_Row")
@@ -108,7 +106,7 @@ class OverRanks:
         count = len(rows) // self.dp
         return rows[self.dp_rank * count : (self.dp_rank + 1) * count]
 
-    def loss(self, part: PackedWindows, *, count: int = 1) -> Tensor:
+    def loss(self, part: PackedWindows, *, count: int | None = 1) -> Tensor:
         """Nats of the targets that this process holds, of the rows that it computes, by count."""
         assert self._parallel is not None
         inputs, targets, context_parallel = part.inputs, part.targets, None
@@ -166,32 +164,89 @@ class OverRanks:
         max_tokens: int,
         batch_size: int,
         autocast: torch.dtype | None,
-        before_batch: Callable[[], None],
+        before_batch: Callable[[int, int], None],
     ) -> Evaluation:
         """`dilated_models.evaluate` over all ranks; arguments as there."""
         ranges = scored_ranges(len(stream), seq_len=seq_len, max_tokens=max_tokens)
         todo = list(batches(ranges, seq_len * batch_size))
         nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         num_targets = num_bytes = 0
-        assert self._parallel is not None
-        with evaluating(self._parallel), torch.no_grad():
-            for first in range(0, len(todo), self.dp):
-                before_batch()
-                mine = first + self.dp_rank
-                # A rank without a batch computes another one's: all call the model equally often.
-                part = PackedWindows.of(
-                    [text_row(stream, *todo[min(mine, len(todo) - 1)], window=seq_len)]
-                )
-                with autocast_to(autocast, self.ranks.device):
-                    loss = self.loss(part)
-                if self.fsdp:  # checkpoints need shards, which come back after a backward pass
-                    cast("Any", self._parallel).reshard()
-                if mine < len(todo):
-                    nats += loss.double()
-                    num_targets += part.num_targets
-                    num_bytes += part.num_bytes
+
+        def part_of(number: int) -> PackedWindows:
+            return PackedWindows.of([text_row(stream, *todo[number], window=seq_len)])
+
+        for _, part, loss in self._scored(
+            len(todo), part_of, autocast, lambda number: before_batch(number, len(todo)), count=1
+        ):
+            nats += loss.double()
+            num_targets += part.num_targets
+            num_bytes += part.num_bytes
         num_targets, num_bytes = self.counts(num_targets, num_bytes)
         return evaluation_of(self.sum(nats).item(), num_targets, num_bytes)
+
+    def score(
+        self,
+        parts: Sequence[PackedWindows],
+        *,
+        autocast: torch.dtype | None,
+        before_part: Callable[[int], None],
+    ) -> list[Tensor]:
+        """`training.evaluation.score` over all ranks, each of which gets the nats of all parts."""
+        found = [torch.zeros(len(part.inputs), dtype=torch.float64) for part in parts]
+        for number, part, nats in self._scored(
+            len(parts), parts.__getitem__, autocast, before_part, count=None
+        ):
+            found[number][self._positions(len(part.inputs))] = nats.double().cpu()
+        nats = self.sum(torch.cat(found))
+        return list(torch.split(nats, [len(part.inputs) for part in parts]))
+
+    def _scored(
+        self,
+        num_parts: int,
+        part_of: Callable[[int], PackedWindows],
+        autocast: torch.dtype | None,
+        before_part: Callable[[int], None],
+        *,
+        count: int | None,
+    ) -> Iterator[tuple[int, PackedWindows, Tensor]]:
+        """Number, part and loss for each part that this rank computes, perhaps with its peers."""
+        assert self._parallel is not None
+        with evaluating(self._parallel), torch.no_grad():
+            for first in range(0, num_parts, self.dp):
+                before_part(first)
+                mine = first + self.dp_rank
+                # A rank without a part computes another one's: all call the model equally often.
+                part = part_of(min(mine, num_parts - 1))
+                with autocast_to(autocast, self.ranks.device):
+                    loss = self.loss(part, count=count)
+                if self.fsdp:  # checkpoints need shards, which come back after a backward pass
+                    cast("Any", self._parallel).reshard()
+                if mine < num_parts:
+                    yield mine, part, loss
+
+    def _positions(self, seq_len: int) -> Tensor | slice:
+        """The positions of a row that this rank holds."""
+        if self.cp == 1:
+            return slice(None)
+        from dilated_ring import local_positions
+
+        return local_positions("contiguous", seq_len, self._cp_group)
+
+    @contextmanager
+    def generating(self) -> Generator[None]:
+        """In the block, each rank can call the model in parts, as generation does.
+
+        FSDP then has the weights together that stand outside of blocks. All ranks call the model
+        equally often.
+        """
+        root = cast("Any", self._parallel) if self.fsdp else None
+        if root is not None:
+            root.unshard()
+        try:
+            yield
+        finally:
+            if root is not None:
+                root.reshard()
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The state dict of the model with whole tensors on the CPU; empty but on rank 0."""
@@ -206,42 +261,3 @@ class OverRanks:
 def whole(x: Tensor) -> Tensor:
     """A tensor that FSDP may have spread over ranks, which all call this, as a plain one."""
     return cast("Any", x).full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def check_grid(size: int, *, cp: int, fsdp: bool) -> None:
-    """Check how a run is spread over processes.
-
-    Raises:
-        ValueError: If the number of processes does not do.
-    """
-    if size % cp:
-        raise ValueError(
-            f"cp is {cp} and there {'is 1 process' if size == 1 else f'are {size} processes'}; cp "
-            f"must divide their number, so start torchrun with another --nproc-per-node."
-        )
-    if fsdp and size == 1:
-        raise ValueError(
-            "fsdp is given and there is 1 process; there must be several to spread a model over, "
-            "so start with torchrun --nproc-per-node N -m dilated_models.train."
-        )
-
-
-def parts_of_rank(batch_size: int, accumulation: int, dp: int) -> int:
-    """In how many parts a rank computes its rows: no part is larger than on one process.
-
-    Raises:
-        ValueError: If the batch cannot be spread evenly.
-
-    Example:
-        >>> [parts_of_rank(12, 4, dp) for dp in (1, 2, 3, 4, 6)]
-        [4, 2, 2, 1, 1]
-    """
-    if batch_size % dp:
-        raise ValueError(
-            f"batch_size is {batch_size} and its rows are spread over {dp} ranks; batch_size must "
-            f"be a multiple of that, so use another --batch-size, another number of processes, or "
-            f"--cp to spread the positions of each row instead."
-        )
-    rows = batch_size // dp
-    most = batch_size // accumulation
-    return next(n for n in range(math.ceil(rows / most), rows + 1) if rows % n == 0)

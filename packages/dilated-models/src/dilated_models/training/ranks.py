@@ -33,6 +33,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Ranks that a lost one held up fail within a moment of each other; then the roll is called.
 _ROLL_CALL_S = 5.0
 _BEGUN = "dilated_models begun run"
+_NOTE = "dilated_models note"
 _OF_COMMUNICATION = re.compile(
     r"gloo|NCCL|c10d|[Cc]onnection (closed|reset|refused)|Broken pipe|Timed out|[Ss]tore"
 )
@@ -47,6 +48,7 @@ class Ranks:
         machines: Number of machines that they run on.
         device: Device of this process.
         timeout_s: Seconds that a process waits for another one.
+        folder: Of the run, as soon as it holds one.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Ranks:
         self.machines = machines
         self.device = device
         self.timeout_s = timeout_s
+        self.folder: Path | None = None
         self._store = store
         self._start = start  # how often torchrun has started the processes again
 
@@ -107,15 +110,26 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], _Result]) -> _Result:
-        """Call a function on all ranks; an error on one of them is raised on all."""
+    def together(
+        self,
+        work: Callable[[], _Result],
+        *,
+        told: type[Exception] | tuple[type[Exception], ...] = Exception,
+    ) -> _Result:
+        """Call a function on all ranks; an error on one of them is raised on all.
+
+        Args:
+            work: The function. If it communicates, a rank that fails alone must not wait for the
+                others here, which wait for it there.
+            told: Kinds of errors that are raised on all ranks.
+        """
         if self.size == 1:
             return work()
         result: _Result | None = None
         own: Exception | None = None
         try:
             result = work()
-        except Exception as error:
+        except told as error:
             own = error
         try:
             found = self.gather(None if own is None else _portable(own))
@@ -170,6 +184,7 @@ class Ranks:
 
     def remember_run(self, folder: Path) -> None:
         """Note at the launcher that these processes have begun a run, or continue it."""
+        self.folder = folder
         if self._store is not None and self.is_first:
             self._store.set(_BEGUN, str(folder.resolve()))
 
@@ -181,6 +196,17 @@ class Ranks:
         if self._store is None or self._start == 0 or not self._store.check([_BEGUN]):
             return None
         return Path(self._store.get(_BEGUN).decode())
+
+    def leave_note(self, text: str) -> None:
+        """Leave a text at the launcher for the processes that it starts instead of these."""
+        if self._store is not None:
+            self._store.set(_NOTE, text)
+
+    def left_note(self) -> str | None:
+        """What an earlier start of these processes left; None once they have begun a run."""
+        if self._store is None or self._start == 0 or not self._store.check([_NOTE]):
+            return None
+        return None if self._store.check([_BEGUN]) else self._store.get(_NOTE).decode()
 
     # Failures.
 

@@ -14,12 +14,10 @@ import torch
 from dilated_core.atomic_write import write_atomically
 
 from dilated_models.config import LongNetConfig
-from dilated_models.layers.blocks import SelfAttentionBlock
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.longnet.saving import (
     CONFIG_FILE,
     TOKENIZER_FILE,
-    load_model,
     save_weights,
     write_config,
 )
@@ -27,12 +25,14 @@ from dilated_models.longnet.size import peak_memory_bytes
 from dilated_models.text.files import Split
 from dilated_models.text.vocabulary import TokenizerVocabulary, Vocabulary
 from dilated_models.training.checkpoints import remove_checkpoints, save_checkpoint
+from dilated_models.training.compiled import compile_blocks
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.cost import fit_memory
 from dilated_models.training.evaluation import Evaluation, scored_ranges
 from dilated_models.training.gain import Gain, measure_gain, recorded_plain_training
 from dilated_models.training.loop import StepRecord, TrainingState
 from dilated_models.training.metrics import METRICS_FILE, open_metrics, read_metrics
+from dilated_models.training.out_of_memory import MEASURE_FILE, after_measure, left_measure
 from dilated_models.training.over_ranks import OverRanks
 from dilated_models.training.ranks import Ranks
 from dilated_models.training.report import plot_losses, xz_bits_per_byte
@@ -135,35 +135,39 @@ class Observer(Protocol):
         ...
 
 
-def build(run: Run, over: OverRanks | None = None, *, is_compiled: bool = False) -> TrainingState:
+def build(run: Run, over: OverRanks | None = None, *, compiler: str | None = None) -> TrainingState:
     """Model and optimiser of a run, drawn from its seed; writes no file.
 
     Args:
         run: The run.
         over: How the model is spread over processes, all of which call this; None: there is one.
-        is_compiled: Whether `torch.compile` compiles each block.
+        compiler: A backend of `torch.compile`, which compiles each block; None: no compilation.
 
     Raises:
         ValueError: If no backend can run the model, a window does not fit the model, or the memory
             does not suffice.
     """
     ranks = Ranks(run.device) if over is None else over.ranks
-    cp, shards = (1, 1) if over is None else (over.cp, over.ranks.size if over.fsdp else 1)
-    measures = ranks.together(
-        lambda: fit_memory(
-            run.model, run.training, run.device, num_processes=ranks.size, cp=cp, shards=shards
-        )
+    dp, cp, fsdp = (1, 1, False) if over is None else (over.dp, over.cp, over.fsdp)
+    left = ranks.first(lambda: left_measure(run.folder, ranks))
+    measures = [] if left is None else [left]
+    model_config, training = run.model, run.training
+    for measure in measures:
+        model_config, training = after_measure(model_config, training, measure)
+    shards = ranks.size if fsdp else 1
+    more = ranks.together(
+        lambda: fit_memory(model_config, training, run.device, dp=dp, cp=cp, shards=shards)
     )
+    measures += max(ranks.gather(more), key=len)  # of the rank that has least memory
     torch.manual_seed(run.training.seed)  # the same first weights on all ranks
     model = LongNetLM(run.model, device=run.device)
-    if is_compiled:
-        for block in model.modules():
-            if isinstance(block, SelfAttentionBlock):
-                block.compile(dynamic=True)
+    if compiler is not None:
+        compile_blocks(model, compiler)
     state = TrainingState(model, run.training, over)
     for measure in measures:
         state.take(measure)
-    ranks.together(state.try_longest_windows)
+    # These come from checks that all ranks make before they communicate.
+    ranks.together(state.try_longest_windows, told=(ImportError, TypeError, ValueError))
     return state
 
 
@@ -199,6 +203,8 @@ def execute(
     """
     run = dataclasses.replace(run, model=state.model.config, training=state.config)
     config, folder, validation = run.training, run.folder, text.validation
+    # What was done before the first step holds from the step on from which the run continues.
+    state.measures = [dataclasses.replace(x, step=state.step) for x in state.measures]
     _begin(run, state, ranks)
     with open_metrics(
         folder, after_step=state.step, ranks=ranks, has_tensorboard=config.tensorboard
@@ -210,12 +216,17 @@ def execute(
                 return
             run = dataclasses.replace(run, model=state.model.config, training=state.config)
             config = run.training
-            ranks.first(lambda: write_config(folder, run.to_config()))  # for --resume
             for measure in state.measures:
                 values = dataclasses.asdict(measure)
                 metrics.write("out_of_memory", values.pop("step"), **values)
                 observer.announce(str(measure))
             state.measures.clear()
+
+            def remember() -> None:
+                write_config(folder, run.to_config())  # for --resume
+                (folder / MEASURE_FILE).unlink(missing_ok=True)
+
+            ranks.first(remember)
 
         def save() -> None:
             observer.busy("saving")
@@ -257,19 +268,15 @@ def execute(
             if not every or state.step % every or state.step in metrics.sampled:
                 return
             observer.busy("sampling")
-            model = state.whole_model()
-            if model is not None:  # on rank 0; the others wait for it in the next step
-                found = sample_now(
-                    model,
-                    run.vocabulary,
-                    validation,
-                    seq_len=config.seq_len,
-                    max_tokens=config.validation_tokens,
-                    autocast=state.autocast,
-                    check=stop_after_signal if ranks.size == 1 else lambda: None,
-                )
-                metrics.write("sample", state.step, **found.to_dict())
-                observer.announce(f"step {state.step}: {found}")
+            found = sample_now(
+                state,
+                run.vocabulary,
+                validation,
+                max_tokens=config.validation_tokens,
+                check=stop_after_signal,
+            )
+            metrics.write("sample", state.step, **found.to_dict())
+            observer.announce(f"step {state.step}: {found}")
 
         record_measures()
         stop_after_signal()
@@ -288,28 +295,19 @@ def execute(
             validate_if_due()
             sample_if_due()
         evaluation = validate(config.final_validation_tokens)
+        with state.reporting():
+            observer.busy("sampling")
+            prompt, sample = sample_text(state.model, run.vocabulary, validation, stop_after_signal)
+            observer.busy("measuring the gain from context")
+            gain = _gain(run, state, text, stop_after_signal, ranks)
         if not ranks.is_first:
             return None
-
-        def stop_alone() -> None:
-            if ranks.size == 1:
-                stop_after_signal()
-            elif signals.received is not None:  # all is saved, and the other ranks have ended
-                raise Stopped(signals.received, state.step)
-
-        model = state.model
-        if state.over is not None and state.over.fsdp:  # whose weights are spread over all ranks
-            model = load_model(folder, device=run.device)
         observer.busy("compressing the same bytes with xz -9")
         ranges = scored_ranges(
             len(validation), seq_len=config.seq_len, max_tokens=config.final_validation_tokens
         )
         scored = b"".join(validation.text_of(start + 1, stop + 1) for start, stop in ranges)
         xz, xz_bytes = xz_bits_per_byte(scored)
-        observer.busy("measuring the gain from context")
-        gain = _gain(run, model, state.autocast, text, stop_alone)
-        observer.busy("sampling")
-        prompt, sample = sample_text(model, run.vocabulary, validation, stop_alone)
         report = Report(
             evaluation=evaluation,
             xz_bits_per_byte=xz,
@@ -343,21 +341,18 @@ def _begin(run: Run, state: TrainingState, ranks: Ranks) -> None:
 
 
 def _gain(
-    run: Run,
-    model: LongNetLM,
-    autocast: torch.dtype | None,
-    text: Text,
-    check: Callable[[], None],
+    run: Run, state: TrainingState, text: Text, check: Callable[[], None], ranks: Ranks
 ) -> Gain | None:
     """The contextwise loss, with a record of plain training beside it for the default text."""
     gain = measure_gain(
-        model,
+        state.model,
         text.validation,
         seq_len=run.training.seq_len,
         max_tokens=run.training.final_validation_tokens,
-        training=text.train,
-        autocast=autocast,
+        training=text.train if ranks.is_first else None,
+        autocast=state.autocast,
         before_batch=lambda done, total: check(),
+        over=state.over,
     )
     is_default_text = run.text is None and not isinstance(run.vocabulary, TokenizerVocabulary)
     if gain is None or not is_default_text:

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 from dilated_models.longnet.generation import generate
 from dilated_models.longnet.language_model import LongNetLM
 from dilated_models.text.streams import TokenStream
 from dilated_models.text.vocabulary import Vocabulary
 from dilated_models.training.contextwise import ContextLoss
 from dilated_models.training.gain import measure_gain
+from dilated_models.training.loop import TrainingState
 
 _SAMPLE_TOKENS = 200
 _SAMPLE_PROMPT_TOKENS = 80
@@ -44,35 +43,33 @@ class Sample(NamedTuple):
 
 
 def sample_now(
-    model: LongNetLM,
+    state: TrainingState,
     vocabulary: Vocabulary,
     validation: TokenStream,
     *,
-    seq_len: int,
     max_tokens: int,
-    autocast: torch.dtype | None,
     check: Callable[[], None],
 ) -> Sample:
     """A sample and the contextwise loss; the random state of training stays as it is.
 
     Args:
-        model: The model.
+        state: Whose model it is. On several processes all of them call this.
         vocabulary: Of its tokens.
         validation: The text that the prompt and the targets are from.
-        seq_len: Longest context, in tokens.
         max_tokens: As of `measure_gain`.
-        autocast: As of `measure_gain`.
         check: Called often; an exception that it raises ends the work.
     """
-    prompt, sample = sample_text(model, vocabulary, validation, check)
-    gain = measure_gain(
-        model,
-        validation,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        autocast=autocast,
-        before_batch=lambda done, total: check(),
-    )
+    with state.reporting():
+        prompt, sample = sample_text(state.model, vocabulary, validation, check)
+        gain = measure_gain(
+            state.model,
+            validation,
+            seq_len=state.config.seq_len,
+            max_tokens=max_tokens,
+            autocast=state.autocast,
+            before_batch=lambda done, total: check(),
+            over=state.over,
+        )
     return Sample(prompt, sample, () if gain is None else gain.contextwise.by_context)
 
 

@@ -70,6 +70,11 @@ def new_run(
         first = base.training.get("first_seq_len")
         scaled = None if first is None else max(1, first * seq_len // base.training["seq_len"])
         numbers["first_seq_len"] = training.get("first_seq_len", scaled)
+    if "growth" in training and numbers.get("first_seq_len") is None:
+        raise ValueError(
+            f"growth is {training['growth']:g} and first_seq_len is not given; windows grow from "
+            f"that length, so give it too, or leave growth out."
+        )
     config = _without_long_validation(TrainingConfig.from_dict(numbers), given=set(training))
     if config.tensorboard:
         check_tensorboard()

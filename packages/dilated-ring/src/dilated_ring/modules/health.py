@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.transport.distributed import DistributedTransport
 from dilated_ring.transport.faults import reporting_failures
+from dilated_ring.uncompiled import uncompiled
 
 
 @uncompiled

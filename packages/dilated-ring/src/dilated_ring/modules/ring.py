@@ -16,10 +16,10 @@ from dilated_core import DilatedAttention
 from dilated_core.modules.options import check_forward_names, from_options
 
 from dilated_ring.attention import ring_dilated_attention, simulated_ring_attention
-from dilated_ring.execution.uncompiled import uncompiled
 from dilated_ring.modules.config import RING_ARGUMENTS, RingArguments, RingAttentionConfig
 from dilated_ring.modules.health import check_health
 from dilated_ring.sharding.group import Group, resolve_group
+from dilated_ring.uncompiled import uncompiled
 
 _DEFAULT_TILE_SIZE = 2048
 

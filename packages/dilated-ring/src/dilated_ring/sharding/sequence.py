@@ -14,8 +14,10 @@ from dilated_ring.sharding.shards import (
     shards_of,
     transport_of,
 )
+from dilated_ring.uncompiled import uncompiled
 
 
+@uncompiled
 def shard_sequence(
     x: torch.Tensor,
     dim: int = 1,
@@ -59,6 +61,7 @@ def shard_sequence(
     return cut(x, shards_of(dim, layout, x.shape[dim], ranks, transport_of(ranks, timeout_s)))
 
 
+@uncompiled
 def unshard_sequence(
     x_local: torch.Tensor,
     dim: int = 1,

@@ -23,8 +23,10 @@ from dilated_ring.sharding.shards import (
     reporting,
     transport_of,
 )
+from dilated_ring.uncompiled import uncompiled
 
 
+@uncompiled
 def shift_sequence(
     x_local: torch.Tensor,
     shift: int,

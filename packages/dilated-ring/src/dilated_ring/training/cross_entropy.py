@@ -9,8 +9,10 @@ from dilated_core.cross_entropy import check_arguments, check_labels
 
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.sharding.shards import reporting, transport_of
+from dilated_ring.uncompiled import uncompiled
 
 
+@uncompiled
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

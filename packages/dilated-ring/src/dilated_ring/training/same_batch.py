@@ -12,10 +12,12 @@ import torch
 from dilated_ring.sharding.group import Group, resolve_group
 from dilated_ring.sharding.shards import reporting, transport_of
 from dilated_ring.transport import DisagreementError, check_agreement
+from dilated_ring.uncompiled import uncompiled
 
 Batch: TypeAlias = "torch.Tensor | Mapping[str, Batch] | Sequence[Batch] | int | float | str | None"
 
 
+@uncompiled
 def check_same_batch(batch: Batch, group: Group = None, *, timeout_s: float | None = None) -> None:
     """Refuse a batch that is not the same on every rank of a group.
 

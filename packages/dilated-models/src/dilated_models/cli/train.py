@@ -220,7 +220,7 @@ def train(
         if dtype != "auto":
             fixed["dtype"] = dtype
         if fixed:
-            names = ", ".join(sorted({option_of(name) for name in fixed}))
+            names = ", ".join(dict.fromkeys(option_of(name) for name in sorted(fixed)))
             raise ValueError(f"--resume continues a run with its own options; leave out {names}.")
     check_integer("cp", cp, at_least=1)
     check_number("timeout", timeout, at_least=1, at_most=10_000_000)  # C counts milliseconds

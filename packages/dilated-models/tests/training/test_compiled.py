@@ -1,10 +1,9 @@
 """`--compile`: the losses of a run without it, and no graph for what training does not do again.
 
-Everyday with Dynamo alone, which decides what is a graph. `nox -s exhaustive` uses the command, a
-compiler, and several processes.
+Everyday with Dynamo alone, which decides what is a graph. `nox -s exhaustive` uses several
+processes.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 import torch.distributed as dist
 from dilated_core.testing.processes import run_processes
 from dilated_models import LongNetConfig, LongNetLM
-from dilated_models.cli.app import app
-from dilated_models.cli.progress import TrainingProgress
 from dilated_models.text.files import text_files
 from dilated_models.text.order import RowOrder
 from dilated_models.text.streams import ByteStream
@@ -23,79 +20,17 @@ from dilated_models.training import samples
 from dilated_models.training.compiled import compile_blocks
 from dilated_models.training.config import TrainingConfig
 from dilated_models.training.loop import TrainingState
-from dilated_models.training.metrics import read_metrics
 from dilated_models.training.over_ranks import OverRanks
 from dilated_models.training.ranks import Ranks
-from typer.testing import CliRunner
 
 # torch.compile reads .grad of every tensor that it takes up.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-SMALL = [
-    *("--seq-len", "32", "--first-seq-len", "8", "--batch-size", "4", "--accumulation", "2"),
-    *("--d-model", "16", "--heads", "4", "--layers", "2", "--feed-forward", "16"),
-    *("--segment-lengths", "8,32", "--dilation-rates", "1,2", "--key-conv", "0"),
-    *("--validation-tokens", "64", "--final-validation-tokens", "64", "--device", "cpu"),
-    *("--validate-every", "2", "--sample-every", "2", "--checkpoint-every", "1"),
-]
 
 
 def num_graphs() -> int:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
-
-
-def losses(folder: Path) -> list[float]:
-    return [
-        x
-        for r in read_metrics(folder)
-        if r["kind"] != "final"
-        for x in ([r["bits_per_byte"]] if "bits_per_byte" in r else [])
-        + [row["bits_per_byte"] for row in r.get("by_context", ())]
-    ]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "compiler",
-    [
-        "eager",
-        pytest.param(
-            "inductor",
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-        ),
-    ],
-)
-def test_a_compiled_run_is_the_run(text, tmp_path, monkeypatch, compiler):
-    """With samples, validations, a report, and a resumed part; two graphs serve all of it."""
-    monkeypatch.setattr("dilated_models.training.samples._SAMPLE_TOKENS", 2)
-    monkeypatch.setattr("dilated_models.cli.train._COMPILER", compiler)
-    stepped, counts = TrainingProgress.stepped, []
-
-    def counting(self: TrainingProgress, record: Any) -> None:
-        counts.append(num_graphs())
-        stepped(self, record)
-
-    monkeypatch.setattr(TrainingProgress, "stepped", counting)
-
-    def train(*options: object) -> list[float]:
-        arguments = ["train", "--text", text, *SMALL, *options]
-        if "--resume" in options:
-            arguments = ["train", *options]
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert result.exit_code == 0, result.output
-        return losses(tmp_path / str(options[1]))
-
-    whole = train("--out", tmp_path / "whole", "--steps", 6)
-    torch._dynamo.reset()
-    before, counts[:] = num_graphs(), []
-    train("--out", tmp_path / "run", "--steps", 4, "--compile")
-    # The forward of a step, and that of a validation, before the first step already.
-    assert {*counts, num_graphs()} == {before + 2}
-    found = train("--out", tmp_path / "run", "--resume", "--steps", 6, "--compile")
-    assert num_graphs() == before + 2
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(whole), rtol=1e-5, atol=0)
 
 
 MODEL = LongNetConfig(

@@ -28,8 +28,17 @@ class MaskedAttention(nn.Module):
         super().__init__()
         self._tables = lru_cache(maxsize=4)(lambda seq_len: key_table(mask(seq_len)))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = True,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """`(B, S, H, D)` q, k, v -> the same shape. The mask decides about causality."""
+        if cu_seqlens is not None:
+            return self(*windows(cu_seqlens, q, k, v)).flatten(0, 1)
         B, S, H, D = q.shape
         keys, allowed = (table.to(q.device) for table in self._tables(S))
         rows = allowed.shape[1]
@@ -38,6 +47,12 @@ class MaskedAttention(nn.Module):
         k, v = (x[:, keys].transpose(2, 3) for x in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
         return out.transpose(2, 3).reshape(B, S, H, D)
+
+
+def windows(cu_seqlens: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Packed `(T, H, D)` -> `(B, S, H, D)`, of documents that all have S positions."""
+    (length,) = cu_seqlens.diff().unique().tolist()
+    return [x.unflatten(0, (-1, length)) for x in tensors]
 
 
 def key_table(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +125,17 @@ class DetachedMixing(nn.Module):
         super().__init__()
         self._branches = [DilatedPattern([w], [r]) for w, r in pattern.branches]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """`(B, S, H, D)` q, k, v -> the same shape."""
+        if cu_seqlens is not None:
+            return self(*windows(cu_seqlens, q, k, v), is_causal).flatten(0, 1)
         parts = [
             dilated_attention_with_lse(q, k, v, branch, is_causal=is_causal)
             for branch in self._branches

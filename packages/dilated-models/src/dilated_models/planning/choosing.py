@@ -14,7 +14,7 @@ from dilated_models.planning.kinds import attention_options, has_bounded_cache
 
 _CHOICE_STRIP = 2**22  # numbers, of `dilated_sparse.presets`
 _MOBA_BYTES = 24
-_NSA_BYTES, _NSA_BYTES_OF_GROUPS = 2, 45  # of a head of q, and of a head of k
+_NSA_BYTES, _NSA_BYTES_OF_GROUPS = 3, 34  # of a head of q, and of a head of k
 _MASS_BYTES = 12
 _SELECTION_BYTES = 15  # of a pair of blocks: masks, counts and lists of kept blocks
 

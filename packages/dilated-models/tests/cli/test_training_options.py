@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,20 @@ def test_queries_that_are_blind_behind_a_border_are_noted(text, tmp_path, segmen
     result = CliRunner().invoke(app, [*map(str, arguments), "--segment-lengths", segments])
     assert result.exit_code == 0, result.output
     assert ("note: behind each border of the segments of 8 tokens" in result.output) == is_blind
+
+
+@pytest.mark.exhaustive
+# torch.compile reads .grad of every tensor that it takes up.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler.")
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(text: Path, tmp_path: Path):
+    losses: list[list[float]] = []
+    for name, option in (("plain", []), ("compiled", ["--compile"])):
+        train(text, tmp_path / name, "--steps", 3, "--dtype", "float32", *option)
+        arguments = ["train", "--out", tmp_path / name, "--resume", "--steps", 5, *option]
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([x["loss"] for x in records if x["kind"] == "step"])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

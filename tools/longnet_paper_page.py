@@ -33,7 +33,7 @@ INTRODUCTION = """\
 Generated from `benchmarks/results/` by `python -m tools.longnet_paper_page`;
 `python benchmarks/reproduce_longnet.py` measures it. The experiments are those of
 [arXiv 2307.02486](https://arxiv.org/abs/2307.02486) at sizes that one thread of a CPU trains in
-less than a minute: lengths are 1/16 of the paper's, and everything else is smaller by far more. So
+a few minutes: lengths are 1/16 of the paper's, and everything else is smaller by far more. So
 what does not show here may show there, and `--scale 2` and more come nearer to it. Numbers are
 medians over seeds, with the least and the largest in brackets; each section says how many.
 
